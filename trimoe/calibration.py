@@ -1,0 +1,151 @@
+"""Text to token samples: seeded, fingerprinted, labelled by domain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimoe.checkpoint import Checkpoint
+from trimoe.errors import UserError
+
+TEXTS = Path(__file__).parent / "builtin" / "texts"
+BUILTIN_DOMAINS = ("english", "docs", "code")
+MAX_LINE = 50_000_000  # characters of one jsonl line or one document
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents of one domain."""
+
+    domain: str
+    documents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`samples_NL` int64 token ids; `domains[n]` is the label of sample n."""
+
+    samples_NL: torch.Tensor
+    domains: tuple[str, ...]
+    fingerprint: str
+
+    def batches(self, tokens: int = 4096) -> list[torch.Tensor]:
+        """Samples in batches of about `tokens` tokens."""
+        return list(self.samples_NL.split(max(1, tokens // self.samples_NL.shape[1])))
+
+
+def read_text(source: str, split: str = "calib") -> list[Text]:
+    """Texts of `builtin:mixed`, `builtin:DOMAIN`, a .txt or .jsonl file (`name=path` labels it), or a `datasets` id (`org/name[:split]`)."""
+    if source.startswith("builtin:"):
+        name = source.removeprefix("builtin:")
+        wanted = BUILTIN_DOMAINS if name == "mixed" else (name,)
+        if not set(wanted) <= set(BUILTIN_DOMAINS):
+            raise UserError(f"There is no built-in text {source!r}; there are: builtin:mixed, {', '.join('builtin:' + d for d in BUILTIN_DOMAINS)}.")
+        return [Text(domain, tuple(_jsonl(TEXTS / f"builtin-{split}-{domain}.jsonl"))) for domain in wanted]
+    label, _, path = source.rpartition("=")
+    file = Path(path).expanduser()
+    if file.is_file():
+        documents = _jsonl(file) if file.suffix in (".jsonl", ".json") else _plain(file)
+        return [Text(label or file.stem, tuple(documents))]
+    if file.suffix in (".txt", ".jsonl", ".json") or path.count("/") != 1:
+        raise UserError(f"There is no text file {path!r} (a .txt or .jsonl file, a datasets id, or builtin:mixed is expected).")
+    return [_from_hub(path, label)]
+
+
+def _plain(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text.") from None
+    return [text] if text.strip() else []
+
+
+def _jsonl(file: Path) -> list[str]:
+    documents = []
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                if len(line) > MAX_LINE:
+                    raise UserError(f"{file}, line {number} has {len(line):,} characters; at most {MAX_LINE:,} are read.")
+                try:
+                    documents.append(json.loads(line)["text"])
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f'{file}, line {number} is not a JSON object with a "text" field.') from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text.") from None
+    if not all(isinstance(document, str) for document in documents):
+        raise UserError(f'{file}: every "text" must be a string.')
+    return documents
+
+
+def _from_hub(path: str, label: str) -> Text:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"There is no file {path!r}; to read it as a dataset id, install trimoe[recover] (it brings datasets).") from None
+    name, _, split = path.partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        documents = tuple(str(row["text"]) for row, _ in zip(rows, range(20_000), strict=False) if row.get("text"))
+    except Exception as error:  # datasets raises anything from OSError to its own types
+        raise UserError(f"There is no file {path!r}, and the dataset of that name could not be read ({str(error)[:120]}).") from None
+    return Text(label or name.rpartition("/")[2], documents)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint.name} has no tokenizer that transformers can load ({str(error).splitlines()[0][:120]}).") from None
+
+
+def encode(tokenizer: Any, text: Text, vocabulary: int) -> list[torch.Tensor]:
+    """One int64 tensor a document, without special tokens."""
+    ids = tokenizer(list(text.documents), add_special_tokens=False, verbose=False)["input_ids"] if text.documents else []
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in ids if len(row)]
+    top = max((int(row.max()) for row in tensors), default=0)
+    if top >= vocabulary:
+        raise UserError(f"The tokenizer gives token {top}, the model knows {vocabulary}: tokenizer and model do not match.")
+    return tensors
+
+
+def calibrate(
+    checkpoint: Checkpoint, sources: Sequence[str], *, samples: int, length: int, context: int, vocabulary: int, seed: int
+) -> Calibration:
+    """`samples` windows of `length` tokens (cut to `context`), spread evenly over the domains, drawn without overlap by `seed`.
+
+    Documents of a domain are joined by the end-of-text token and cut into windows; a document never continues in another domain.
+    """
+    length = min(length, context)
+    if length < 2 or samples < 1:
+        raise UserError(f"Calibration wants at least 1 sample of at least 2 tokens, not {samples} of {length}.")
+    tokenizer = load_tokenizer(checkpoint)
+    texts = [text for source in sources for text in read_text(source)]
+    eos = tokenizer.eos_token_id
+    windows: dict[str, list[torch.Tensor]] = {}
+    for text in texts:
+        parts = [part for row in encode(tokenizer, text, vocabulary) for part in (row, *([torch.tensor([eos])] if eos is not None else []))]
+        stream = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        if len(stream) < length:
+            raise UserError(f"The text {text.domain!r} has {len(stream)} tokens, fewer than one sample of {length}; give more text or a smaller --length.")
+        windows.setdefault(text.domain, []).extend(stream[: len(stream) // length * length].view(-1, length))
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = {domain: [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()] for domain, rows in windows.items()}
+    chosen: list[tuple[str, torch.Tensor]] = []
+    while len(chosen) < samples and any(shuffled.values()):
+        for domain, rows in shuffled.items():
+            if rows and len(chosen) < samples:
+                chosen.append((domain, rows.pop()))
+    samples_NL = torch.stack([row for _, row in chosen])
+    digest = hashlib.sha256(samples_NL.numpy().tobytes()).hexdigest()[:32]
+    return Calibration(samples_NL, tuple(domain for domain, _ in chosen), digest)

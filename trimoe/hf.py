@@ -1,0 +1,179 @@
+"""Everything trimoe uses of transformers' internals, in one place. Works with transformers 5.21 to 5.23 (tested at both ends)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import LoadStateDictConfig
+
+from trimoe import modeling_trimoe
+from trimoe.errors import UserError
+
+# The names under which configurations keep the number of routed experts and of experts per token.
+COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration object; code inside the folder is never run."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {reason}") from None
+
+
+def canonical(config: PreTrainedConfig, names: tuple[str, ...]) -> str | None:
+    """The field of this configuration class that really holds one of `names`."""
+    for name in names:
+        real = type(config).attribute_map.get(name, name)
+        if isinstance(getattr(config, real, None), int):
+            return real
+    return None
+
+
+def spellings(config: PreTrainedConfig, field: str) -> list[str]:
+    """`field` and every alias of it."""
+    return [field, *(alias for alias, real in type(config).attribute_map.items() if real == field)]
+
+
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    mapping = AutoModelForCausalLM._model_mapping
+    return modeling_trimoe.stock_class(config) if type(config) in mapping else None
+
+
+def build_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers real (rope tables and the like). Honours `moe_compression`."""
+    stock = modeling_trimoe.stock_class(config)
+    wanted = modeling_trimoe.native_class(stock) if getattr(config, modeling_trimoe.KEY, None) else stock
+    config = copy.deepcopy(config)
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return wanted._from_config(config, dtype=dtype).eval()
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """(dotted name, list) of the decoder layers: the longest module list whose members are marked as not to be split."""
+    marked = set(model._no_split_modules or ())
+    lists = [
+        (name, module) for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(type(layer).__name__ in marked for layer in module)
+    ]  # fmt: skip
+    if not lists:
+        raise UserError(f"No list of decoder layers was found in {type(model).__name__}.")
+    return max(lists, key=lambda pair: len(pair[1]))
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether the module is dispatched through transformers' experts interface and describes its own layout."""
+    return all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed")) and hasattr(module, "_apply_gate")
+
+
+@dataclass
+class Conversion:
+    """How this checkpoint's keys map to this model's parameters, both ways, as found by a weightless trial load."""
+
+    used: list[Any]
+    source_of: dict[str, list[str]]  # parameter -> checkpoint keys that make it
+    missing: set[str]
+    unexpected: set[str]
+    mismatched: list[Any]
+
+
+def trial_load(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Conversion:
+    """Load `tensors` (meta tensors, from headers) into a throw-away skeleton: every name and shape is checked, no byte is read."""
+    model = build_meta(config, dtype).to("meta")
+    info = _load(model, tensors, torch.device("meta"), dtype)
+    tied = {alias for alias in (getattr(model, "all_tied_weights_keys", None) or {})}
+    ignorable = model._keys_to_ignore_on_load_unexpected or ()
+    missing = {key for key in info.missing_keys if key not in tied}
+    if info.conversion_errors:
+        raise UserError(f"The checkpoint's tensors do not fit together: {next(iter(info.conversion_errors.values()))!s:.300}")
+    used = list(model._weight_conversions)
+    source_of = _sources(model, tensors)
+    import re
+
+    unexpected = {key for key in info.unexpected_keys if not any(re.search(pattern, key) for pattern in ignorable)}
+    return Conversion(used, source_of, missing, unexpected, sorted(info.mismatched_keys, key=str))
+
+
+def _sources(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, list[str]] = {}
+    for key in tensors:
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, _ = rename_source_key(key, [], [], model.base_model_prefix, state)
+        found.setdefault(name, []).append(key)
+    return found
+
+
+def _load(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype):
+    config = LoadStateDictConfig(
+        device_map={"": device}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=get_model_conversion_mapping(model)
+    )
+    with _quiet_progress():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    return info
+
+
+def load_into(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Put checkpoint tensors into the model's parameters by transformers' own renames and fusions."""
+    info = _load(model, tensors, device, dtype)
+    assert not info.unexpected_keys and not info.mismatched_keys and not info.conversion_errors, info
+
+
+def to_disk_format(model: PreTrainedModel, state: Mapping[str, torch.Tensor], conversion: Conversion) -> dict[str, torch.Tensor]:
+    """Module-format tensors (full names) in the key format that the checkpoint was found in."""
+    model._weight_conversions = list(conversion.used)
+    return revert_weight_conversion(model, dict(state))
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
+
+
+def register_experts(name: str, function: Callable[..., torch.Tensor]) -> None:
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+@contextmanager
+def experts_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Route every decorated experts module of `model` through the registered function `name`."""
+    configs = {id(m.config): m.config for m in model.modules() if is_decorated(m)}
+    before = {key: config._experts_implementation_internal for key, config in configs.items()}
+    for config in configs.values():
+        config._experts_implementation_internal = name
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation_internal = before[key]

@@ -1,0 +1,207 @@
+"""Loads checkpoints whose MoE layers have different numbers of experts or low-rank (factored) experts. Made by trimoe.
+
+This one file needs torch and transformers only; a copy of it lies in every such checkpoint, so that
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+works without trimoe. `config.moe_compression` says which layers differ from the stock architecture, and how:
+
+    {"version": 1, "block": "mlp", "experts": "experts", "count_field": "num_local_experts",
+     "layers": {"3": {"num_experts": 5},
+                "4": {"num_experts": 5, "in_ranks": [16, 24, ...], "out_ranks": [16, 24, ...]}}}
+
+Letters: T tokens, k experts per token, E experts, H hidden size, I expert width, O the width of the first projection (2I if gated).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import _grouped_linear
+
+# transformers looks for the text "@use_experts_implementation" in a model's source before it lets the implementation be chosen.
+
+KEY = "moe_compression"
+
+
+class FactoredExperts(nn.Module):
+    """Experts whose two projections are products of two factors, each expert with a rank of its own, stored without padding.
+
+    Expert e computes  down(gate(x V_in^T U_in)) with V_in [r_e, H] and U_in [r_e, O]  (gate and up stacked, one input factor), and
+    likewise V_out [s_e, I], U_out [s_e, H]; the factors of all experts lie one after the other along the rank axis.
+
+    The two one-expert buffers under the stock parameters' names are the guard: stock code that would otherwise load this checkpoint
+    with randomly initialised experts meets a shape that it rejects.
+    """
+
+    def __init__(self, experts: nn.Module, in_ranks: list[int], out_ranks: list[int]):
+        super().__init__()
+        for name, value in vars(experts).items():
+            if not name.startswith("_"):
+                setattr(self, name, value)
+        for name, child in experts.named_children():
+            setattr(self, name, child)
+        self.source_class = type(experts)
+        self.in_ranks, self.out_ranks = list(in_ranks), list(out_ranks)
+        self.num_experts = len(in_ranks)
+        up, down = first_projection(experts), experts.down_proj
+        hidden, width = (down.shape[-1], down.shape[-2]) if experts.is_transposed else (down.shape[-2], down.shape[-1])
+        first = up.shape[-1] if experts.is_transposed else up.shape[-2]
+        like = {"device": up.device, "dtype": up.dtype}
+        self.in_v = nn.Parameter(torch.empty(sum(in_ranks), hidden, **like))
+        self.in_u = nn.Parameter(torch.empty(sum(in_ranks), first, **like))
+        self.out_v = nn.Parameter(torch.empty(sum(out_ranks), width, **like))
+        self.out_u = nn.Parameter(torch.empty(sum(out_ranks), hidden, **like))
+        if experts.has_bias:
+            for name, bias in experts.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    self.register_parameter(name, bias)
+        guard = "gate_up_proj" if experts.has_gate else "up_proj"
+        self.register_buffer(guard, torch.zeros(1, 2 if experts.has_gate else 1, 1, **like))
+        self.register_buffer("down_proj", torch.zeros(1, 1, 1, **like))
+
+    def activate(self, first_SO: torch.Tensor) -> torch.Tensor:
+        return self.source_class._apply_gate(self, first_SO) if self.has_gate else self.act_fn(first_SO)
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        top_k = top_k_index.shape[-1]
+        expert_S, order_S = torch.sort(top_k_index.reshape(-1), stable=True)
+        x_SH = hidden_states[order_S // top_k]
+        ends_E = torch.bincount(expert_S, minlength=self.num_experts).cumsum(0)
+        one_rank = len({*self.in_ranks}) == 1 and len({*self.out_ranks}) == 1
+        if one_rank and x_SH.is_cuda:
+            y_SH = self._grouped(x_SH, expert_S, ends_E.int())
+        else:
+            y_SH = self._looped(x_SH, ends_E.tolist())
+        weighted_SH = y_SH * top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
+        back_S = torch.empty_like(order_S)
+        back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+        return weighted_SH[back_S].view(-1, top_k, weighted_SH.shape[-1]).sum(1).to(hidden_states.dtype)
+
+    def _looped(self, x_SH: torch.Tensor, ends: list[int]) -> torch.Tensor:
+        """One expert after the other; needs the token counts on the host (one synchronisation a layer)."""
+        up_bias, down_bias = self._biases()
+        in_v, in_u = self.in_v.split(self.in_ranks), self.in_u.split(self.in_ranks)
+        out_v, out_u = self.out_v.split(self.out_ranks), self.out_u.split(self.out_ranks)
+        parts, start = [], 0
+        for expert, end in enumerate(ends):
+            if end > start:
+                first = F.linear(x_SH[start:end], in_v[expert]) @ in_u[expert]
+                h = self.activate(first if up_bias is None else first + up_bias[expert])
+                y = F.linear(h, out_v[expert]) @ out_u[expert]
+                parts.append(y if down_bias is None else y + down_bias[expert])
+            start = end
+        y_SH = torch.cat(parts)
+        return self.post_expert_norm(y_SH) if getattr(self, "has_post_expert_norm", False) else y_SH
+
+    def _grouped(self, x_SH: torch.Tensor, expert_S: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+        """Equal ranks on a GPU: grouped matrix products, nothing waits for the host."""
+        up_bias, down_bias = self._biases()
+        count = self.num_experts
+        first = _grouped_linear(x_SH, self.in_v.view(count, -1, self.in_v.shape[-1]), ends_E)
+        first = _grouped_linear(first, self.in_u.view(count, -1, self.in_u.shape[-1]), ends_E, is_transposed=True)
+        h = self.activate(first if up_bias is None else first + up_bias[expert_S])
+        y = _grouped_linear(h, self.out_v.view(count, -1, self.out_v.shape[-1]), ends_E)
+        y = _grouped_linear(y, self.out_u.view(count, -1, self.out_u.shape[-1]), ends_E, is_transposed=True)
+        y = y if down_bias is None else y + down_bias[expert_S]
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        up = getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
+        return up, getattr(self, "down_proj_bias", None)
+
+
+def first_projection(experts: nn.Module) -> torch.Tensor:
+    """The stacked weight of the first projection: gate and up together, or up alone."""
+    return experts.gate_up_proj if experts.has_gate else experts.up_proj
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    marked = set(model._no_split_modules or ())
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and all(type(n).__name__ in marked for n in m)]
+    return max(lists, key=len)
+
+
+def reshape(model: PreTrainedModel) -> None:
+    """Give a freshly built stock model (usually on the meta device) the shapes that its `config.moe_compression` describes."""
+    spec, layers = getattr(model.config, KEY), decoder_layers(model)
+    donors: dict[int, nn.ModuleList] = {}
+    for index, entry in spec["layers"].items():
+        layer = layers[int(index)]
+        count = entry.get("num_experts")
+        if count is not None:
+            if count not in donors:
+                donors[count] = _donor_layers(model, spec["count_field"], count)
+            block = donors[count][int(index)].get_submodule(spec["block"])
+            _adopt(model, layer, spec["block"], block)
+        if "in_ranks" in entry:
+            block = layer.get_submodule(spec["block"])
+            experts = getattr(block, spec["experts"])
+            setattr(block, spec["experts"], FactoredExperts(experts, entry["in_ranks"], entry["out_ranks"]))
+
+
+def _donor_layers(model: PreTrainedModel, count_field: str, count: int) -> nn.ModuleList:
+    """The decoder layers of the same architecture with `count` experts everywhere: every shape follows without knowing any class."""
+    config = copy.deepcopy(model.config)
+    delattr(config, KEY)
+    setattr(config.get_text_config(), count_field, count)
+    with torch.device("meta"):
+        return decoder_layers(stock_class(config)(config))
+
+
+def _adopt(model: PreTrainedModel, layer: nn.Module, name: str, block: nn.Module) -> None:
+    old = layer.get_submodule(name)
+    text_config = model.config.get_text_config()
+    for module in block.modules():  # the implementation of attention and experts follows the model's own configuration
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = text_config
+    device = next(old.parameters()).device
+    if device.type != "meta":
+        block.to_empty(device=device)
+        for module in block.modules():
+            model._init_weights(module)
+    parent, _, leaf = name.rpartition(".")
+    setattr(layer.get_submodule(parent), leaf, block)
+
+
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model class that transformers itself has for this configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return getattr(importlib.import_module("transformers"), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+
+
+_native: dict[type, type[PreTrainedModel]] = {}
+
+
+def native_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`stock` under its own name, reshaped after construction when the configuration asks for it; else unchanged."""
+    if stock not in _native:
+
+        def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            stock.__init__(self, config, *args, **kwargs)
+            if getattr(config, KEY, None):
+                reshape(self)
+                self.post_init()
+
+        _native[stock] = type(
+            stock.__name__,
+            (stock,),
+            {"__init__": __init__, "__module__": __name__, "__doc__": stock.__doc__, "_auto_class": "AutoModelForCausalLM",
+             "_can_set_experts_implementation_cached_value": True, "_can_set_attn_implementation_cached_value": True},
+        )  # fmt: skip
+    return _native[stock]
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """`auto_map` names the stock class: `modeling_trimoe.MixtralForCausalLM` is made when it is asked for."""
+    stock = None if name.startswith("_") else getattr(importlib.import_module("transformers"), name, None)
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        return native_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,303 @@
+"""The model on paper: decoder layers, MoE blocks, routers and experts, found by structure. No weight is read.
+
+Which tensors have an expert axis is found by building the architecture twice, with E and with 2E experts, and comparing shapes. What
+the router computes is found by running it on random numbers (routing.py). Class names and model types are never asked.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from trimoe import hf, modeling_trimoe, routing
+from trimoe.checkpoint import DTYPES, Checkpoint
+from trimoe.errors import UserError
+from trimoe.routing import RoutingRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One MoE block. Paths in `expert_axes` are relative to the block; `H` hidden size, `I` expert width, `O` first projection's width."""
+
+    layer: int
+    block: str
+    router: str
+    experts: str
+    num_experts: int
+    hidden: int
+    width: int
+    first: int
+    expert_axes: dict[str, int]
+    count_attributes: tuple[tuple[str, str], ...]
+    bias: str | None
+    rule: RoutingRule
+    factored: bool = False
+
+    def expert_paths(self) -> list[str]:
+        """The tensors of the experts proper, biases included."""
+        return [path for path in self.expert_axes if path.startswith(self.experts + ".")]
+
+    def router_paths(self) -> list[str]:
+        """Every other tensor with an expert axis: router rows, correction biases."""
+        return [path for path in self.expert_axes if not path.startswith(self.experts + ".")]
+
+    def block_of(self, layer: nn.Module) -> nn.Module:
+        return layer.get_submodule(self.block)
+
+    def router_of(self, layer: nn.Module) -> nn.Module:
+        return self.block_of(layer).get_submodule(self.router)
+
+    def experts_of(self, layer: nn.Module) -> nn.Module:
+        return self.block_of(layer).get_submodule(self.experts)
+
+    def bias_of(self, layer: nn.Module) -> torch.Tensor | None:
+        return tensor_at(self.block_of(layer), self.bias).reshape(-1).float() if self.bias else None
+
+
+def tensor_at(module: nn.Module, path: str) -> torch.Tensor:
+    parent, _, leaf = path.rpartition(".")
+    return getattr(module.get_submodule(parent), leaf)
+
+
+@torch.no_grad()
+def keep_experts(block: nn.Module, site: Site, keep: tuple[int, ...]) -> None:
+    """Delete all experts but `keep` from a block in place: weights, biases, router rows, correction biases and counts."""
+    index = torch.tensor(keep)
+    for path, axis in site.expert_axes.items():
+        parent, _, leaf = path.rpartition(".")
+        owner, tensor = block.get_submodule(parent), tensor_at(block, path)
+        kept = tensor.index_select(axis, index.to(tensor.device))
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+        else:
+            owner._buffers[leaf] = kept
+    for path, attribute in site.count_attributes:
+        owner = block.get_submodule(path)
+        setattr(owner, attribute, getattr(owner, attribute) * len(keep) // site.num_experts)
+
+
+class Skeleton:
+    """A checkpoint's architecture with its parameters on the meta device."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.config = hf.load_config(checkpoint.folder)
+        self.spec = getattr(self.config, modeling_trimoe.KEY, None)
+        self._refuse_what_cannot_be_built()
+        self.model = hf.build_meta(self.config, dtype)
+        self.prefix, self.layers = hf.decoder_layers(self.model)
+        meta = {key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in checkpoint.tensors.items()}
+        self.conversion = hf.trial_load(self.config, meta, dtype)
+        self._refuse_what_does_not_fit()
+        self.sites = {site.layer: site for site in self._find_sites()}
+
+    @classmethod
+    def of(cls, model: str | Checkpoint, dtype: torch.dtype = torch.float32, *, weights: bool = True) -> Skeleton:
+        return cls(model if isinstance(model, Checkpoint) else Checkpoint.open(model, weights=weights), dtype)
+
+    # ---- structure
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.name
+
+    @cached_property
+    def count_field(self) -> str:
+        field = hf.canonical(self.config.get_text_config(), hf.COUNT_NAMES)
+        if field is None:
+            raise UserError(f"{self.name} ({self.config.model_type}) is not a Mixture-of-Experts model: its config.json counts no experts.")
+        return field
+
+    @property
+    def num_experts(self) -> int:
+        return getattr(self.config.get_text_config(), self.count_field)
+
+    @property
+    def context(self) -> int:
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+
+    def layer_name(self, index: int) -> str:
+        return f"{self.prefix}.{index}"
+
+    @cached_property
+    def keys_by_layer(self) -> list[list[str]]:
+        """Checkpoint keys of each decoder layer, in the checkpoint's order."""
+        groups: list[list[str]] = [[] for _ in self.layers]
+        for name, keys in self.conversion.source_of.items():
+            if name.startswith(self.prefix + "."):
+                index = name[len(self.prefix) + 1 :].partition(".")[0]
+                if index.isdigit() and int(index) < len(groups):
+                    groups[int(index)] += keys
+        return [sorted(group, key=self._order.__getitem__) for group in groups]
+
+    @cached_property
+    def outer_keys(self) -> list[str]:
+        """Checkpoint keys outside the decoder layers that the model uses: embeddings, final norm, head."""
+        inside = {key for group in self.keys_by_layer for key in group}
+        names = set(self.model.state_dict())
+        used = {key for name, keys in self.conversion.source_of.items() if name in names for key in keys}
+        return [key for key in self.checkpoint.tensors if key in used and key not in inside]
+
+    @cached_property
+    def ignored_keys(self) -> list[str]:
+        """Tensors that transformers declares it does not use (multi-token prediction layers and the like); they are not carried over."""
+        used = {key for group in self.keys_by_layer for key in group} | set(self.outer_keys)
+        return [key for key in self.checkpoint.tensors if key not in used]
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {key: place for place, key in enumerate(self.checkpoint.tensors)}
+
+    def source_keys(self, parameter: str) -> list[str]:
+        """The checkpoint keys that make one parameter (full name)."""
+        return self.conversion.source_of.get(parameter, [])
+
+    # ---- refusals
+
+    def _refuse_what_cannot_be_built(self) -> None:
+        name, kind = self.name, self.config.model_type
+        if hf.causal_lm_class(self.config) is None:
+            raise UserError(f"{name} ({kind}) is not a decoder-only language model that transformers' AutoModelForCausalLM knows.")
+        if getattr(self.config, "quantization_config", None):
+            method = self.checkpoint.config.get("quantization_config", {}).get("quant_method", "?")
+            raise UserError(f"{name} is already quantised ({method}); give the bf16, fp16 or fp32 checkpoint it was made from.")
+        layers = getattr(self.config.get_text_config(), "num_hidden_layers", None)
+        if not isinstance(layers, int) or not 1 <= layers <= 1000:
+            raise UserError(f"{name}: config.json says num_hidden_layers = {layers!r}; 1 to 1000 is allowed.")
+        if not 2 <= self.num_experts <= 4096:
+            raise UserError(f"{name} is not a Mixture-of-Experts model: {self.count_field} = {self.num_experts} (2 to 4096 is allowed).")
+
+    def _refuse_what_does_not_fit(self) -> None:
+        found = self.conversion
+        if found.mismatched:
+            raise UserError(f"{self.name}: a tensor's shape does not fit config.json: {found.mismatched[0]}.")
+        for what, names in (("lacks", found.missing), ("has tensors that the architecture does not use:", found.unexpected)):
+            if names:
+                raise UserError(f"{self.name} {what} {sorted(names)[0]!r} ({len(names)} such); it is damaged or not a {self.config.model_type}.")
+
+    # ---- sites
+
+    def _find_sites(self) -> Iterator[Site]:
+        plain = copy.deepcopy(self.config)
+        if self.spec:
+            delattr(plain, modeling_trimoe.KEY)
+        doubled = copy.deepcopy(plain)
+        setattr(doubled.get_text_config(), self.count_field, 2 * self.num_experts)
+        once = hf.decoder_layers(hf.build_meta(plain, self.dtype))[1] if self.spec else self.layers
+        twice = hf.decoder_layers(hf.build_meta(doubled, self.dtype))[1]
+        rules: dict[type, RoutingRule] = {}
+        for index, (layer, bigger) in enumerate(zip(once, twice, strict=True)):
+            axes = _grown(layer, bigger)
+            if axes:
+                yield self._site(index, layer, bigger, axes, rules)
+
+    def _site(self, index: int, layer: nn.Module, bigger: nn.Module, axes: dict[str, int], rules: dict[type, RoutingRule]) -> Site:
+        where = f"{self.name} ({self.config.model_type}), layer {index}"
+        found = [path for path, module in layer.named_modules() if hf.is_decorated(module)]
+        if len(found) != 1:
+            raise UserError(
+                f"{where}: its experts are not of the standard form that transformers dispatches (found {len(found)} such modules); "
+                "this architecture is not supported yet."
+            )
+        block_path, _, experts = found[0].rpartition(".")
+        block, inside = layer.get_submodule(block_path), block_path + "."
+        outside = [path for path in axes if not path.startswith(inside)]
+        if not block_path or outside:
+            raise UserError(f"{where}: {(outside or [found[0]])[0]} depends on the expert count outside the MoE block; not supported yet.")
+        axes = {path.removeprefix(inside): axis for path, axis in axes.items()}
+        routers = sorted({p.partition(".")[0] for p in axes if "." in p} - {experts})
+        if len(routers) != 1:
+            raise UserError(f"{where}: expected one router beside the experts, found {routers or 'none'}; not supported yet.")
+        module = block.get_submodule(experts)
+        down = module.down_proj
+        hidden, width = (down.shape[-1], down.shape[-2]) if module.is_transposed else (down.shape[-2], down.shape[-1])
+        first = modeling_trimoe.first_projection(module)
+        entry = (self.spec or {}).get("layers", {}).get(str(index), {})
+        biases = [p for p in axes if not p.startswith(experts + ".") and tensor_at(block, p).numel() == self.num_experts]
+        kind = type(block.get_submodule(routers[0]))
+        counts = tuple(_grown_counts(block, bigger.get_submodule(block_path)))
+        parts = dict(
+            layer=index, block=block_path, router=routers[0], experts=experts, hidden=hidden, width=width,
+            first=first.shape[-1] if module.is_transposed else first.shape[-2], expert_axes=axes, count_attributes=counts,
+            bias=biases[0] if biases else None, factored="in_ranks" in entry,
+        )  # fmt: skip
+        if kind not in rules:
+            rules[kind] = self._identify(where, block, Site(**parts, num_experts=self.num_experts, rule=None))  # type: ignore[arg-type]
+        parts["bias"] = parts["bias"] if rules[kind].biased_choice else None
+        return Site(**parts, num_experts=entry.get("num_experts", self.num_experts), rule=rules[kind])  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _identify(self, where: str, block: nn.Module, site: Site) -> RoutingRule:
+        """Give the real router random weights, run it, and find the formula that does the same (routing.identify)."""
+        text = self.config.get_text_config()
+        hints = {name: float(getattr(text, name, None) or 1) for name in ("n_group", "topk_group")}
+        hints["jitter"] = float(getattr(text, "router_jitter_noise", 0.0) or 0.0)
+        generator = torch.Generator().manual_seed(0)
+        shell = nn.Module()  # the block without its experts: router and block-level correction bias
+        router_paths = {path.partition(".")[0] for path in site.router_paths()}
+        shell.add_module(site.router, copy.deepcopy(block.get_submodule(site.router)).to_empty(device="cpu").float())
+        for path in router_paths - {site.router}:
+            shell.register_buffer(path, torch.empty(site.num_experts))
+        for tensor in (*shell.parameters(), *shell.buffers()):
+            spread = 2.0 / site.hidden**0.5 if tensor.dim() > 1 and min(tensor.shape) > 1 else 0.2
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+        x_TH = torch.randn(96, site.hidden, generator=generator)
+        groups, count = max(1, int(hints["n_group"])), site.num_experts
+        size, pruned = count // groups, []
+        light = Site(**{**site.__dict__, "expert_axes": {p: site.expert_axes[p] for p in site.router_paths()}, "count_attributes": ()})
+        try:
+            top_k = _call(shell, light)(x_TH)[2].shape[-1]
+            for left in {max(size - 1, 1), max(size * 3 // 4, 2)} - {size}:
+                if left * groups < max(top_k, 2 * groups):
+                    continue
+                chosen = [torch.randperm(size, generator=generator)[:left].sort()[0] + g * size for g in range(groups)]
+                keep = tuple(torch.cat(chosen).tolist())
+                smaller = copy.deepcopy(shell)
+                counts = tuple((p, a) for p, a in site.count_attributes if p.partition(".")[0] == site.router)
+                keep_experts(smaller, Site(**{**light.__dict__, "count_attributes": counts}), keep)
+                mask = torch.zeros(count, dtype=torch.bool)
+                mask[list(keep)] = True
+                pruned.append((mask, _call(smaller, light)))
+            bias = tensor_at(shell, site.bias).reshape(-1) if site.bias else None
+            rule = routing.identify(_call(shell, light), pruned, x_TH, bias, hints)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            raise UserError(f"{where}: its router cannot be run by itself ({str(error)[:150]}); not supported yet.") from None
+        if rule is None:
+            raise UserError(f"{where}: none of the known routing rules reproduces what its router computes; not supported yet.")
+        return rule
+
+
+def _call(shell: nn.Module, site: Site) -> routing.Router:
+    """The router as a function of hidden states; a correction bias that the block passes in is passed in."""
+    router = shell.get_submodule(site.router)
+    needed = [p for p in inspect.signature(router.forward).parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    if len(needed) == 1:
+        return router
+    if len(needed) == 2 and site.bias and "." not in site.bias:
+        return lambda x_TH: router(x_TH, tensor_at(shell, site.bias))  # type: ignore[arg-type]
+    raise TypeError(f"it wants {', '.join(p.name for p in needed)}")
+
+
+def _grown(layer: nn.Module, bigger: nn.Module) -> dict[str, int]:
+    """Path -> axis of every parameter and persistent buffer that is twice as long in `bigger`."""
+    small, large, axes = layer.state_dict(), bigger.state_dict(), {}
+    for path, tensor in small.items():
+        longer = [axis for axis, (a, b) in enumerate(zip(tensor.shape, large[path].shape, strict=True)) if a != b]
+        if longer:
+            axes[path] = longer[0]
+    return axes
+
+
+def _grown_counts(block: nn.Module, bigger: nn.Module) -> Iterator[tuple[str, str]]:
+    """(module path, attribute) of every plain integer that doubles with the number of experts."""
+    others = dict(bigger.named_modules())
+    for path, module in block.named_modules():
+        for name, value in vars(module).items():
+            if type(value) is int and value > 0 and vars(others[path]).get(name) == 2 * value:
+                yield path, name

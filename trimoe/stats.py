@@ -1,0 +1,129 @@
+"""What one pass over calibration text leaves behind for each MoE layer: sums, so that batches and processes merge by adding.
+
+Letters: T tokens, E experts, k chosen, H hidden size, I expert width. g is the weight that really multiplies an expert's output,
+y the output before it; only routed tokens count, except in the search tokens' Gram.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from trimoe.errors import UserError
+from trimoe.routing import RoutingRule
+
+FORMAT = "trimoe-stats-1"
+MAXIMA = frozenset({"max_abs_E"})
+SEARCH = ("logits_TE", "order_TM", "gram_TMM")
+
+
+@dataclass(eq=False)
+class LayerStats:
+    """Statistics of one MoE layer. `sums` holds float64 (second moments float32) tensors by name:
+
+    routing     tokens, count_E, gate_sum_E (sum of g), coactivation_EE (how often two experts share a token)
+    outputs     norm_sum_E (sum ||y||), gate_norm_sum_E (sum g||y||), gate_norm_sq_E (sum (g||y||)^2), max_abs_E (largest |y|),
+                mean_output_EH (sum of y), energy_EE (sum g g' <y, y'>; its total is ||F(X)||^2)
+    channels    x_sq_EH, gx_sq_EH, h_sq_EI, gh_sq_EI: per-channel sums of squares of both expert inputs, plain and weighted by g
+    cosines     sublayer_cosine, output_cosine, block_cosine: sums over tokens of cos(x, x+MoE), cos(x, MoE), cos(block in, block out)
+    moments     x_moment_EHH, h_moment_EII: sums of x x^T and h h^T
+    and for the search tokens (subsampled, seeded): logits_TE, order_TM (each token's M best experts), gram_TMM (<y_a, y_b> among them).
+    """
+
+    layer: int
+    rule: RoutingRule
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    search: dict[str, torch.Tensor] = field(default_factory=dict)
+    bias_E: torch.Tensor | None = None
+
+    def add(self, name: str, value: torch.Tensor | float) -> None:
+        """Add one batch's sum (or take the maximum, for maxima), in float64."""
+        value = torch.as_tensor(value)
+        value = value if value.dim() == 3 else value.double()
+        if name not in self.sums:
+            self.sums[name] = value.clone()
+        elif name in MAXIMA:
+            torch.maximum(self.sums[name], value, out=self.sums[name])
+        else:
+            self.sums[name] += value
+
+    def add_search(self, **tensors: torch.Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.search[name] = torch.cat([self.search[name], tensor]) if name in self.search else tensor
+
+    def merge(self, other: LayerStats) -> None:
+        """Take in the statistics of other tokens of the same layer."""
+        for name, value in other.sums.items():
+            self.add(name, value)
+        self.add_search(**other.search)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.sums[name]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.sums["count_E"])
+
+    @property
+    def output_norm(self) -> float:
+        """||F(X)||_F over all calibration tokens."""
+        return float(self.sums["energy_EE"].sum().clamp_min(0).sqrt())
+
+
+@dataclass(eq=False)
+class Stats:
+    """All MoE layers of one model over one calibration set; `about` says which (fingerprints, samples, length, seed)."""
+
+    about: dict[str, Any]
+    layers: dict[int, LayerStats] = field(default_factory=dict)
+
+    def merge(self, other: Stats) -> None:
+        for index, layer in other.layers.items():
+            if index in self.layers:
+                self.layers[index].merge(layer)
+            else:
+                self.layers[index] = layer
+
+    def save(self, path: Path) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        rules: dict[str, Any] = {}
+        for index, layer in self.layers.items():
+            named: dict[str, torch.Tensor] = {**layer.sums, **layer.search}
+            if layer.bias_E is not None:
+                named["bias_E"] = layer.bias_E
+            tensors |= {f"{index}.{name}": tensor.cpu().contiguous() for name, tensor in named.items()}
+            rules[str(index)] = layer.rule.__dict__
+        head = {"format": FORMAT, "about": json.dumps(self.about), "rules": json.dumps(rules)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".part")
+        save_file(tensors, aside, metadata=head)
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Stats:
+        try:
+            with safe_open(path, "pt") as file:
+                head: Mapping[str, str] = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is not a statistics file that can be read ({str(error)[:100]}).") from None
+        if head.get("format") != FORMAT:
+            raise UserError(f"{path} is not a statistics file of this version of trimoe (format {head.get('format')!r}, wanted {FORMAT!r}).")
+        stats = cls(json.loads(head["about"]))
+        for index, rule in json.loads(head["rules"]).items():
+            stats.layers[int(index)] = LayerStats(int(index), RoutingRule(**rule))
+        for key, tensor in tensors.items():
+            index, _, name = key.partition(".")
+            layer = stats.layers[int(index)]
+            if name == "bias_E":
+                layer.bias_E = tensor
+            else:
+                (layer.search if name in SEARCH else layer.sums)[name] = tensor
+        return stats

@@ -1,0 +1,158 @@
+"""The layer walk, written once: any model, one decoder layer in memory at a time.
+
+Weights come from the checkpoint through transformers' own loader; masks, rope tables and everything else a layer is called with come
+from one weightless pass in which every decoder layer is a probe that returns its input. Peak memory is one layer (twice while it is
+being fused) plus the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimoe import hf
+from trimoe.skeleton import Skeleton
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, after the hidden states
+
+
+class _Stand(nn.Module):
+    """Takes a decoder layer's place: records the call, answers with its input or with a given tensor."""
+
+    def __init__(self, layer: nn.Module, answer: torch.Tensor | None = None):
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)  # attribute_type and the like are read off the layer by some models
+        self.answer, self.seen, self.call = answer, None, ((), {})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.seen, self.call = hidden_states, (args, kwargs)
+        return hidden_states if self.answer is None else self.answer
+
+
+class LayerWalk:
+    """Runs token batches through a checkpoint, layer by layer.
+
+    `batches` are int64 [B, L] without padding. `hidden[b]` holds each batch's current hidden states [B, L, H] in `dtype`.
+    """
+
+    def __init__(self, skeleton: Skeleton, batches: Sequence[torch.Tensor], *, device: str | torch.device = "cpu"):
+        self.skeleton, self.model, self.device = skeleton, skeleton.model, torch.device(device)
+        self.batches = [batch.to(self.device) for batch in batches]
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != self.device and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+        self.calls: list[list[Call]] = []
+        self.hidden: list[torch.Tensor] = []
+        with self._outer(), torch.no_grad():
+            for batch in self.batches:
+                first, calls = self._capture(batch)
+                self.hidden.append(first)
+                self.calls.append(self.calls[0] if self.calls and _same(calls, self.calls[0]) else calls)
+
+    # ---- weights in, weights out
+
+    @contextmanager
+    def _outer(self) -> Iterator[None]:
+        """Embeddings, final norm and head in memory."""
+        checkpoint = self.skeleton.checkpoint
+        self._put({key: checkpoint.read(key) for key in self.skeleton.outer_keys})
+        self.model.tie_weights()
+        try:
+            yield
+        finally:
+            _to_meta(self.model)
+
+    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
+        hf.load_into(self.model, tensors, self.device, self.skeleton.dtype)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights; a copy that may be changed freely and is gone afterwards."""
+        layers, pristine = self.skeleton.layers, self.skeleton.layers[index]
+        layers[index] = deepcopy(pristine)
+        try:
+            keys = self.skeleton.keys_by_layer[index]
+            self._put({key: self.skeleton.checkpoint.read(key) for key in keys})
+            yield layers[index]
+        finally:
+            layers[index] = pristine
+
+    # ---- calls
+
+    def _capture(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+        with self._stands([_Stand(layer) for layer in self.skeleton.layers]) as stands:
+            self.model(input_ids=batch, use_cache=False, logits_to_keep=1)
+        return stands[0].seen, [stand.call for stand in stands]
+
+    @contextmanager
+    def _stands(self, stands: list[_Stand]) -> Iterator[list[_Stand]]:
+        layers = self.skeleton.layers
+        real = list(layers)
+        for index, stand in enumerate(stands):
+            layers[index] = stand
+        try:
+            yield stands
+        finally:
+            for index, layer in enumerate(real):
+                layers[index] = layer
+
+    @torch.no_grad()
+    def step(self, index: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> torch.Tensor:
+        """One batch's hidden states through one layer, called as the stock model calls it."""
+        args, kwargs = self.calls[batch][index]
+        out = layer(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, index: int, layer: nn.Module) -> None:
+        """All batches through one layer."""
+        for batch in range(len(self.batches)):
+            self.hidden[batch] = self.step(index, layer, self.hidden[batch], batch)
+
+    def __len__(self) -> int:
+        return len(self.skeleton.layers)
+
+    # ---- the end of the model
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor, int], torch.Tensor]]:
+        """A function (hidden, batch index) -> logits [B, L, vocabulary]: the stock final norm, head and whatever scaling follows."""
+        last = len(self.skeleton.layers) - 1
+
+        @torch.no_grad()
+        def logits(hidden: torch.Tensor, batch: int) -> torch.Tensor:
+            stands = [_Stand(layer, hidden if index == last else None) for index, layer in enumerate(self.skeleton.layers)]
+            with self._stands(stands):
+                return self.model(input_ids=self.batches[batch], use_cache=False).logits
+
+        with self._outer():
+            yield logits
+
+
+def _to_meta(module: nn.Module) -> None:
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two batches' layer calls are equal, so that one copy serves both (without padding, masks depend on the length only)."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or a == b
