@@ -1,0 +1,20 @@
+"""trimoe makes Mixture-of-Experts language models smaller: checkpoint in, checkpoint out.
+
+    import trimoe                                   # AutoModelForCausalLM.from_pretrained(DIR) then opens native checkpoints, too
+    plan = trimoe.plan(model, recipe)               # sizes before and after; str(plan) is the table
+    result = trimoe.compress(model, recipe, out)    # .decisions .metrics .plan; also DIR/trimoe.json
+    model = trimoe.load(out)
+    trimoe.evaluate(out, against=model)
+"""
+
+from trimoe.compress import Result, compress, gather_statistics
+from trimoe.errors import UserError
+from trimoe.evaluate import evaluate
+from trimoe.inspection import inspect
+from trimoe.loading import load, register
+from trimoe.plan import Plan, plan
+from trimoe.version import VERSION as __version__
+
+__all__ = ["Plan", "Result", "UserError", "__version__", "compress", "evaluate", "gather_statistics", "inspect", "load", "plan", "register"]
+
+register()

@@ -1,9 +1,9 @@
-"""How many where: one total shared out over layers, experts and ranks.
+"""How many where: one total shared out over layers, experts and matrices.
 
-`counts` are experts a layer drops (MoE-I2, https://arxiv.org/abs/2411.01016, section 3.1); ranks are those of its
-section 3.2. Everything here is arithmetic on numbers already measured.
+The expert counts and ranks are those of MoE-I2 (https://arxiv.org/abs/2411.01016), which prints a formula for the
+ranks only. Everything here is arithmetic on numbers already measured.
 
-Shapes: E experts of a layer, L layers, B breakpoints.
+Shapes: L layers, E experts of a layer, N numbers of dropped experts, J matrices, K options of all groups together.
 """
 
 from __future__ import annotations
@@ -17,115 +17,103 @@ from scipy.optimize import Bounds, LinearConstraint, isotonic_regression, milp
 from scipy.sparse import csr_array
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
-ROUNDING = 1e-9  # shares this close to a whole number are that number
+DIGITS = 9  # remainders that agree to so many are equal
 
 
 def uniform_counts(sizes: Sequence[int], total: int, *, floors: Sequence[int], step: Sequence[int]) -> list[int]:
     """Drop the same fraction of every layer's experts, `total` in all.
 
     Layer i has `sizes[i]` experts, keeps at least `floors[i]`, and drops a multiple of `step[i]` (the number of its
-    router groups, else 1). Largest remainder decides who rounds up; ties go to the later layers, whose loss passes
-    through fewer layers. Raises ValueError where `total` cannot be met.
+    router groups, else 1). Largest remainder decides who rounds up; of equals the later layer, whose error passes
+    through fewer layers. Raises ValueError where no such counts exist.
     """
     caps_L = _caps(sizes, total, floors, step)
-    share_L = _fill(np.asarray(sizes, dtype=np.float64), np.zeros(len(sizes)), caps_L, total)
-    return _round_counts(share_L, caps_L, total, step)
+    share_L = _fill(np.array(sizes, dtype=np.float64), np.zeros(len(sizes)), caps_L, total)
+    return _whole_counts(share_L, caps_L, total, step)
 
 
 def importance_counts(
     importance: Sequence[float], sizes: Sequence[int], total: int, *, floors: Sequence[int], step: Sequence[int]
 ) -> list[int]:
-    """Drop in proportion to 1 / importance, so that important layers lose fewer; arguments as in `uniform_counts`.
+    """Drop experts in proportion to 1 / importance, so that important layers lose fewer; else as `uniform_counts`.
 
-    What a full layer cannot take goes to the others in the same proportion. Layers of no importance (zero or less)
-    are emptied to their floors before any other gives an expert, layers of infinite importance give theirs last.
+    What a layer at its floor cannot give, the others give in the same proportion. Layers of no importance (zero or
+    less) go down to their floors before any other gives an expert; layers of infinite importance give last.
     """
     caps_L = _caps(sizes, total, floors, step)
-    importance_L = np.asarray(importance, dtype=np.float64)
+    importance_L = np.array(importance, dtype=np.float64)
     if np.isnan(importance_L).any():
-        raise ValueError(f"The importance of layer {int(np.isnan(importance_L).argmax())} is NaN; it must be a number.")
-    with np.errstate(divide="ignore"):
+        raise ValueError(f"The importance of layer {int(np.isnan(importance_L).argmax())} is not a number.")
+    with np.errstate(divide="ignore", over="ignore"):
         weight_L = 1 / np.maximum(importance_L, 0)
-    share_L = np.zeros(len(sizes))
-    tiers = [
-        (np.isinf(weight_L), caps_L),
-        ((weight_L > 0) & np.isfinite(weight_L), weight_L),
-        (weight_L == 0, caps_L),
-    ]
-    left = float(total)
-    for member_L, by_L in tiers:
-        given = min(left, caps_L[member_L].sum())
-        share_L[member_L] = _fill(by_L[member_L], np.zeros(member_L.sum()), caps_L[member_L], given)
+    first_L, last_L = np.isinf(weight_L), weight_L == 0
+    share_L, left = np.zeros(len(sizes)), float(total)
+    for tier_L, by_L in ((first_L, caps_L), (~first_L & ~last_L, weight_L), (last_L, caps_L)):
+        given = min(left, caps_L[tier_L].sum())
+        share_L[tier_L] = _fill(by_L[tier_L], np.zeros(tier_L.sum()), caps_L[tier_L], given)
         left -= given
-    return _round_counts(share_L, caps_L, total, step)
+    return _whole_counts(share_L, caps_L, total, step)
 
 
 def optimal_counts(
     menus: Sequence[Mapping[int, float]], total: int, *, sensitivity: Sequence[float] | None = None
 ) -> list[int]:
-    """Minimise `sum_i sensitivity[i] * menus[i][n_i]**2` over counts with `sum_i n_i == total`, exactly.
+    """Minimise `sum_i sensitivity[i] * menus[i][n_i] ** 2` over counts with `sum_i n_i == total`.
 
-    `menus[i]` maps each offered number of dropped experts to the layer's (unsquared) loss. Solved by dynamic
-    programming over the running total: counts are small integers, so it is exact and takes about two seconds for 100
-    layers of 512 options, where a MILP has tolerances. Raises ValueError where no choice gives `total`.
+    `menus[i]` maps each offered number of dropped experts to the layer's loss (not squared; infinite: not offered).
+    Dynamic programming over the running total rather than an integer program: counts are small, so it is exact and
+    needs no tolerance; 100 layers of 512 options take seconds. Raises ValueError where no choice gives `total`.
     """
     weights = [1.0] * len(menus) if sensitivity is None else sensitivity
-    least_N = np.full(total + 1, np.inf)  # least loss of the layers so far by number of experts dropped
+    least_N = np.full(total + 1, np.inf)  # of the layers so far, by the number of experts they drop
     least_N[0] = 0.0
-    taken: list[Ints] = []
-    for menu, weight in zip(menus, weights, strict=True):
-        next_N = np.full(total + 1, np.inf)
-        taken_N = np.zeros(total + 1, dtype=np.int64)
-        for n in sorted((n for n in menu if n <= total), reverse=True):
-            loss_N = least_N[: total + 1 - n] + weight * menu[n] ** 2
-            better_N = loss_N < next_N[n:]
-            next_N[n:][better_N] = loss_N[better_N]
+    taken_LN = np.zeros((len(menus), total + 1), dtype=np.int64)
+    for menu, weight, taken_N in zip(menus, weights, taken_LN, strict=True):
+        before_N, least_N = least_N, np.full(total + 1, np.inf)
+        for n in sorted(menu, reverse=True):
+            loss_N = before_N[: max(total + 1 - n, 0)] + weight * menu[n] ** 2
+            better_N = loss_N < least_N[n:]
+            least_N[n:][better_N] = loss_N[better_N]
             taken_N[n:][better_N] = n
-        least_N = next_N
-        taken.append(taken_N)
     if not np.isfinite(least_N[total]):
-        raise ValueError(f"No choice of the offered counts drops exactly {total} experts over {len(menus)} layers.")
-    counts, left = [], total
-    for taken_N in reversed(taken):
-        counts.append(int(taken_N[left]))
-        left -= counts[-1]
+        raise ValueError(f"No choice of the offered counts of {len(menus)} layers drops {total} experts in all.")
+    counts = []
+    for taken_N in taken_LN[::-1]:
+        counts.append(int(taken_N[total]))
+        total -= counts[-1]
     return counts[::-1]
 
 
 def optimal_choice(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """The index of one option per group that minimises the summed loss within `budget`: multiple-choice knapsack.
+    """The index of one option per group that minimises the summed loss with summed costs (bytes) within `budget`.
 
-    For options whose costs (bytes) share no small unit; solved as an integer program. Raises ValueError where even the
-    cheapest options exceed the budget.
+    The multiple-choice knapsack for costs without a small common unit, by `scipy.optimize.milp`. Raises ValueError
+    where even the cheapest options exceed the budget.
     """
-    cheapest = [min(cost) for cost in costs]
-    spare = budget - sum(cheapest)
-    if spare < 0:
-        raise ValueError(f"The cheapest options cost {sum(cheapest)} together, more than the budget of {budget}.")
-    extra = np.array([c - low for cost, low in zip(costs, cheapest, strict=True) for c in cost], dtype=np.int64)
-    loss = np.concatenate([np.asarray(values, dtype=np.float64) - min(values) for values in losses])
-    group = np.repeat(np.arange(len(costs)), [len(cost) for cost in costs])
-    unit = int(np.gcd.reduce(extra)) or 1
-    one_each = csr_array((np.ones(len(group)), (group, np.arange(len(group)))))
-    # HiGHS stops within absolute tolerances of about 1e-6: whole units of cost and losses of about 1e4 put them far
-    # below any difference that matters.
+    cheapest = sum(min(cost) for cost in costs)
+    if cheapest > budget:
+        raise ValueError(f"The cheapest options cost {cheapest} together, more than the budget of {budget}.")
+    extra_K = np.array([c - min(cost) for cost in costs for c in cost], dtype=np.int64)
+    loss_K = np.array([value - min(loss) for loss in losses for value in loss], dtype=np.float64)
+    group_K = np.repeat(np.arange(len(costs)), [len(cost) for cost in costs])
+    one_each = csr_array((np.ones(len(group_K)), (group_K, np.arange(len(group_K)))))
+    # HiGHS is content within absolute tolerances of 1e-6: costs in whole units and losses up to 1e4 keep them harmless.
+    unit = max(int(np.gcd.reduce(extra_K)), 1)
     result = milp(
-        loss * (1e4 / (loss.max() or 1.0)),
-        integrality=np.ones(len(loss)),
+        loss_K * (1e4 / (loss_K.max() or 1.0)),
+        integrality=np.ones(len(loss_K)),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint((extra // unit)[None].astype(np.float64), -np.inf, spare // unit),
+            LinearConstraint((extra_K // unit)[None].astype(np.float64), -np.inf, (budget - cheapest) // unit),
         ],
         options={"mip_rel_gap": 0.0},
     )
     assert result.success, result.message
     chosen = np.flatnonzero(result.x > 0.5)
-    assert extra[chosen].sum() <= spare
-    starts = np.searchsorted(group, np.arange(len(costs)))
-    return [int(i) for i in chosen - starts]
+    assert extra_K[chosen].sum() <= budget - cheapest
+    return [int(i) for i in chosen - np.searchsorted(group_K, np.arange(len(costs)))]
 
 
 def importance_ranks(
@@ -137,49 +125,104 @@ def importance_ranks(
     cap: int,
     eps: float = 1e-8,
 ) -> list[int]:
-    """Ranks proportional to `(importance + eps)**alpha`, in multiples of `multiple`, from one multiple up to `cap`.
+    """Ranks in proportion to `(importance + eps) ** alpha`, from one `multiple` to `cap`, in multiples of `multiple`.
 
-    They sum to `average * E` rounded down to a multiple (or to all at `cap`): MoE-I2's formula floors every rank, and
-    the whole multiples lost by that go to the largest remainders, the first of equals.
+    They sum to `average * E` rounded down to a multiple, or are all `cap`. MoE-I2 floors every rank; what that loses
+    goes to the largest remainders, of equals to the first.
     """
-    weight_E = np.power(np.asarray(importance_E, dtype=np.float64) + eps, alpha)
-    if not np.isfinite(weight_E).all():
-        worst = int(np.argmin(np.isfinite(weight_E)))
-        raise ValueError(f"The importance of expert {worst} is {importance_E[worst]}; it must be finite and not negative.")
-    units, high = _rank_units(len(weight_E), average, multiple, cap)
-    low_E, high_E = np.ones(len(weight_E)), np.full(len(weight_E), float(high))
-    share_E = _fill(weight_E, low_E, high_E, units)
-    return [multiple * int(r) for r in _largest_remainder(share_E, units, np.ones(len(weight_E)), np.arange(len(weight_E)))]
+    importance_E = np.array(importance_E, dtype=np.float64)
+    if not (np.isfinite(importance_E) & (importance_E >= 0)).all():
+        raise ValueError(f"Importances must be finite and not negative, not {importance_E.tolist()}.")
+    ones_E = np.ones(len(importance_E))
+    units = _rank_units(len(importance_E), average, multiple, cap)
+    share_E = _fill((importance_E + eps) ** alpha, ones_E, ones_E * (cap // multiple), units)
+    whole_E = np.floor(share_E + 10.0**-DIGITS).astype(np.int64)
+    winners = np.argsort(-(share_E - whole_E).round(DIGITS), kind="stable")[: units - whole_E.sum()]
+    whole_E[winners] += 1
+    return [int(u) * multiple for u in whole_E]
 
 
 def uniform_ranks(num_experts: int, average: float, *, multiple: int = 8, cap: int) -> list[int]:
-    """Equal ranks with the sum of `importance_ranks`; the multiples left over go to the first experts."""
-    units, _ = _rank_units(num_experts, average, multiple, cap)
-    each, over = divmod(units, num_experts)
-    return [multiple * (each + (e < over)) for e in range(num_experts)]
+    """Equal ranks with the sum of `importance_ranks`; multiples left over go to the first experts."""
+    each, over = divmod(_rank_units(num_experts, average, multiple, cap), num_experts)
+    return [(each + (e < over)) * multiple for e in range(num_experts)]
 
 
 def optimal_ranks(tails: Sequence[Floats], units: int) -> list[int]:
     """Minimise `sum_j tails[j][u_j]` over whole `u_j >= 1` with `sum_j u_j == units`.
 
-    `tails[j][u]` is the loss of matrix j at `u` units of rank, u = 0 .. len - 1. For convex tails (singular values
-    are sorted, so theirs are) the largest gains anywhere are a prefix of every matrix's gains: one sort is the greedy
-    heap, and exact. Any other tail is taken as its lower convex hull, which is optimal only where no hull edge is split.
+    `tails[j][u]` is the loss of matrix j at u units of rank, u = 0 .. len - 1, decreasing. Where it is convex, as tails
+    of sorted singular values are, a matrix's best gains come first, so the best gains of all, found by one sort, are
+    the exact answer. Any other tail counts as its lower convex hull: exact unless the last units split a hull edge.
     """
     most = sum(len(tail) - 1 for tail in tails)
     if not len(tails) <= units <= most:
         raise ValueError(f"{len(tails)} matrices take {len(tails)} to {most} units of rank, not {units}.")
-    gains = [_hull_gains(np.asarray(tail, dtype=np.float64)[1:]) for tail in tails]
+    gains = [_hull_gains(np.asarray(tail)[1:]) for tail in tails]
     owner = np.repeat(np.arange(len(tails)), [len(gain) for gain in gains])
     best = np.argsort(-np.concatenate(gains), kind="stable")[: units - len(tails)]
-    return (1 + np.bincount(owner[best], minlength=len(tails))).tolist()
+    return [1 + int(u) for u in np.bincount(owner[best], minlength=len(tails))]
 
 
 def _hull_gains(tail: Floats) -> Floats:
-    """What each further unit gains on the lower convex hull: pooling adjacent violators of the gains' order is it."""
     gain = tail[:-1] - tail[1:]
     if (gain[1:] <= gain[:-1]).all():
         return gain
-    return isotonic_regression(gain, increasing=False).x
+    hull: Floats = isotonic_regression(gain, increasing=False).x  # pooling violators draws the hull's edges
+    return hull
 
 
+def _rank_units(num_experts: int, average: float, multiple: int, cap: int) -> int:
+    if cap < multiple or cap % multiple:
+        raise ValueError(f"The largest rank {cap} must be a positive multiple of {multiple}.")
+    if average < multiple:
+        raise ValueError(f"An average rank of {average} is below {multiple}, the smallest rank an expert can have.")
+    return min(math.floor(average * num_experts / multiple + 10.0**-DIGITS), num_experts * (cap // multiple))
+
+
+def _caps(sizes: Sequence[int], total: int, floors: Sequence[int], step: Sequence[int]) -> Floats:
+    """The most each layer can drop."""
+    caps = []
+    for layer, (size, floor, by) in enumerate(zip(sizes, floors, step, strict=True)):
+        if floor > size:
+            raise ValueError(f"Layer {layer} has {size} experts and cannot keep {floor}.")
+        caps.append((size - floor) // by * by)
+    if not 0 <= total <= sum(caps):
+        raise ValueError(f"Cannot drop {total} of {sum(sizes)} experts: from 0 to {sum(caps)} can go.")
+    return np.array(caps, dtype=np.float64)
+
+
+def _fill(weight: Floats, low: Floats, high: Floats, total: float) -> Floats:
+    """Shares proportional to the weights, held between low and high, that sum to the total."""
+    if not len(weight):
+        return weight
+    # The sum of clip(scale * weight) is piecewise linear in the scale, with these corners.
+    scales = np.unique(np.concatenate([low / weight, high / weight]))
+    sums = np.clip(scales[:, None] * weight, low, high).sum(1)
+    filled: Floats = np.clip(np.interp(total, sums, scales) * weight, low, high)
+    return filled
+
+
+def _whole_counts(share_L: Floats, caps_L: Floats, total: int, step: Sequence[int]) -> list[int]:
+    """Multiples of the steps nearest to the shares, by largest remainder, that sum to the total."""
+    step_L = np.array(step)
+    whole_L = (np.floor(share_L / step_L + 10.0**-DIGITS) * step_L).astype(np.int64)
+    left = total - int(whole_L.sum())
+    remainder_L = ((share_L - whole_L) / step_L).round(DIGITS)
+    for layer in np.lexsort((-np.arange(len(step_L)), -remainder_L)):
+        if step_L[layer] <= min(left, caps_L[layer] - whole_L[layer]):
+            whole_L[layer] += step_L[layer]
+            left -= int(step_L[layer])
+    if left == 0:
+        return [int(n) for n in whole_L]
+    # Only with different steps: the counts nearest in the squared sense, which is what largest remainder gives else.
+    menus = [
+        {n: abs(n - share) for n in range(0, int(cap) + 1, by)}
+        for share, cap, by in zip(share_L, caps_L, step, strict=True)
+    ]
+    try:
+        return optimal_counts(menus, total)
+    except ValueError as error:
+        raise ValueError(
+            f"Cannot drop exactly {total} experts where layers drop multiples of {sorted(set(step))}."
+        ) from error

@@ -8,7 +8,7 @@ works without trimoe. `config.moe_compression` says which layers differ from the
 
     {"version": 1, "block": "mlp", "experts": "experts", "count_field": "num_local_experts",
      "layers": {"3": {"num_experts": 5},
-                "4": {"num_experts": 5, "in_ranks": [16, 24, ...], "out_ranks": [16, 24, ...]}}}
+                "4": {"num_experts": 5, "in_ranks": [16, 24, ...], "out_ranks": [16, -1, ...]}}}   (-1: this matrix stays dense)
 
 Letters: T tokens, k experts per token, E experts, H hidden size, I expert width, O the width of the first projection (2I if gated).
 """
@@ -28,13 +28,15 @@ from transformers.integrations.moe import _grouped_linear
 # transformers looks for the text "@use_experts_implementation" in a model's source before it lets the implementation be chosen.
 
 KEY = "moe_compression"
+DENSE = -1  # in place of a rank: the matrix is not factored
 
 
 class FactoredExperts(nn.Module):
-    """Experts whose two projections are products of two factors, each expert with a rank of its own, stored without padding.
+    """Experts whose two projections are products of two factors, each matrix with a rank of its own, stored without padding.
 
     Expert e computes  down(gate(x V_in^T U_in)) with V_in [r_e, H] and U_in [r_e, O]  (gate and up stacked, one input factor), and
-    likewise V_out [s_e, I], U_out [s_e, H]; the factors of all experts lie one after the other along the rank axis.
+    likewise V_out [s_e, I], U_out [s_e, H]; the factors of all experts lie one after the other along the rank axis. Matrices that
+    stay dense lie in in_w [number, O, H] and out_w [number, H, I], in the order of their experts.
 
     The two one-expert buffers under the stock parameters' names are the guard: stock code that would otherwise load this checkpoint
     with randomly initialised experts meets a shape that it rejects.
@@ -52,12 +54,13 @@ class FactoredExperts(nn.Module):
         self.num_experts = len(in_ranks)
         up, down = first_projection(experts), experts.down_proj
         hidden, width = (down.shape[-1], down.shape[-2]) if experts.is_transposed else (down.shape[-2], down.shape[-1])
-        first = up.shape[-1] if experts.is_transposed else up.shape[-2]
+        first = self.first_width = up.shape[-1] if experts.is_transposed else up.shape[-2]
         like = {"device": up.device, "dtype": up.dtype}
-        self.in_v = nn.Parameter(torch.empty(sum(in_ranks), hidden, **like))
-        self.in_u = nn.Parameter(torch.empty(sum(in_ranks), first, **like))
-        self.out_v = nn.Parameter(torch.empty(sum(out_ranks), width, **like))
-        self.out_u = nn.Parameter(torch.empty(sum(out_ranks), hidden, **like))
+        for name, ranks, rows, columns in (("in", in_ranks, first, hidden), ("out", out_ranks, hidden, width)):
+            total, dense = sum(rank for rank in ranks if rank != DENSE), sum(rank == DENSE for rank in ranks)
+            self.register_parameter(f"{name}_v", nn.Parameter(torch.zeros(total, columns, **like)) if total else None)
+            self.register_parameter(f"{name}_u", nn.Parameter(torch.zeros(total, rows, **like)) if total else None)
+            self.register_parameter(f"{name}_w", nn.Parameter(torch.zeros(dense, rows, columns, **like)) if dense else None)
         if experts.has_bias:
             for name, bias in experts.named_parameters(recurse=False):
                 if name.endswith("_bias"):
@@ -69,12 +72,34 @@ class FactoredExperts(nn.Module):
     def activate(self, first_SO: torch.Tensor) -> torch.Tensor:
         return self.source_class._apply_gate(self, first_SO) if self.has_gate else self.act_fn(first_SO)
 
+    def matrix(self, name: str, expert: int) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """(V [r, in], U [r, out], None) or (None, None, W [out, in]) of one expert; all None for rank 0. `name` is "in" or "out"."""
+        ranks = self.in_ranks if name == "in" else self.out_ranks
+        rank = ranks[expert]
+        if rank == DENSE:
+            return None, None, getattr(self, f"{name}_w")[ranks[:expert].count(DENSE)]
+        if rank == 0:
+            return None, None, None
+        start = sum(r for r in ranks[:expert] if r != DENSE)
+        return getattr(self, f"{name}_v")[start : start + rank], getattr(self, f"{name}_u")[start : start + rank], None
+
+    @torch.no_grad()
+    def set_expert(self, expert: int, cut_in, cut_out) -> None:
+        """Fill in one expert; a cut has u_mr and v_rn, or the whole matrix."""
+        for name, cut in (("in", cut_in), ("out", cut_out)):
+            v, u, w = self.matrix(name, expert)
+            if w is not None:
+                w.copy_(cut.whole)
+            elif v is not None:
+                v.copy_(cut.v_rn)
+                u.copy_(cut.u_mr.mT)
+
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         top_k = top_k_index.shape[-1]
         expert_S, order_S = torch.sort(top_k_index.reshape(-1), stable=True)
         x_SH = hidden_states[order_S // top_k]
         ends_E = torch.bincount(expert_S, minlength=self.num_experts).cumsum(0)
-        one_rank = len({*self.in_ranks}) == 1 and len({*self.out_ranks}) == 1
+        one_rank = {*self.in_ranks}.union(self.out_ranks).isdisjoint({DENSE, 0}) and len({*self.in_ranks}) == len({*self.out_ranks}) == 1
         if one_rank and x_SH.is_cuda:
             y_SH = self._grouped(x_SH, expert_S, ends_E.int())
         else:
@@ -87,14 +112,12 @@ class FactoredExperts(nn.Module):
     def _looped(self, x_SH: torch.Tensor, ends: list[int]) -> torch.Tensor:
         """One expert after the other; needs the token counts on the host (one synchronisation a layer)."""
         up_bias, down_bias = self._biases()
-        in_v, in_u = self.in_v.split(self.in_ranks), self.in_u.split(self.in_ranks)
-        out_v, out_u = self.out_v.split(self.out_ranks), self.out_u.split(self.out_ranks)
-        parts, start = [], 0
+        parts, start = [x_SH.new_empty(0, x_SH.shape[-1])], 0
         for expert, end in enumerate(ends):
             if end > start:
-                first = F.linear(x_SH[start:end], in_v[expert]) @ in_u[expert]
+                first = _apply(x_SH[start:end], self.matrix("in", expert), self.first_width)
                 h = self.activate(first if up_bias is None else first + up_bias[expert])
-                y = F.linear(h, out_v[expert]) @ out_u[expert]
+                y = _apply(h, self.matrix("out", expert), x_SH.shape[-1])
                 parts.append(y if down_bias is None else y + down_bias[expert])
             start = end
         y_SH = torch.cat(parts)
@@ -115,6 +138,13 @@ class FactoredExperts(nn.Module):
     def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         up = getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
         return up, getattr(self, "down_proj_bias", None)
+
+
+def _apply(x: torch.Tensor, matrix: tuple, width: int) -> torch.Tensor:
+    v, u, w = matrix
+    if w is not None:
+        return F.linear(x, w)
+    return x.new_zeros(len(x), width) if v is None else F.linear(x, v) @ u
 
 
 def first_projection(experts: nn.Module) -> torch.Tensor:

@@ -67,7 +67,7 @@ hf.register_experts(NAME, observed_experts)
 class Observer:
     """Collects one layer's statistics into `stats`.
 
-    `needs`: any of routing and outputs (always), "channels", "cosines", "moments". `search_rows`: for each batch the rows (flattened
+    `needs`: "channels", "cosines" (routing and outputs always). `search_rows`: for each batch the rows (flattened
     token positions) whose full Gram is wanted, and `reach`: among how many of a token's best experts.
     """
 
@@ -99,23 +99,18 @@ class Observer:
         self.logits_TE = output[0].float()
 
     def see_expert(self, expert: int, x_SH: torch.Tensor, h_SI: torch.Tensor, gate_S: torch.Tensor) -> None:
-        if "channels" in self.needs or "moments" in self.needs:
-            x, h = x_SH.float(), h_SI.float()
-        if "channels" in self.needs:
-            for name, value in (("x", x), ("h", h)):
-                square = value.square()
-                width = "H" if name == "x" else "I"
-                self._at(f"{name}_sq_E{width}", expert, square.sum(0))
-                self._at(f"g{name}_sq_E{width}", expert, gate_S.square() @ square)
-        if "moments" in self.needs:
-            self._at("x_moment_EHH", expert, x.T @ x)
-            self._at("h_moment_EII", expert, h.T @ h)
+        if "channels" not in self.needs:
+            return
+        weights_2S = torch.stack([torch.ones_like(gate_S), gate_S.square()])
+        for name, width, value in (("x", "H", x_SH), ("h", "I", h_SI)):
+            plain, weighted = weights_2S @ value.float().square()
+            self._at(f"{name}_sq_E{width}", expert, plain)
+            self._at(f"g{name}_sq_E{width}", expert, weighted)
 
     def _at(self, name: str, expert: int, value: torch.Tensor) -> None:
-        """Add to one expert's row; channel sums in float64, moments (large) in float32."""
+        """Add to one expert's row."""
         if name not in self.stats.sums:
-            dtype = torch.float64 if value.dim() == 1 else torch.float32
-            self.stats.sums[name] = torch.zeros(self.site.num_experts, *value.shape, dtype=dtype, device=value.device)
+            self.stats.sums[name] = torch.zeros(self.site.num_experts, *value.shape, dtype=torch.float64, device=value.device)
         self.stats.sums[name][expert] += value
 
     def see_outputs(

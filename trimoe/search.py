@@ -2,26 +2,29 @@
 
 `genetic` is MoE-I2's search (https://arxiv.org/abs/2411.01016), `exhaustive` is NAEE's (https://arxiv.org/abs/2402.14800).
 
-Shapes: P candidates, E experts in G router groups of M consecutive experts each (E = G M).
-`drop_PE` is bool, True where the candidate drops the expert.
+Shapes: P candidates, E experts in G router groups of M consecutive experts each (E = G M), n experts of a group leave,
+S single swaps. `drop_PE` is bool, True where the candidate drops the expert.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations, islice
 
 import torch
 
-Loss = Callable[[torch.Tensor], torch.Tensor]
-Drop = tuple[int, ...]
+Loss = Callable[[torch.Tensor], torch.Tensor]  # drop_PE -> float64 [P], lower is better, both on the CPU
+Drop = tuple[int, ...]  # the dropped experts, sorted
+
+BATCH = 4096  # candidates a loss is asked for at once, at most
+CLIMB_SHARE = 0.4  # of the evaluations: measured best of 0 to 0.8, crossover alone stops beside the optimum
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The best distinct sets, best first, each sorted; fewer than asked for where fewer were evaluated.
+    """The best distinct sets, best first; fewer than asked for where fewer were evaluated.
 
     `evaluations` counts the distinct candidates whose loss was computed, `history` is the best loss after each step.
     """
@@ -34,7 +37,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Space:
-    """All sets of `num_drop` experts that may leave: equally many from each router group, no protected one."""
+    """All sets of `num_drop` experts that may leave: equally many of each router group, no protected expert."""
 
     num_experts: int
     num_drop: int
@@ -42,22 +45,14 @@ class Space:
     protected: tuple[int, ...] = ()
 
     def check(self) -> None:
-        """Raise ValueError where no valid set exists."""
+        """Raise ValueError where no set is valid."""
         if self.num_experts % self.groups:
             raise ValueError(f"{self.num_experts} experts cannot form {self.groups} equal router groups.")
         if self.num_drop < 0 or self.num_drop % self.groups:
-            raise ValueError(
-                f"Cannot drop {self.num_drop} experts: the router has {self.groups} groups that lose equally many, "
-                f"so the number must be a multiple of {self.groups}."
-            )
-        if not all(0 <= e < self.num_experts for e in self.protected):
-            raise ValueError(f"Protected experts {self.protected} must lie in 0..{self.num_experts - 1}.")
+            raise ValueError(f"Cannot drop {self.num_drop} experts equally from {self.groups} router groups.")
         for group, pool in enumerate(self.pools()):
             if len(pool) < self.per_group:
-                raise ValueError(
-                    f"Cannot drop {self.per_group} experts of router group {group}: only {len(pool)} of its "
-                    f"{self.num_experts // self.groups} experts are not protected."
-                )
+                raise ValueError(f"Router group {group} has {len(pool)} experts to drop, not {self.per_group}.")
 
     def size(self) -> int:
         """The exact number of valid sets."""
@@ -69,73 +64,68 @@ class Space:
 
     def pools(self) -> list[list[int]]:
         """The experts of each group that may leave."""
-        size = self.num_experts // self.groups
-        return [
-            [e for e in range(group * size, (group + 1) * size) if e not in self.protected]
-            for group in range(self.groups)
-        ]
+        size, closed = self.num_experts // self.groups, set(self.protected)
+        return [[e for e in range(g * size, (g + 1) * size) if e not in closed] for g in range(self.groups)]
+
+    def holds(self, drop: Drop) -> bool:
+        pools = [set(pool) for pool in self.pools()]
+        return len(drop) == self.num_drop and all(len(pool & set(drop)) == self.per_group for pool in pools)
 
 
-def exhaustive(loss: Loss, space: Space, *, keep: int = 1, batch: int = 4096) -> Found:
-    """Evaluate every valid set, `batch` at a time; the optimum, for spaces small enough to walk."""
+def exhaustive(loss: Loss, space: Space, *, keep: int = 1, batch: int = BATCH) -> Found:
+    """Evaluate every valid set, `batch` at a time: the optimum, for spaces small enough to walk."""
     space.check()
     sets = _every_set(space.pools(), space.per_group)
-    best: list[tuple[float, Drop]] = []
+    best_PE, best_P = torch.empty(0, space.num_experts, dtype=torch.bool), torch.empty(0, dtype=torch.float64)
     history: list[float] = []
     while drops := list(islice(sets, batch)):
-        loss_P = _losses(loss, _masks(drops, space.num_experts))
-        leaders = loss_P.argsort(stable=True)[:keep].tolist()
-        best = sorted(best + [(float(loss_P[p]), drops[p]) for p in leaders])[:keep]
-        history.append(best[0][0])
-    return _found(best, space.size(), history)
+        drop_PE = _masks(drops, space.num_experts)
+        best_PE, best_P = torch.cat([best_PE, drop_PE]), torch.cat([best_P, _evaluate(loss, drop_PE)])
+        order = best_P.argsort(stable=True)[:keep]
+        best_PE, best_P = best_PE[order], best_P[order]
+        history.append(float(best_P[0]))
+    return _found(best_PE, best_P, keep, space.size(), history)
 
 
 def random(loss: Loss, space: Space, *, draws: int, seed: int, keep: int = 1) -> Found:
     """The best of `draws` uniform draws; a set drawn again costs nothing."""
     space.check()
-    generator = torch.Generator().manual_seed(seed)
-    book = _Book(loss, limit=draws)
-    history = []
-    for first in range(0, draws, 4096):
-        book.add(_random_sets(space, min(4096, draws - first), generator))
-        history.append(book.best())
-    return book.found(keep, history)
+    book = _Book(loss, space, limit=draws)
+    noise_PE = torch.rand(draws, space.num_experts, generator=torch.Generator().manual_seed(seed))
+    book.add(_choose(noise_PE, space))
+    return book.found(keep)
 
 
 def greedy(loss: Loss, space: Space, *, keep: int = 1) -> Found:
     """Backward elimination: drop the expert whose absence hurts least, again and again.
 
-    `history` holds the loss after every single drop. The further sets for `keep` > 1 are the other candidates of the
-    last drop, then single swaps of the winner where those are too few.
+    `history` holds the loss after every single drop. With groups, each round drops one expert of every group. The
+    further sets for `keep` > 1 are the other candidates of the last drop, then the winner's single swaps.
     """
     space.check()
-    if space.num_drop == 0:
-        return _found([(0.0, ())], 0, [])
-    history, evaluations = [], 0
-    for drop_PE, loss_P in _eliminate(loss, space):
+    history: list[float] = []
+    evaluations = -1  # the empty set is not evaluated
+    for step in _eliminate(loss, space):
+        drop_PE, loss_P = step
         history.append(float(loss_P[0]))
         evaluations += len(loss_P)
-    scored = list(zip(loss_P.tolist(), _sets(drop_PE), strict=True))
-    if len(scored) < keep:
-        book = _Book(loss, limit=space.size())
-        book.seen.update(drop for _, drop in scored)
-        book.add(_swap_neighbours(drop_PE[0], space))
-        scored += book.scored(keep)
+    if len(loss_P) < min(keep, space.size()):
+        book = _Book(loss, space, limit=space.size())
+        book.seen.update(_sets(drop_PE))
+        book.add(_swaps(drop_PE[0], space))
+        drop_PE, loss_P = torch.cat([drop_PE, book.drop_PE]), torch.cat([loss_P, book.loss_P])
         evaluations += len(book.loss_P)
-    return _found(sorted(scored)[:keep], evaluations, history)
+    return _found(drop_PE, loss_P, keep, evaluations, history[1:])
 
 
 def greedy_path(
     loss: Loss, num_experts: int, max_drop: int, groups: int = 1, protected: tuple[int, ...] = ()
 ) -> dict[int, tuple[Drop, float]]:
-    """Greedy's nested set and its loss for every n = 0, groups, 2 groups, .. max_drop, from one elimination."""
+    """Greedy's nested sets and their losses for n = 0, groups, 2 groups, .. max_drop, from one elimination."""
     space = Space(num_experts, max_drop, groups, protected)
     space.check()
-    path: dict[int, tuple[Drop, float]] = {0: ((), 0.0)}
-    for count, (drop_PE, loss_P) in enumerate(_eliminate(loss, space), start=1):
-        if count % groups == 0:
-            path[count] = (_sets(drop_PE[:1])[0], float(loss_P[0]))
-    return path
+    steps = enumerate(_eliminate(loss, space))
+    return {n: (_sets(drop_PE[:1])[0], float(loss_P[0])) for n, (drop_PE, loss_P) in steps if n % groups == 0}
 
 
 def genetic(
@@ -149,178 +139,160 @@ def genetic(
     max_evaluations: int = 5000,
     mutation: float = 0.3,
     start: Sequence[Drop] = (),
-    reserve: float = 0.5, climb_all=False, tour=2,
 ) -> Found:
+    """MoE-I2's genetic search, then single swaps with what is left of `max_evaluations` (a memetic search).
+
+    The first population is random, after the sets of `start`. The parents are the best `population` sets seen so far;
+    a child keeps the intersection of two parents and draws the rest from their union; with probability `mutation` it
+    swaps one to three members for outsiders. Plain crossover often stops one swap beside the optimum, so at least
+    CLIMB_SHARE of the evaluations go to swapping: the neighbours of the best set, of the next best when it has no
+    better neighbour, and so on. Ends when `max_evaluations` distinct sets, or all there are, have been evaluated.
+    """
     space.check()
+    for drop in start:
+        if not space.holds(drop):
+            raise ValueError(f"The start set {drop} is not a valid choice for {space}.")
     generator = torch.Generator().manual_seed(seed)
-    book = _Book(loss, limit=min(max_evaluations, space.size()))
-    book.add(torch.cat([_masks(start, space.num_experts), _random_sets(space, population, generator)]))
-    history = [book.best()]
+    book = _Book(loss, space, limit=min(max_evaluations, space.size()))
+    noise_PE = torch.rand(population, space.num_experts, generator=generator)
+    book.add(torch.cat([_masks(start, space.num_experts), _choose(noise_PE, space)]))
     for _ in range(generations):
-        if book.left <= reserve * book.limit:
+        if book.left <= CLIMB_SHARE * book.limit:
             break
-        parent_PE, loss_P = book.top(population)
-        child_PE = _cross(parent_PE, population, space, generator, tour)
-        child_PE = _mutate(child_PE, mutation, space, generator)
-        book.add(child_PE)
-        history.append(book.best())
-    # best-first
-    explored = set()
-    while book.left:
-        top_PE, loss_P = book.top(len(book.seen) if climb_all else keep)
-        todo = [p for p, d in enumerate(_sets(top_PE)) if d not in explored]
-        if not todo: break
-        p = todo[0]
-        near_PE = _swap_neighbours(top_PE[p], space)
-        near_PE = near_PE[torch.randperm(len(near_PE), generator=generator)]
-        for chunk in near_PE.split(population):
-            new = book.add(chunk)
-            if len(new) and new.min() < loss_P[p]:
-                break
-        else:
-            explored.add(_sets(top_PE[p:p+1])[0])
-        history.append(book.best())
-    return book.found(keep, history)
+        parent_PE = book.drop_PE[book.loss_P.argsort(stable=True)[:population]]
+        book.add(_mutate(_cross(parent_PE, population, space, generator), mutation, space, generator))
+    _climb(book, population, generator)
+    return book.found(keep)
 
 
 class _Book:
     """Every set evaluated so far: none is evaluated twice, and no more than `limit` are."""
 
-    def __init__(self, loss: Loss, *, limit: int) -> None:
-        self.loss, self.limit = loss, limit
+    def __init__(self, loss: Loss, space: Space, *, limit: int) -> None:
+        self.loss, self.space, self.limit = loss, space, limit
         self.seen: set[Drop] = set()
-        self.drop_PE = torch.empty(0, 0, dtype=torch.bool)
+        self.drop_PE = torch.empty(0, space.num_experts, dtype=torch.bool)
         self.loss_P = torch.empty(0, dtype=torch.float64)
+        self.history: list[float] = []
 
     @property
     def left(self) -> int:
         return self.limit - len(self.loss_P)
 
     def add(self, drop_PE: torch.Tensor) -> torch.Tensor:
-        fresh = []
+        """Evaluate the sets that are new, as far as the limit allows; their losses."""
+        new: dict[Drop, int] = {}
         for p, drop in enumerate(_sets(drop_PE)):
-            if drop not in self.seen and len(fresh) < self.left:
-                self.seen.add(drop)
-                fresh.append(p)
-        if not fresh:
-            return self.loss_P[:0]
-        drop_PE = drop_PE[fresh]
-        loss_P = _losses(self.loss, drop_PE)
-        self.drop_PE = torch.cat([self.drop_PE, drop_PE]) if self.drop_PE.numel() else drop_PE
-        self.loss_P = torch.cat([self.loss_P, loss_P])
-        return loss_P
+            if drop not in self.seen and len(new) < self.left:
+                new.setdefault(drop, p)
+        self.seen.update(new)
+        new_PE = drop_PE[list(new.values())]
+        new_P = _evaluate(self.loss, new_PE) if new else self.loss_P[:0]
+        self.drop_PE, self.loss_P = torch.cat([self.drop_PE, new_PE]), torch.cat([self.loss_P, new_P])
+        self.history.append(float(self.loss_P.min()))
+        return new_P
 
-    def best(self) -> float:
-        return float(self.loss_P.min())
-
-    def top(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        order = self.loss_P.argsort(stable=True)[:count]
-        return self.drop_PE[order], self.loss_P[order]
-
-    def scored(self, keep: int) -> list[tuple[float, Drop]]:
-        drop_PE, loss_P = self.top(keep)
-        return sorted(zip(loss_P.tolist(), _sets(drop_PE), strict=True))
-
-    def found(self, keep: int, history: list[float]) -> Found:
-        return _found(self.scored(keep), len(self.loss_P), history)
+    def found(self, keep: int) -> Found:
+        return _found(self.drop_PE, self.loss_P, keep, len(self.loss_P), self.history)
 
 
-def _found(scored: list[tuple[float, Drop]], evaluations: int, history: list[float]) -> Found:
-    losses, drops = zip(*scored, strict=True)
-    return Found(drops=drops, losses=losses, evaluations=evaluations, history=tuple(history))
+def _climb(book: _Book, batch: int, generator: torch.Generator) -> None:
+    """Best-first over single swaps until the book is full."""
+    finished: set[int] = set()  # rows of the book whose neighbours are all known
+    while book.left:
+        row = next(p for p in book.loss_P.argsort(stable=True).tolist() if p not in finished)
+        near_SE = _swaps(book.drop_PE[row], book.space)
+        for chunk_PE in torch.split(near_SE[torch.randperm(len(near_SE), generator=generator)], batch):
+            if (book.add(chunk_PE) < book.loss_P[row]).any():
+                break
+        else:
+            finished.add(row)
 
 
-def _losses(loss: Loss, drop_PE: torch.Tensor) -> torch.Tensor:
-    loss_P = loss(drop_PE)
-    if loss_P.isnan().any():
-        raise ValueError("nan")
-    return loss_P
+def _cross(parent_PE: torch.Tensor, count: int, space: Space, generator: torch.Generator) -> torch.Tensor:
+    # Parents come best first, so the smaller of two drawn rows wins the tournament.
+    first_P, second_P = torch.randint(len(parent_PE), (2, count, 2), generator=generator).amin(2)
+    noise_PE = torch.rand(count, space.num_experts, generator=generator)
+    return _choose(noise_PE + parent_PE[first_P].float() + parent_PE[second_P].float(), space)
 
 
-def _sets(drop_PE: torch.Tensor) -> list[Drop]:
-    count = int(drop_PE[0].sum()) if len(drop_PE) else 0
-    return [tuple(row) for row in drop_PE.nonzero()[:, 1].view(len(drop_PE), count).tolist()]
-
-
-def _masks(drops: Sequence[Drop], num_experts: int) -> torch.Tensor:
-    drop_PE = torch.zeros(len(drops), num_experts, dtype=torch.bool)
-    if drops:
-        drop_PE.scatter_(1, torch.tensor(drops, dtype=torch.long), True)
+def _mutate(drop_PE: torch.Tensor, probability: float, space: Space, generator: torch.Generator) -> torch.Tensor:
+    P, E = drop_PE.shape
+    group_E = torch.arange(E) // (E // space.groups)
+    movable_E = torch.zeros(E, dtype=torch.bool)  # a group that loses all it can has no outsider to swap in
+    movable_E[[e for pool in space.pools() if len(pool) > space.per_group for e in pool]] = True
+    swaps_P = torch.randint(1, 4, (P,), generator=generator) * (torch.rand(P, generator=generator) < probability)
+    for swap in range(3):
+        rows = (swaps_P > swap).nonzero()[:, 0]
+        member_PE = drop_PE[rows] & movable_E
+        leaver_P = torch.rand(member_PE.shape, generator=generator).masked_fill(~member_PE, -1).argmax(1)
+        outsider_PE = ~drop_PE[rows] & movable_E & (group_E == group_E[leaver_P, None])
+        joiner_P = torch.rand(member_PE.shape, generator=generator).masked_fill(~outsider_PE, -1).argmax(1)
+        drop_PE[rows, leaver_P] = False
+        drop_PE[rows, joiner_P] = True
     return drop_PE
 
 
-def _every_set(pools: list[list[int]], per_group: int) -> Iterator[Drop]:
-    if not pools:
-        yield ()
-        return
-    for head in combinations(pools[0], per_group):
-        for tail in _every_set(pools[1:], per_group):
-            yield head + tail
-
-
-def _eliminate(loss: Loss, space: Space) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """After every drop: the candidates of that drop and their losses, best first."""
-    drop_E = torch.zeros(space.num_experts, dtype=torch.bool)
-    for _ in range(space.per_group):
-        waiting = space.pools()  # the groups that have not lost an expert in this round
-        while waiting:
-            experts = [e for pool in waiting for e in pool if not drop_E[e]]
-            drop_PE = drop_E.repeat(len(experts), 1)
-            drop_PE[torch.arange(len(experts)), experts] = True
-            loss_P = _losses(loss, drop_PE)
-            order = loss_P.argsort(stable=True)
-            yield drop_PE[order], loss_P[order]
-            drop_E = drop_PE[order[0]]
-            waiting = [pool for pool in waiting if experts[order[0]] not in pool]
-
-
-def _random_sets(space: Space, count: int, generator: torch.Generator) -> torch.Tensor:
-    return _choose(torch.rand(count, space.num_experts, generator=generator), space)
-
-
 def _choose(priority_PE: torch.Tensor, space: Space) -> torch.Tensor:
-    """The set of highest priority: the first of each group, no protected one."""
+    """In every group the n unprotected experts of the highest priority (priorities are not negative)."""
     P, E = priority_PE.shape
-    priority_PE = priority_PE.index_fill(1, torch.tensor(space.protected, dtype=torch.long), -1.0)
+    priority_PE[:, list(space.protected)] = -1
     index_PGn = priority_PE.view(P, space.groups, -1).topk(space.per_group, dim=2).indices
     drop_PGM = torch.zeros(P, space.groups, E // space.groups, dtype=torch.bool).scatter_(2, index_PGn, True)
     return drop_PGM.view(P, E)
 
 
-def _cross(parent_PE, count, space, generator, tour=2):
-    # parents sorted best first: the lower of `tour` draws wins
-    pair = torch.randint(len(parent_PE), (2, count, tour), generator=generator).amin(2)
-    a_PE, b_PE = parent_PE[pair[0]], parent_PE[pair[1]]
-    noise_PE = torch.rand(count, space.num_experts, generator=generator)
-    return _choose(noise_PE + a_PE + b_PE, space)
+def _swaps(drop_E: torch.Tensor, space: Space) -> torch.Tensor:
+    """Every set one swap away: one expert out, another of its group in."""
+    gone = set(_sets(drop_E[None])[0])
+    pairs = [(a, b) for pool in space.pools() for a in pool if a in gone for b in pool if b not in gone]
+    swap_S2 = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+    drop_SE = drop_E.repeat(len(pairs), 1)
+    return drop_SE.scatter_(1, swap_S2[:, :1], False).scatter_(1, swap_S2[:, 1:], True)
 
 
-def _mutate(drop_PE, probability, space, generator):
-    P, E = drop_PE.shape
-    swaps_P = torch.randint(1, 4, (P,), generator=generator) * (torch.rand(P, generator=generator) < probability)
-    free_E = torch.zeros(E, dtype=torch.bool)
-    free_E[[e for pool in space.pools() if len(pool) > space.per_group for e in pool]] = True
-    group_E = torch.arange(E) // (E // space.groups)
-    if not free_E.any(): return drop_PE
-    for swap in range(3):
-        row = (swaps_P > swap).nonzero()[:, 0]
-        if not len(row): break
-        d = drop_PE[row]
-        out = (torch.rand(d.shape, generator=generator) * (d & free_E)).argmax(1)
-        outsider = free_E & ~d & (group_E == group_E[out][:, None])
-        inn = (torch.rand(d.shape, generator=generator) * outsider).argmax(1)
-        drop_PE = drop_PE.clone()
-        drop_PE[row, out] = False
-        drop_PE[row, inn] = True
-    return drop_PE
+def _eliminate(loss: Loss, space: Space) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The empty set, then for every single drop its candidates and their losses, best first."""
+    drop_E = torch.zeros(space.num_experts, dtype=torch.bool)
+    yield drop_E[None], torch.zeros(1, dtype=torch.float64)
+    for _ in range(space.per_group):
+        waiting = space.pools()  # the groups that have not lost an expert in this round
+        while waiting:
+            join_P = torch.tensor([e for pool in waiting for e in pool if not drop_E[e]])
+            drop_PE = drop_E.repeat(len(join_P), 1).scatter_(1, join_P[:, None], True)
+            loss_P = _evaluate(loss, drop_PE)
+            order = loss_P.argsort(stable=True)
+            yield drop_PE[order], loss_P[order]
+            drop_E = drop_PE[order[0]]
+            waiting = [pool for pool in waiting if int(join_P[order[0]]) not in pool]
 
 
-def _swap_neighbours(drop_E, space):
-    rows = []
-    for pool in space.pools():
-        for a in pool:
-            if drop_E[a]:
-                for b in pool:
-                    if not drop_E[b]:
-                        r = drop_E.clone(); r[a] = False; r[b] = True; rows.append(r)
-    return torch.stack(rows) if rows else drop_E[None][:0]
+def _every_set(pools: list[list[int]], per_group: int) -> Iterator[Drop]:
+    for head in combinations(pools[0], per_group):
+        for tail in _every_set(pools[1:], per_group) if pools[1:] else [()]:
+            yield head + tail
+
+
+def _evaluate(loss: Loss, drop_PE: torch.Tensor) -> torch.Tensor:
+    loss_P = torch.cat([loss(chunk_PE) for chunk_PE in torch.split(drop_PE, BATCH)])
+    if loss_P.isnan().any():
+        bad = _sets(drop_PE)[int(loss_P.isnan().nonzero()[0])]
+        raise ValueError(f"The loss of dropping experts {bad} is NaN; the statistics behind it are not finite.")
+    return loss_P
+
+
+def _sets(drop_PE: torch.Tensor) -> list[Drop]:
+    """The rows as sorted tuples; all rows drop equally many."""
+    columns = drop_PE.nonzero()[:, 1]
+    return [tuple(row) for row in columns.view(len(drop_PE), len(columns) // max(len(drop_PE), 1)).tolist()]
+
+
+def _masks(drops: Sequence[Drop], num_experts: int) -> torch.Tensor:
+    index_Pn = torch.tensor(drops, dtype=torch.long).view(len(drops), len(drops[0]) if drops else 0)
+    return torch.zeros(len(drops), num_experts, dtype=torch.bool).scatter_(1, index_Pn, True)
+
+
+def _found(drop_PE: torch.Tensor, loss_P: torch.Tensor, keep: int, evaluations: int, history: list[float]) -> Found:
+    order = loss_P.argsort(stable=True)[:keep]
+    drops, losses = tuple(_sets(drop_PE[order])), tuple(loss_P[order].tolist())
+    return Found(drops=drops, losses=losses, evaluations=evaluations, history=tuple(history))

@@ -26,14 +26,14 @@ SEARCH = ("logits_TE", "order_TM", "gram_TMM")
 
 @dataclass(eq=False)
 class LayerStats:
-    """Statistics of one MoE layer. `sums` holds float64 (second moments float32) tensors by name:
+    """Statistics of one MoE layer. `sums` holds float64 tensors by name:
 
     routing     tokens, count_E, gate_sum_E (sum of g), coactivation_EE (how often two experts share a token)
     outputs     norm_sum_E (sum ||y||), gate_norm_sum_E (sum g||y||), gate_norm_sq_E (sum (g||y||)^2), max_abs_E (largest |y|),
                 mean_output_EH (sum of y), energy_EE (sum g g' <y, y'>; its total is ||F(X)||^2)
     channels    x_sq_EH, gx_sq_EH, h_sq_EI, gh_sq_EI: per-channel sums of squares of both expert inputs, plain and weighted by g
     cosines     sublayer_cosine, output_cosine, block_cosine: sums over tokens of cos(x, x+MoE), cos(x, MoE), cos(block in, block out)
-    moments     x_moment_EHH, h_moment_EII: sums of x x^T and h h^T
+    weights     weight_score_E (mean |w| / rms(w)); spectra (low rank): in_spectrum_ER, out_spectrum_ER, squared singular values
     and for the search tokens (subsampled, seeded): logits_TE, order_TM (each token's M best experts), gram_TMM (<y_a, y_b> among them).
     """
 
@@ -45,8 +45,7 @@ class LayerStats:
 
     def add(self, name: str, value: torch.Tensor | float) -> None:
         """Add one batch's sum (or take the maximum, for maxima), in float64."""
-        value = torch.as_tensor(value)
-        value = value if value.dim() == 3 else value.double()
+        value = torch.as_tensor(value, dtype=torch.float64)
         if name not in self.sums:
             self.sums[name] = value.clone()
         elif name in MAXIMA:
@@ -63,6 +62,10 @@ class LayerStats:
         for name, value in other.sums.items():
             self.add(name, value)
         self.add_search(**other.search)
+
+    def to_cpu(self) -> None:
+        self.sums = {name: value.cpu() for name, value in self.sums.items()}
+        self.bias_E = None if self.bias_E is None else self.bias_E.cpu()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.sums[name]

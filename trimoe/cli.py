@@ -1,0 +1,165 @@
+"""The command line. Exit code 0: done; 2: the user's mistake, one sentence; 1: anything else."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Make Mixture-of-Experts models smaller.")
+
+Model = Annotated[str, typer.Argument(help="a folder, a hub id, or builtin:NAME", show_default=False)]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a built-in recipe (see trimoe recipes) or a YAML file")]
+Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a recipe field, e.g. steps.0.ratio=0.5")]
+Texts = Annotated[list[str], typer.Option("--calibration", "-c", help="text or jsonl file, name=path, datasets id, builtin:mixed; repeatable")]
+Samples = Annotated[int | None, typer.Option(help="calibration samples")]
+Length = Annotated[int | None, typer.Option(help="tokens in a sample (cut to the model's context)")]
+Seed = Annotated[int, typer.Option(help="of every random choice")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
+Dtype = Annotated[str, typer.Option(help="precision the layers run in: float32, bfloat16, float16 (the result keeps the source's)")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+
+
+def _reporter(quiet: bool) -> Any:
+    from trimoe.progress import Reporter
+
+    return Reporter("quiet" if quiet else "auto")
+
+
+def _command() -> str:
+    return shlex.join(["trimoe", *sys.argv[1:]])
+
+
+@app.command()
+def inspect(model: Model, as_json: JsonFlag = False) -> None:
+    """Structure, bytes by part and what can be done, from configuration and headers alone."""
+    from trimoe import inspection
+
+    about = inspection.inspect(model)
+    print(json.dumps(about, indent=1) if as_json else inspection.table(about))
+
+
+@app.command()
+def plan(
+    model: Model, recipe: RecipeName, changes: Changes = [], samples: Samples = None, length: Length = None, as_json: JsonFlag = False
+) -> None:
+    """Sizes before and after, and what will load the result. Reads no weight."""
+    import trimoe
+
+    made = trimoe.plan(model, recipe, changes, samples=samples, length=length)
+    print(json.dumps(made.to_json(), indent=1) if as_json else made)
+
+
+@app.command()
+def stats(
+    model: Model, out: Annotated[Path, typer.Option(help="the statistics file to write")], calibration: Texts = [], samples: Samples = None,
+    length: Length = None, seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """The statistics pass alone; compress --stats then starts from the file."""
+    import trimoe
+
+    made = trimoe.gather_statistics(
+        model, out, calibration=calibration, samples=samples, length=length, seed=seed, device=device, dtype=dtype, reporter=_reporter(quiet)
+    )
+    print(f"Wrote {out}: statistics of {len(made.layers)} MoE layers.")
+
+
+@app.command()
+def compress(
+    model: Model, recipe: RecipeName, out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
+    changes: Changes = [], calibration: Texts = [], samples: Samples = None, length: Length = None, seed: Seed = 0,
+    stats: Annotated[Path | None, typer.Option(help="a file written by trimoe stats")] = None, device: Device = "cpu",
+    dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Compress a model into a new folder. Killed and run again with the same arguments, it resumes."""
+    import trimoe
+
+    result = trimoe.compress(
+        model, recipe, out, changes=changes, calibration=calibration, samples=samples, length=length, seed=seed, stats=stats,
+        device=device, dtype=dtype, command=_command(), reporter=_reporter(quiet),
+    )  # fmt: skip
+    print(result.plan)
+    _write_json(json_file, {"out": str(result.out), "plan": result.plan.to_json(), "metrics": result.metrics})
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Model,
+    against: Annotated[str | None, typer.Option(help="the model to compare with; a trimoe folder's origin is taken by default")] = None,
+    text: Annotated[list[str], typer.Option(help="text or jsonl file, name=path, datasets id, builtin:mixed; repeatable")] = [],
+    length: Annotated[int, typer.Option(help="window, in tokens (cut to the model's context)")] = 2048,
+    stride: Annotated[int | None, typer.Option(help="how far windows advance; half the window by default")] = None,
+    tokens: Annotated[int, typer.Option(help="scored tokens of each text, at most about")] = 32768,
+    device: Device = "cpu", dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Perplexity on each text; KL and agreement against the original. Both models are streamed."""
+    import trimoe
+    from trimoe import tables
+    from trimoe.compress import compute_dtype
+    from trimoe.evaluate import origin
+
+    against = against or origin(Path(folder))
+    report = trimoe.evaluate(
+        folder, against=against, text=text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens, device=device,
+        dtype=compute_dtype(dtype), reporter=_reporter(quiet),
+    )  # fmt: skip
+    tables.evaluation(report)
+    _write_json(json_file, report)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")] = Path("demo-mini-mixtral"),
+    model: Annotated[str, typer.Option(help="which built-in model")] = "builtin:mini-mixtral", quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """The main job on a built-in model: MoE-I2, evaluated before and after on held-out text."""
+    import trimoe
+    from trimoe import tables
+
+    reporter = _reporter(quiet)
+    result = trimoe.compress(model, "moe-i2", out, command=_command(), reporter=reporter)
+    report = trimoe.evaluate(out, against=model, reporter=reporter)
+    print(result.plan)
+    tables.evaluation(report)
+    print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="print this one", show_default=False)] = None) -> None:
+    """The built-in recipes; with a name, one of them as YAML ready to edit."""
+    from trimoe import recipe
+
+    if name is not None:
+        print(recipe.text_of(name), end="")
+        return
+    for known in recipe.names():
+        print(f"{known:<20} {recipe.text_of(known).splitlines()[0].lstrip('# ')}")
+
+
+def _write_json(path: Path | None, value: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point: turns a user's mistake into one sentence on standard error and exit code 2."""
+    from trimoe.errors import UserError
+
+    try:
+        app()
+    except UserError as mistake:
+        print(f"trimoe: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as failure:
+        print(f"trimoe: {failure}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

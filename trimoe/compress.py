@@ -1,0 +1,194 @@
+"""The whole job, top to bottom: plan, calibrate, decide, transform, write. The only file that knows the order."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimoe import card
+from trimoe import recipe as recipes
+from trimoe.calibration import Calibration, calibrate
+from trimoe.decide import Run, decide
+from trimoe.errors import UserError
+from trimoe.gather import statistics
+from trimoe.journal import Journal
+from trimoe.layout import Layout
+from trimoe.methods import ExpertDrop
+from trimoe.methods.method import Decisions, LayerDecision, unchanged
+from trimoe.plan import Plan, final_plan, human, plan
+from trimoe.progress import QUIET, Reporter
+from trimoe.recipe import CalibrationSpec, Recipe
+from trimoe.skeleton import Skeleton
+from trimoe.stats import Stats
+from trimoe.transform import transform
+from trimoe.version import VERSION, versions
+from trimoe.write import Writer
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished folder. `metrics`: what every step decided and what it cost, layer by layer."""
+
+    out: Path
+    decisions: Decisions
+    metrics: dict[str, Any]
+    plan: Plan
+
+
+def compress(
+    model: str | os.PathLike[str],
+    recipe: str | dict[str, Any] | Recipe,
+    out: str | os.PathLike[str],
+    *,
+    changes: Sequence[str] = (),
+    calibration: Sequence[str] = (),
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    stats: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    command: str | None = None,
+    reporter: Reporter = QUIET,
+) -> Result:
+    """Compress `model` by `recipe` into the folder `out`; killed and called again with the same arguments it resumes.
+
+    model, recipe   as on the command line; `changes` are "path=value" overrides of recipe fields
+    calibration     text sources in place of the recipe's; `samples`, `length` likewise
+    stats           a statistics file (trimoe stats) to take the first step's statistics from
+    device, dtype   where and in which precision the layers run; the result keeps the source's dtypes
+    Raises UserError (a ValueError) for every mistake in the input, before anything is written.
+    """
+    out = Path(out)
+    parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
+    skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+    before = plan(skeleton, parsed)
+    refuse_inside(out, skeleton)
+    text = calibration_for(skeleton, parsed.calibration, seed, reporter)
+    about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed}
+    inputs = {**about, "recipe": parsed.to_json(), "dtype": dtype, "version": VERSION}
+    finished = _finished(out, inputs)
+    if finished is not None:
+        reporter.say(f"{out} holds the finished result of this very command already.")
+        return finished
+    journal = Journal(out, inputs)
+    journal.refuse_other_content()
+    given = _given_stats(stats, about, skeleton, parsed)
+    _check_disk(out, before.after.file_bytes)
+    with journal:
+        run = Run(skeleton, parsed, text.batches(), seed, device, about, reporter)
+        decisions, metrics = unchanged(skeleton.sites), {}
+        for number, step in enumerate(parsed.steps):
+            decisions, metrics[f"{number}.{step.name}"] = decide(run, journal, number, step, decisions, given if number == 0 else None)
+        final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
+        _check_disk(out, final.after.file_bytes)
+        writer = Writer(Layout(skeleton, decisions), out)
+        transform(run, decisions, writer)
+        record = {
+            "trimoe": VERSION, "model": skeleton.name, "recipe": parsed.to_json(), "plan": final.to_json(),
+            "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
+            "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
+            "command": command or f"trimoe.compress({str(model)!r}, ...)", "seed": seed, "versions": versions(), "inputs": inputs,
+        }  # fmt: skip
+        writer.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(skeleton, record, final)})
+        journal.close()
+    reporter.say(f"Wrote {out}: {human(final.after.file_bytes)} of safetensors ({final.after.file_bytes / final.before.file_bytes:.1%}).")
+    return Result(out, decisions, metrics, final)
+
+
+def gather_statistics(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], *, calibration: Sequence[str] = (), samples: int | None = None,
+    length: int | None = None, seed: int = 0, device: str = "cpu", dtype: str = "float32", reporter: Reporter = QUIET,
+) -> Stats:  # fmt: skip
+    """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
+    base = Recipe(steps=(ExpertDrop(ratio=0.25),))
+    spec = with_calibration(base, calibration, samples, length).calibration
+    skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+    if Path(out).exists():
+        raise UserError(f"The statistics file {out} exists already; give another name.")
+    text = calibration_for(skeleton, spec, seed, reporter)
+    about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed}
+    reach = max(site.num_experts for site in skeleton.sites.values())
+    stats = statistics(
+        skeleton, text.batches(), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory, seed=seed,
+        device=device, about=about, reporter=reporter,
+    )  # fmt: skip
+    stats.save(Path(out))
+    return stats
+
+
+# ---- input
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise UserError(f"dtype {name!r} is not one of {', '.join(dtypes)}.")
+    return dtypes[name]
+
+
+def with_calibration(recipe: Recipe, sources: Sequence[str], samples: int | None, length: int | None) -> Recipe:
+    changes = {"data": list(sources) or None, "samples": samples, "length": length}
+    body = recipe.to_json()
+    body["calibration"] |= {key: value for key, value in changes.items() if value is not None}
+    return recipes.load(body)
+
+
+def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, reporter: Reporter) -> Calibration:
+    if spec.length > skeleton.context:
+        reporter.say(f"Samples of {spec.length} tokens are cut to {skeleton.context}, the model's context.")
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    text = calibrate(
+        skeleton.checkpoint, spec.sources, samples=spec.samples, length=spec.length, context=skeleton.context, vocabulary=vocabulary, seed=seed
+    )
+    if len(text.samples_NL) < spec.samples:
+        reporter.say(f"The calibration text gives {len(text.samples_NL)} of the {spec.samples} samples asked for.")
+    return text
+
+
+def refuse_inside(out: Path, skeleton: Skeleton) -> None:
+    source, target = skeleton.checkpoint.folder.resolve(), out.resolve()
+    if target == source or source in target.parents:
+        raise UserError(f"The output folder {out} lies in the source model's folder; the source is never written to.")
+
+
+def _check_disk(out: Path, wanted: int) -> None:
+    existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < wanted:
+        raise UserError(f"The result needs {human(wanted)} of disk at {existing}, which has {human(free)} free.")
+
+
+def _finished(out: Path, inputs: dict[str, Any]) -> Result | None:
+    """The result that `out` holds, if it is the finished one of the same inputs."""
+    path = out / "trimoe.json"
+    if not path.is_file() or not (out / "config.json").is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["inputs"] != json.loads(json.dumps(inputs)):
+            return None
+        decisions = {int(i): LayerDecision.from_json(value) for i, value in record["decisions"].items()}
+    except (ValueError, KeyError, TypeError):
+        return None
+    return Result(out, decisions, record["metrics"], Plan.from_json(record["plan"]))
+
+
+def _given_stats(path: str | os.PathLike[str] | None, about: dict[str, Any], skeleton: Skeleton, recipe: Recipe) -> Stats | None:
+    if path is None:
+        return None
+    stats = Stats.load(Path(path))
+    for what in ("model", "calibration"):
+        if stats.about.get(what) != about[what]:
+            raise UserError(f"The statistics file {path} was made for another {what}; gather it again, or leave --stats out.")
+    first = recipe.steps[0]
+    if "spectra" in first.needs:
+        raise UserError("The recipe's first step needs singular values, which --stats files do not hold; leave --stats out.")
+    return stats

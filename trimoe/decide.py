@@ -1,0 +1,177 @@
+"""From statistics to decisions, one recipe step at a time; what was decided already is taken from the journal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimoe import gather, receptive_field, search
+from trimoe.gather import statistics
+from trimoe.journal import Journal
+from trimoe.methods import ExpertDrop, LowRank
+from trimoe.methods.expert_drop import Drop
+from trimoe.methods.method import Decisions, LayerDecision, decided_site
+from trimoe.observe import masked
+from trimoe.progress import Reporter
+from trimoe.recipe import CalibrationSpec, Recipe
+from trimoe.scores import leave_one_out, super_experts
+from trimoe.sensitivity import affordable, sensitivity, shrunk
+from trimoe.skeleton import Site, Skeleton
+from trimoe.stats import Stats
+from trimoe.subset import SubsetLoss
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage needs to know."""
+
+    skeleton: Skeleton
+    recipe: Recipe
+    batches: list[torch.Tensor]
+    seed: int
+    device: str
+    about: dict[str, Any]
+    reporter: Reporter
+
+    @property
+    def spec(self) -> CalibrationSpec:
+        return self.recipe.calibration
+
+
+def decide(
+    run: Run, journal: Journal, number: int, step: ExpertDrop | LowRank, decisions: Decisions, given: Stats | None
+) -> tuple[Decisions, dict[str, Any]]:
+    """One step's decisions, from the journal if they were taken already."""
+    known = journal.get(f"decisions-{number}")
+    if known is None:
+        sites = {i: decided_site(site, decisions[i]) for i, site in run.skeleton.sites.items()}
+        if isinstance(step, ExpertDrop):
+            decided, metrics = _decide_drops(run, journal, number, step, sites, decisions, given)
+        else:
+            decided, metrics = _decide_ranks(run, journal, number, step, sites, decisions, given)
+        known = {"decisions": {str(i): d.to_json() for i, d in decided.items()}, "metrics": metrics}
+        journal.put(f"decisions-{number}", known)
+    return {int(i): LayerDecision.from_json(value) for i, value in known["decisions"].items()}, known["metrics"]
+
+
+def _stats_for(run: Run, journal: Journal, number: int, given: Stats | None, decisions: Decisions, reach: int, extra: Any = None) -> Stats:
+    stats = given if given is not None else journal.get_stats(f"stats-{number}")
+    if stats is None:
+        stats = statistics(
+            run.skeleton, run.batches, decisions=decisions, reach=reach, search_tokens=run.spec.search_tokens,
+            search_memory=run.spec.search_memory, seed=run.seed, device=run.device, extra=extra, about=run.about, reporter=run.reporter,
+            needs=frozenset() if extra is not None or reach == 0 else gather.ROUTING,
+        )  # fmt: skip
+        journal.put_stats(f"stats-{number}", stats)
+    return stats
+
+
+def _decide_drops(
+    run: Run, journal: Journal, number: int, step: ExpertDrop, sites: dict[int, Site], decisions: Decisions, given: Stats | None
+) -> tuple[Decisions, dict[str, Any]]:
+    uniform = step.uniform(sites)
+    most = {i: site.num_experts - site.rule.min_experts for i, site in sites.items()}
+    widest = max(uniform.values()) if step.counts == "uniform" else max(most.values())
+    reach = max(site.rule.top_k for site in sites.values()) + max(1, widest) if "search" in step.needs else 0
+    stats = _stats_for(run, journal, number, given, decisions, reach)
+    protected = super_experts(stats.layers) if step.protect_super_experts else {}
+    menus = sensitive = None
+    if step.counts == "optimal":
+        menus, sensitive = _drop_menus(run, sites, decisions, stats, uniform, protected)
+    counts = step.layer_counts(
+        sites, stats.layers, run.seed,
+        menus=None if menus is None else {i: {n: loss for n, (_, loss) in menu.items()} for i, menu in menus.items()}, sensitivity=sensitive,
+    )  # fmt: skip
+    found: dict[int, search.Found] = {}
+    for index, site in run.reporter.track(sites.items(), "Search", len(sites)):
+        found[index] = step.drop_sets(site, stats.layers[index], counts[index], protected.get(index, ()), run.seed)
+    drops: dict[int, Drop] = {index: best.drops[0] for index, best in found.items()}
+    metrics: dict[str, Any] = {"layers": _drop_metrics(run, step, sites, stats, found, counts, protected)}
+    if sensitive is not None:
+        metrics["sensitivity"] = {str(i): value for i, value in sensitive.items()}
+    if step.receptive_field is not None:
+        branches = step.receptive_field.k**step.receptive_field.t
+        few = affordable(run.batches, branches, next(iter(sites.values())).hidden, run.spec.search_memory)
+        assert all(len(d.keep) == run.skeleton.sites[i].num_experts for i, d in decisions.items()), "the receptive field starts from the whole model"
+        chosen = receptive_field.choose(
+            run.skeleton, few, {i: best.drops for i, best in found.items()}, step.receptive_field, device=run.device, reporter=run.reporter
+        )
+        drops, metrics["receptive_field"] = chosen.drops, chosen.blocks
+    return step.decide(decisions, drops), metrics
+
+
+def _drop_menus(
+    run: Run, sites: dict[int, Site], decisions: Decisions, stats: Stats, uniform: dict[int, int], protected: dict[int, Drop]
+) -> tuple[dict[int, dict[int, tuple[Drop, float]]], dict[int, float]]:
+    """Per layer the best nested set and its loss for every count, and how much the model minds: KL per squared relative loss."""
+    menus, perturb = {}, {}
+    for index, site in run.reporter.track(sites.items(), "Loss of every count", len(sites)):
+        loss = SubsetLoss(stats.layers[index])
+        most = min(site.num_experts - site.rule.min_experts, loss.max_drop)
+        menus[index] = search.greedy_path(loss, site.num_experts, most, site.rule.groups, _spare(site, protected.get(index, ())))
+        probe = max((n for n in menus[index] if n <= max(uniform[index], site.rule.groups)), default=0)
+        if probe:
+            drop = menus[index][probe][0]
+            perturb[index] = lambda layer, at, drop=drop: masked(layer, at, drop)
+    few = affordable(run.batches, len(sites), next(iter(sites.values())).hidden, run.spec.search_memory)
+    measured = sensitivity(run.skeleton, few, perturb, decisions=decisions, device=run.device, reporter=run.reporter).weights()
+    mean = sum(measured.values()) / max(1, len(measured))
+    return menus, {i: measured.get(i, mean or 1.0) for i in sites}
+
+
+def _spare(site: Site, protected: Drop) -> Drop:
+    """Protected experts, unless so many are that the router's floor could not be reached without them."""
+    return protected if len(protected) <= site.rule.min_experts // site.rule.groups else ()
+
+
+def _drop_metrics(
+    run: Run, step: ExpertDrop, sites: dict[int, Site], stats: Stats, found: dict[int, search.Found], counts: dict[int, int], protected: dict[int, Drop]
+) -> dict[str, Any]:  # fmt: skip
+    """What was chosen in each layer and what it costs, beside greedy and random where the exact loss is at hand."""
+    rows: dict[str, Any] = {}
+    for index, site in sites.items():
+        layer, best = stats.layers[index], found[index]
+        row: dict[str, Any] = {
+            "dropped": counts[index], "drop": best.drops[0], "protected": protected.get(index, ()), "evaluations": best.evaluations,
+            "tokens_per_expert": layer["count_E"].tolist(),
+        }  # fmt: skip
+        if layer.search:
+            loss = SubsetLoss(layer)
+            row["leave_one_out"] = leave_one_out(layer).tolist()
+            if counts[index] and counts[index] <= loss.max_drop:
+                space = search.Space(site.num_experts, counts[index], site.rule.groups)
+                mask = torch.zeros(len(best.drops), site.num_experts, dtype=torch.bool)
+                for place, drop in enumerate(best.drops):
+                    mask[place, list(drop)] = True
+                row["losses"] = loss(mask).tolist()
+                row["greedy"] = search.greedy(loss, space).losses[0]
+                row["random"] = float(torch.tensor(search.random(loss, space, draws=20, seed=run.seed, keep=20).losses).mean())
+                row["history"] = list(best.history)
+        else:
+            row["score"] = step.importance(layer, run.seed).tolist()
+        rows[str(index)] = row
+    return rows
+
+
+def _decide_ranks(
+    run: Run, journal: Journal, number: int, step: LowRank, sites: dict[int, Site], decisions: Decisions, given: Stats | None
+) -> tuple[Decisions, dict[str, Any]]:
+    """Importance is measured again, on the model as the earlier steps leave it."""
+    if not step.needs:
+        return step.decide(sites, decisions, {}), {}
+    reach = max(site.rule.top_k for site in sites.values()) + 1 if "search" in step.needs else 0
+    stats = _stats_for(run, journal, number, given, decisions, reach, extra=step.spectra if "spectra" in step.needs else None)
+    sensitive = None
+    if "sensitivity" in step.needs:
+        few = affordable(run.batches, len(sites), next(iter(sites.values())).hidden, run.spec.search_memory)
+        sensitive = sensitivity(
+            run.skeleton, few, {i: shrunk for i in sites}, decisions=decisions, device=run.device, reporter=run.reporter
+        ).weights()
+    decided = step.decide(sites, decisions, stats.layers, sensitivity=sensitive)
+    metrics = {
+        "tokens_per_expert": {str(i): layer["count_E"].tolist() for i, layer in stats.layers.items()},
+        "sensitivity": None if sensitive is None else {str(i): value for i, value in sensitive.items()},
+    }
+    return decided, metrics

@@ -1,0 +1,157 @@
+"""How good a checkpoint is: strided perplexity per text, and KL and top-1 agreement against the original. Reads folders only.
+
+Both models are streamed layer by layer, so neither has to fit in memory; hidden states of the evaluated tokens do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimoe.calibration import encode, load_tokenizer, read_text
+from trimoe.checkpoint import Checkpoint
+from trimoe.errors import UserError
+from trimoe.progress import QUIET, Reporter
+from trimoe.skeleton import Skeleton
+from trimoe.stream import LayerWalk
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Strided windows over the documents of one text. `ids_NL` int64, right-padded with 0 (which a causal model's earlier positions
+    cannot see); `scored_NL`: the positions whose *next* token counts, each token of a document once; `document_N` numbers them."""
+
+    name: str
+    ids_NL: torch.Tensor
+    scored_NL: torch.Tensor
+    document_N: torch.Tensor
+
+
+def windows(name: str, documents: Sequence[torch.Tensor], length: int, stride: int, tokens: int) -> Windows:
+    """Windows of `length` that advance by `stride`: after a document's first window, only the last `stride` tokens of each are scored,
+    so that every token has at least length - stride tokens of context. Stops after about `tokens` scored tokens."""
+    ids, scored, owner, count = [], [], [], 0
+    for number, row in enumerate(documents):
+        start = done = 0
+        while done < len(row) - 1 and count < tokens:
+            end = min(start + length, len(row))
+            window = torch.zeros(length, dtype=torch.int64)
+            window[: end - start] = row[start:end]
+            mask = torch.zeros(length, dtype=torch.bool)
+            mask[done - start : end - start - 1] = True  # position p scores token p + 1
+            ids.append(window)
+            scored.append(mask)
+            owner.append(number)
+            count += int(mask.sum())
+            done, start = end - 1, start + stride
+    if not ids:
+        raise UserError(f"The text {name!r} has no document of at least 2 tokens; nothing can be evaluated on it.")
+    return Windows(name, torch.stack(ids), torch.stack(scored), torch.tensor(owner))
+
+
+@torch.no_grad()
+def evaluate(
+    model: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    text: Sequence[str] = ("builtin:mixed",),
+    length: int = 2048,
+    stride: int | None = None,
+    tokens: int = 32768,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    reporter: Reporter = QUIET,
+) -> dict[str, Any]:
+    """Perplexity of `model` on each text and, with `against`, mean KL(against || model) in nats per token and top-1 agreement.
+
+    `length` is cut to the model's context; `stride` (default half of it) is stated in the result; at most about `tokens` tokens of
+    each text are scored. Returns the JSON that `trimoe eval --json` writes.
+    """
+    checkpoint = Checkpoint.open(model)
+    skeleton = Skeleton(checkpoint, dtype)
+    length = min(length, skeleton.context)
+    stride = min(stride or max(1, length // 2), length)
+    other = Skeleton.of(str(against), dtype) if against is not None else None
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    if other is not None and other.config.get_text_config().vocab_size != vocabulary:
+        raise UserError(f"{skeleton.name} and {other.name} have different vocabularies ({vocabulary} and {other.config.get_text_config().vocab_size} tokens).")
+    tokenizer = load_tokenizer(checkpoint)
+    texts = [part for source in text for part in read_text(source, "eval")]
+    sets = [windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens) for part in texts]
+    ids = torch.cat([entry.ids_NL for entry in sets])
+    batches = list(ids.split(max(1, BATCH_TOKENS // length)))
+    student = _final_hidden(skeleton, batches, device, f"Run {skeleton.name}", reporter)
+    teacher = _final_hidden(other, batches, device, f"Run {other.name}", reporter) if other is not None else None
+    rows = _compare(student, teacher, torch.cat([entry.scored_NL for entry in sets]), reporter)
+    report: dict[str, Any] = {
+        "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride, "texts": [],
+    }  # fmt: skip
+    start = 0
+    for entry in sets:
+        part = {name: values[start : start + len(entry.ids_NL)] for name, values in rows.items()}
+        start += len(entry.ids_NL)
+        report["texts"].append(_summary(entry, part))
+    if other is not None:
+        report["mean_kl"] = sum(row["kl"] for row in report["texts"]) / len(report["texts"])
+    return report
+
+
+def _final_hidden(skeleton: Skeleton, batches: list[torch.Tensor], device: str, label: str, reporter: Reporter) -> LayerWalk:
+    walk = LayerWalk(skeleton, batches, device=device)
+    for index in reporter.track(range(len(walk)), label, len(walk)):
+        with walk.layer(index) as layer:
+            walk.advance(index, layer)
+    return walk
+
+
+def _compare(student: LayerWalk, teacher: LayerWalk | None, scored_NL: torch.Tensor, reporter: Reporter) -> dict[str, torch.Tensor]:
+    """Sums over the scored positions of each window, float64 [N]: tokens, nll, and against the teacher its nll, kl, agreement."""
+    sums: dict[str, list[torch.Tensor]] = {}
+    start = 0
+    with contextlib.ExitStack() as stack:
+        head = stack.enter_context(student.head())
+        other = stack.enter_context(teacher.head()) if teacher is not None else None
+        for batch in reporter.track(range(len(student.batches)), "Compare", len(student.batches)):
+            ids = student.batches[batch]
+            mask = scored_NL[start : start + len(ids)].to(ids.device)
+            start += len(ids)
+            log_q = head(student.hidden[batch], batch).float().log_softmax(-1)
+            target = ids.roll(-1, 1).unsqueeze(-1)
+            values = {"tokens": mask.double(), "nll": -log_q.gather(-1, target).squeeze(-1)}
+            if other is not None and teacher is not None:
+                log_p = other(teacher.hidden[batch], batch).float().log_softmax(-1)
+                values["against_nll"] = -log_p.gather(-1, target).squeeze(-1)
+                values["agreement"] = (log_p.argmax(-1) == log_q.argmax(-1)).double()
+                values["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+            for name, value in values.items():
+                sums.setdefault(name, []).append((value.double() * mask).sum(1).cpu())
+    return {name: torch.cat(parts) for name, parts in sums.items()}
+
+
+def _summary(entry: Windows, sums: dict[str, torch.Tensor]) -> dict[str, Any]:
+    tokens = float(sums["tokens"].sum())
+    row: dict[str, Any] = {
+        "name": entry.name, "documents": int(entry.document_N.unique().numel()), "tokens": int(tokens),
+        "perplexity": math.exp(float(sums["nll"].sum()) / tokens),
+    }  # fmt: skip
+    if "kl" in sums:
+        row["against"] = {"perplexity": math.exp(float(sums["against_nll"].sum()) / tokens)}
+        row["kl"] = float(sums["kl"].sum()) / tokens
+        row["agreement"] = float(sums["agreement"].sum()) / tokens
+    return row
+
+
+def origin(folder: Path) -> str | None:
+    """The model that a finished trimoe folder was made from."""
+    path = folder / "trimoe.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None

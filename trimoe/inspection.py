@@ -1,0 +1,83 @@
+"""What a checkpoint is, from its configuration and headers alone: structure, bytes by part, what can be done with it and why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimoe.checkpoint import Checkpoint
+from trimoe.errors import UserError
+from trimoe.methods import METHODS
+from trimoe.plan import human
+from trimoe.skeleton import Skeleton
+
+
+def inspect(model: str) -> dict[str, Any]:
+    """The JSON of `trimoe inspect --json`. Architectures that are not supported are described as far as their headers tell, with
+    `supported` false and the `reason`; folders that are no model at all raise UserError."""
+    checkpoint = Checkpoint.open(model, weights=False)
+    about: dict[str, Any] = {
+        "model": checkpoint.name, "model_type": checkpoint.config.get("model_type"), "files": len(checkpoint.files()),
+        "tensors": len(checkpoint.tensors), "tensor_bytes": checkpoint.nbytes,
+        "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
+    }  # fmt: skip
+    try:
+        skeleton = Skeleton(checkpoint)
+        if not skeleton.sites:
+            raise UserError(f"{checkpoint.name} has no MoE layer.")
+    except UserError as reason:
+        return {**about, "supported": False, "reason": str(reason), "methods": {name: f"no: {reason}" for name in METHODS}}
+    return {**about, "supported": True, **_structure(skeleton)}
+
+
+def _structure(skeleton: Skeleton) -> dict[str, Any]:
+    tensors = skeleton.checkpoint.tensors
+    parts = {"routed experts": 0, "routers": 0}
+    for index, site in skeleton.sites.items():
+        for path in site.expert_axes:
+            keys = skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}")
+            part = "routed experts" if path in site.expert_paths() else "routers"
+            parts[part] += sum(tensors[key].nbytes for key in keys)
+        prefix = f"{skeleton.layer_name(index)}.{site.block}.{site.experts}."
+        factors = [k for name, keys in skeleton.conversion.source_of.items() if name.startswith(prefix) for k in keys] if site.factored else []
+        parts["routed experts"] += sum(tensors[key].nbytes for key in factors)
+    inside = sum(tensors[key].nbytes for keys in skeleton.keys_by_layer for key in keys)
+    parts["rest of the layers"] = inside - sum(parts.values())
+    parts["embeddings, norm, head"] = sum(tensors[key].nbytes for key in skeleton.outer_keys)
+    ignored = sum(tensors[key].nbytes for key in skeleton.ignored_keys)
+    if ignored:
+        parts["not used by transformers"] = ignored
+    first = next(iter(skeleton.sites.values()))
+    rule = first.rule
+    factored = any(site.factored for site in skeleton.sites.values())
+    no = "no: the experts are factored already"
+    return {
+        "layers": len(skeleton.layers), "moe_layers": list(skeleton.sites), "context": skeleton.context,
+        "experts": {str(i): site.num_experts for i, site in skeleton.sites.items()},
+        "top_k": rule.top_k, "hidden": first.hidden, "expert_width": first.width,
+        "router": {
+            "score": rule.score, "renormalise": rule.renormalise, "correction_bias": rule.biased_choice, "groups": rule.groups,
+            "topk_group": rule.topk_group, "scale": rule.scale, "fewest_experts": rule.min_experts,
+        },
+        "bytes": parts, "native": skeleton.spec is not None, "methods": {name: no if factored else "yes" for name in METHODS},
+    }  # fmt: skip
+
+
+def table(about: dict[str, Any]) -> str:
+    """The same for people."""
+    lines = [f"{about['model']}  ({about['model_type']}, {', '.join(about['dtypes'])}, {about['files']} files, {about['tensor_bytes']:,} bytes)"]
+    if not about["supported"]:
+        return "\n".join([*lines, f"  not supported: {about['reason']}"])
+    counts = sorted(set(about["experts"].values()))
+    router = about["router"]
+    words = [router["score"], "renormalised" if router["renormalise"] else "not renormalised"]
+    words += ["correction bias"] if router["correction_bias"] else []
+    words += [f"{router['groups']} groups, {router['topk_group']} used"] if router["groups"] > 1 else []
+    words += [f"scaled by {router['scale']:g}"] if router["scale"] != 1 else []
+    lines += [
+        f"  layers    {about['layers']}, {len(about['moe_layers'])} of them MoE; context {about['context']:,}",
+        f"  experts   {' / '.join(map(str, counts))} a layer, {about['top_k']} used per token; hidden {about['hidden']}, width {about['expert_width']}",
+        f"  router    {', '.join(words)}; keeps at least {router['fewest_experts']} experts",
+        *(f"  {name:<26}{value:>16,}  {human(value):>11}  {value / about['tensor_bytes']:6.1%}" for name, value in about["bytes"].items()),
+        *(f"  {name:<26}{answer}" for name, answer in about["methods"].items()),
+    ]
+    return "\n".join(lines)

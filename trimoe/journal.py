@@ -1,0 +1,72 @@
+"""An output folder that is being filled: who may write to it, what is done already, and how a killed run goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trimoe.errors import UserError
+from trimoe.stats import Stats
+from trimoe.write import write_text
+
+FOLDER = ".trimoe"  # inside the output folder until the run is finished
+
+
+class Journal:
+    """Stage results kept in `OUT/.trimoe`, valid for one set of inputs (model, recipe, calibration, seed, version)."""
+
+    def __init__(self, out: Path, inputs: dict[str, Any]):
+        self.out, self.folder, self.inputs = out, out / FOLDER, inputs
+        self._lock: Any = None
+
+    def refuse_other_content(self) -> None:
+        """Before anything is written: the folder must be new, empty, or a killed run with the same inputs."""
+        if self.out.is_file():
+            raise UserError(f"The output {self.out} is a file; give a folder that is empty or does not exist.")
+        if not self.out.exists() or not any(self.out.iterdir()):
+            return
+        begun = self.folder / "inputs.json"
+        if not begun.is_file():
+            raise UserError(f"The output folder {self.out} is not empty; give one that is empty or does not exist.")
+        before = json.loads(begun.read_text(encoding="utf-8"))
+        changed = sorted(key for key in before.keys() | self.inputs.keys() if before.get(key) != json.loads(json.dumps(self.inputs.get(key))))
+        if changed:
+            raise UserError(
+                f"The output folder {self.out} holds an unfinished run with another {changed[0]}; "
+                "repeat that run's command to resume it, or give another folder."
+            )
+
+    def __enter__(self) -> Journal:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held as long as the run)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"Another run is writing to {self.out}; wait for it, or give another folder.") from None
+        write_text(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    def get(self, stage: str) -> dict[str, Any] | None:
+        path = self.folder / f"{stage}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def put(self, stage: str, value: dict[str, Any]) -> None:
+        write_text(self.folder / f"{stage}.json", json.dumps(value))
+
+    def get_stats(self, stage: str) -> Stats | None:
+        path = self.folder / f"{stage}.safetensors"
+        return Stats.load(path) if path.is_file() else None
+
+    def put_stats(self, stage: str, stats: Stats) -> None:
+        stats.save(self.folder / f"{stage}.safetensors")
+
+    def close(self) -> None:
+        """The run is finished: nothing but the checkpoint stays."""
+        shutil.rmtree(self.folder)

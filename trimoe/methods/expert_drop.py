@@ -1,0 +1,269 @@
+"""Drop whole experts. MoE-I2 arXiv 2411.01016 (search), NAEE arXiv 2402.14800 (exhaustive), Expert Drop arXiv 2406.02500 (scores)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from trimoe import budget, scores, search
+from trimoe.errors import UserError
+from trimoe.methods.method import Decisions, LayerDecision, share_of
+from trimoe.skeleton import Site
+from trimoe.stats import LayerStats
+from trimoe.subset import SubsetLoss
+
+STRICT = ConfigDict(extra="forbid")
+Drop = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Genetic:
+    """MoE-I2's search over sets of experts: elitist, children drawn from the union of two parents. Never above `max_evaluations`."""
+
+    population: Annotated[int, Field(ge=4, le=100_000)] = 100
+    generations: Annotated[int, Field(ge=1, le=100_000)] = 50
+    max_evaluations: Annotated[int, Field(ge=1)] = 5000
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Exhaustive:
+    """Every set (NAEE); refused above `limit` sets in a layer."""
+
+    limit: Annotated[int, Field(ge=1)] = 2_000_000
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Greedy:
+    """Backward elimination on the exact loss."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Random:
+    """The best of `draws` random sets."""
+
+    draws: Annotated[int, Field(ge=1)] = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReceptiveField:
+    """Block-wise KT-Reception Field: in blocks of `t` MoE layers, try all combinations of each layer's `k` best sets."""
+
+    k: Annotated[int, Field(ge=1, le=8)] = 3
+    t: Annotated[int, Field(ge=1, le=6)] = 3
+    mode: Literal["progressive", "layerwise"] = "progressive"
+
+
+SEARCHES: dict[str, type] = {"genetic": Genetic, "exhaustive": Exhaustive, "greedy": Greedy, "random": Random}
+
+
+def _by_name(value: Any) -> Any:
+    """`none`, a search's name, or {name: {its fields}}."""
+    if value is None or value == "none" or isinstance(value, tuple(SEARCHES.values())):
+        return None if value == "none" else value
+    name, fields = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
+    if name not in SEARCHES:
+        raise ValueError(f"{value!r} is not a search; there are none, {', '.join(SEARCHES)}")
+    if fields is not None and not isinstance(fields, dict):
+        raise ValueError(f"the fields of {name} must be a mapping, not {fields!r}")
+    return TypeAdapter(SEARCHES[name]).validate_python(fields or {})
+
+
+Search = Genetic | Exhaustive | Greedy | Random
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExpertDrop:
+    """Remove experts.
+
+    ratio, count    share of all routed experts that goes, or how many go in each layer (one of the two)
+    score           which number says that an expert matters; used where there is no search, and for `counts: global`
+    counts          how many each layer loses: `uniform`; `importance` (inversely to the mean leave-one-out loss); `optimal` (least
+                    sum of measured sensitivity x squared layer loss, exact knapsack); `global` (the lowest scores anywhere)
+    search          how the set is chosen inside a layer: `none` takes the lowest scores; the others minimise the exact subset loss
+    receptive_field choose among each layer's k best sets by the error after t layers
+    normalize       `relative` divides a layer's losses by its output norm; `none` is the paper's raw Frobenius norm
+    protect_super_experts   experts with extreme activations never go
+    """
+
+    name: ClassVar[str] = "expert_drop"
+    paper: ClassVar[str] = "arXiv 2411.01016"
+    scope: ClassVar[Literal["layer", "model"]] = "model"
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    count: Annotated[int, Field(ge=0)] | None = None
+    score: Literal["leave_one_out", "reap", "gate", "frequency", "output_norm", "coactivation", "weights", "random"] = "leave_one_out"
+    counts: Literal["importance", "uniform", "optimal", "global"] = "importance"
+    search: Annotated[Search | None, BeforeValidator(_by_name)] = None
+    receptive_field: ReceptiveField | None = None
+    normalize: Literal["relative", "none"] = "relative"
+    protect_super_experts: bool = True
+
+    # ---- on paper
+
+    @property
+    def needs(self) -> frozenset[str]:
+        exact = self.search is not None or self.score == "leave_one_out" or self.counts in ("importance", "optimal")
+        return frozenset({"search"} if exact else set())
+
+    def total(self, sites: Mapping[int, Site]) -> int:
+        """How many experts go in all: the nearest count to the ratio that every layer's router groups allow."""
+        share = share_of(self.ratio, self.count, "expert_drop", max(site.num_experts for site in sites.values()))
+        steps = {site.rule.groups for site in sites.values()}
+        step = max(steps)
+        return round(share * sum(site.num_experts for site in sites.values()) / step) * step
+
+    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+        """Raises if no choice can satisfy the routers' floors."""
+        if any(site.factored or decisions[index].in_ranks for index, site in sites.items()):
+            raise UserError("expert_drop: the experts are factored already; drop experts before low_rank.")
+        if self.receptive_field and self.search is None:
+            raise UserError("expert_drop: receptive_field chooses among the sets a search finds; set search as well.")
+        if self.count is not None:
+            for index, site in sites.items():
+                left = site.num_experts - self.count
+                if left < site.rule.min_experts or self.count % site.rule.groups:
+                    raise UserError(self._floor(index, site, f"count {self.count}"))
+        self.uniform(sites)
+        if isinstance(self.search, Exhaustive) and self.counts == "uniform":
+            for index, dropped in self.uniform(sites).items():
+                self._space(sites[index], dropped, ()).check()
+                self._refuse_too_many(index, self._space(sites[index], dropped, ()))
+
+    def uniform(self, sites: Mapping[int, Site]) -> dict[int, int]:
+        """How many go in each layer if all lose alike; raises if the ratio cannot be had."""
+        total = self.total(sites)
+        room = sum(site.num_experts - site.rule.min_experts for site in sites.values())
+        if total > room:
+            tightest = min(sites, key=lambda index: sites[index].num_experts - sites[index].rule.min_experts)
+            raise UserError(self._floor(tightest, sites[tightest], f"{total} of {sum(s.num_experts for s in sites.values())} experts to drop"))
+        sizes, floors, step = self._limits(sites)
+        return dict(zip(sites, budget.uniform_counts(sizes, total, floors=floors, step=step), strict=True))
+
+    @staticmethod
+    def _limits(sites: Mapping[int, Site]) -> tuple[list[int], list[int], list[int]]:
+        return (
+            [site.num_experts for site in sites.values()],
+            [site.rule.min_experts for site in sites.values()],
+            [site.rule.groups for site in sites.values()],
+        )
+
+    @staticmethod
+    def _floor(index: int, site: Site, given: str) -> str:
+        groups = f" in {site.rule.groups} router groups, from which equal numbers must go" if site.rule.groups > 1 else ""
+        return (
+            f"expert_drop: {given} is not possible: layer {index} has {site.num_experts} experts{groups} and its router needs at "
+            f"least {site.rule.min_experts} (top-{site.rule.top_k}), so at most {site.num_experts - site.rule.min_experts} can go."
+        )
+
+    # ---- statistics in, decisions out
+
+    def importance(self, stats: LayerStats, seed: int) -> torch.Tensor:
+        """The score of each expert, [E] float64 (higher stays)."""
+        if self.score == "random":
+            return torch.rand(stats.num_experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + stats.layer))
+        value_E = scores.SCORES[self.score](stats)
+        raw = self.score == "leave_one_out" and self.normalize == "none"
+        return value_E * SubsetLoss(stats).norm if raw else value_E
+
+    def layer_importance(self, stats: LayerStats) -> float:
+        """Mean leave-one-out loss of the layer's experts (relative unless normalize is none)."""
+        mean = float(scores.leave_one_out(stats).mean())
+        return mean * SubsetLoss(stats).norm if self.normalize == "none" else mean
+
+    def layer_counts(
+        self,
+        sites: Mapping[int, Site],
+        stats: Mapping[int, LayerStats],
+        seed: int,
+        *,
+        menus: Mapping[int, Mapping[int, float]] | None = None,
+        sensitivity: Mapping[int, float] | None = None,
+    ) -> dict[int, int]:
+        """How many experts each layer loses. `menus` (layer -> n -> loss) and `sensitivity` serve `optimal` only."""
+        total = self.total(sites)
+        sizes, floors, step = self._limits(sites)
+        if self.counts == "uniform":
+            return self.uniform(sites)
+        if self.counts == "importance":
+            importance = [self.layer_importance(stats[index]) for index in sites]
+            return dict(zip(sites, budget.importance_counts(importance, sizes, total, floors=floors, step=step), strict=True))
+        if self.counts == "optimal":
+            assert menus is not None and sensitivity is not None
+            chosen = budget.optimal_counts([menus[i] for i in sites], total, sensitivity=[sensitivity[i] for i in sites])
+            return dict(zip(sites, chosen, strict=True))
+        return self._global_counts(sites, stats, total, seed)
+
+    def _global_counts(self, sites: Mapping[int, Site], stats: Mapping[int, LayerStats], total: int, seed: int) -> dict[int, int]:
+        """The lowest scores over all layers go first, each layer down to its router's floor; grouped routers lose one per group a time."""
+        left = {index: 0 for index in sites}
+        ranked = []
+        for index, site in sites.items():
+            value_GE = self.importance(stats[index], seed).view(site.rule.groups, -1).sort(-1)[0]
+            ranked += [(float(column.mean()), index) for column in value_GE.T]
+        for _, index in sorted(ranked):
+            site = sites[index]
+            if total >= site.rule.groups and site.num_experts - left[index] - site.rule.groups >= site.rule.min_experts:
+                left[index] += site.rule.groups
+                total -= site.rule.groups
+        return left
+
+    @staticmethod
+    def _space(site: Site, dropped: int, protected: Drop) -> search.Space:
+        return search.Space(site.num_experts, dropped, site.rule.groups, protected)
+
+    def _refuse_too_many(self, index: int, space: search.Space) -> None:
+        assert isinstance(self.search, Exhaustive)
+        if space.size() > self.search.limit:
+            raise UserError(
+                f"expert_drop: exhaustive search in layer {index} means {space.size():,} sets, more than its limit of "
+                f"{self.search.limit:,}; use search: genetic, or raise the limit."
+            )
+
+    def drop_sets(self, site: Site, stats: LayerStats, dropped: int, protected: Drop, seed: int) -> search.Found:
+        """The best sets of `dropped` experts of one layer, best first (k of them where a receptive field will choose)."""
+        space = self._space(site, dropped, protected)
+        try:
+            space.check()
+        except ValueError:  # so many must go that a super expert is among them
+            space = self._space(site, dropped, ())
+        keep = self.receptive_field.k if self.receptive_field else 1
+        if dropped == 0:
+            return search.Found(drops=((),), losses=(0.0,), evaluations=0, history=())
+        if self.search is None:
+            return self._lowest(space, self.importance(stats, seed))
+        loss, seed = SubsetLoss(stats), seed * 1009 + site.layer
+        if isinstance(self.search, Exhaustive):
+            self._refuse_too_many(site.layer, space)
+            return search.exhaustive(loss, space, keep=keep)
+        if isinstance(self.search, Greedy):
+            return search.greedy(loss, space, keep=keep)
+        if isinstance(self.search, Random):
+            return search.random(loss, space, draws=max(self.search.draws, keep), seed=seed, keep=keep)
+        start = search.greedy(loss, space, keep=keep)
+        found = search.genetic(
+            loss, space, population=self.search.population, generations=self.search.generations, seed=seed, keep=keep,
+            max_evaluations=self.search.max_evaluations, start=start.drops,
+        )  # fmt: skip
+        return found
+
+    @staticmethod
+    def _lowest(space: search.Space, value_E: torch.Tensor) -> search.Found:
+        """The lowest scores, equally many in each router group."""
+        value_E = value_E.clone()
+        value_E[list(space.protected)] = torch.inf
+        size = space.num_experts // space.groups
+        order_GE = value_E.view(space.groups, size).argsort(-1, stable=True)[:, : space.num_drop // space.groups]
+        drop = sorted((order_GE + torch.arange(space.groups).unsqueeze(1) * size).flatten().tolist())
+        return search.Found(drops=(tuple(drop),), losses=(float("nan"),), evaluations=0, history=())
+
+    def decide(self, decisions: Decisions, drops: Mapping[int, Drop]) -> Decisions:
+        """The decisions after these experts (numbered among the survivors so far) have gone."""
+        return {
+            index: LayerDecision(keep=tuple(expert for place, expert in enumerate(decision.keep) if place not in set(drops.get(index, ()))))
+            for index, decision in decisions.items()
+        }
+

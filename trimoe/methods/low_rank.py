@@ -1,0 +1,309 @@
+"""Low-rank experts with non-uniform ranks. MoE-I2 arXiv 2411.01016 (ranks from importance), SVD-LLM arXiv 2403.07378 (whitening).
+
+An expert is two matrices here: the first projection with gate and up stacked, W_in [O, H], and the last, W_out [H, I]. Factoring gate
+and up together lets them share the input factor V; at equal parameters that is clearly better than one pair of factors each (LOG.md).
+
+Letters: S routed tokens of one expert, H hidden size, I expert width, O = 2I (gated) or I, m x n any of the two matrices, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from trimoe import budget, knapsack, scores
+from trimoe.errors import UserError
+from trimoe.methods.method import Decisions, LayerDecision
+from trimoe.modeling_trimoe import DENSE, FactoredExperts, first_projection
+from trimoe.observe import run_expert
+from trimoe.skeleton import Site
+from trimoe.stats import LayerStats
+
+MULTIPLE = 8  # ranks: grouped matrix products want strides in multiples of 16 bytes
+DAMP = 1e-4  # of the mean diagonal, added to second moments
+RIDGE = 0.03  # the same, where the last projection is refitted
+POOL_TOKENS = 2048  # tokens of a layer that stand for all
+POOL_WEIGHT = 256  # tokens that the pool counts as beside an expert's own
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class LowRank:
+    """Replace each expert's matrices by products of two factors.
+
+    ratio    share of the (remaining) routed-expert parameters that goes
+    rank     `uniform`; `importance`: inside a layer, proportional to importance^alpha (the paper's); `optimal`: over all matrices of
+             all layers at once, least loss by singular values, expert energy and measured layer sensitivity; a matrix may stay dense
+    alpha    exponent of `importance`
+    whiten   `input`: minimise the error on each expert's own inputs (and refit the last projection to the factored first one);
+             `none`: plain truncated SVD of the weights
+    form     `factored` stores the factors; `dense` multiplies them out again (loads anywhere, saves nothing)
+    """
+
+    name: ClassVar[str] = "low_rank"
+    paper: ClassVar[str] = "arXiv 2411.01016"
+    scope: ClassVar[Literal["layer", "model"]] = "model"
+
+    ratio: Annotated[float, Field(gt=0, lt=1)]
+    rank: Literal["importance", "uniform", "optimal"] = "importance"
+    alpha: Annotated[float, Field(ge=0, le=2)] = 0.15
+    whiten: Literal["input", "none"] = "input"
+    form: Literal["factored", "dense"] = "factored"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"uniform": set(), "importance": {"search"}, "optimal": {"spectra", "sensitivity"}}[self.rank])
+
+    # ---- on paper
+
+    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+        if any(site.factored or decisions[index].in_ranks for index, site in sites.items()):
+            raise UserError("low_rank: the experts are factored already; it can be applied once.")
+        for index, site in sites.items():
+            if self.average(site) < MULTIPLE:
+                raise UserError(
+                    f"low_rank: ratio {self.ratio} leaves rank {self.average(site):.1f} in layer {index} (experts of {site.hidden} x {site.width}); "
+                    f"at least {MULTIPLE} is needed, so ratio can be at most {1 - MULTIPLE / _full_average(site):.2f}."
+                )
+
+    def average(self, site: Site) -> float:
+        """The rank R at which both factored matrices of an expert together hold (1 - ratio) of its weights."""
+        return (1 - self.ratio) * _full_average(site)
+
+    def cap(self, site: Site) -> int:
+        """The largest rank that still saves and that both matrices can have."""
+        largest = min(_full_average(site), site.hidden, site.width, site.first)
+        return max(MULTIPLE, int(largest) // MULTIPLE * MULTIPLE)
+
+    def parameters(self, site: Site, count: int) -> int:
+        """Weights that `count` experts of this layer may keep."""
+        return int((1 - self.ratio) * count * (site.first * site.hidden + site.hidden * site.width))
+
+    # ---- statistics in, decisions out
+
+    def decide(
+        self,
+        sites: Mapping[int, Site],
+        decisions: Decisions,
+        stats: Mapping[int, LayerStats],
+        *,
+        sensitivity: Mapping[int, float] | None = None,
+    ) -> Decisions:
+        """Ranks for every surviving expert. `sites` describe the model as it is after earlier steps."""
+        if self.rank == "optimal":
+            assert sensitivity is not None
+            ranks = self._optimal(sites, stats, sensitivity)
+        else:
+            ranks = {}
+            for index, site in sites.items():
+                average, cap = self.average(site), self.cap(site)
+                if self.rank == "uniform":
+                    one = budget.uniform_ranks(site.num_experts, average, multiple=MULTIPLE, cap=cap)
+                else:
+                    value = scores.leave_one_out(stats[index]).tolist()
+                    one = budget.importance_ranks(value, average, alpha=self.alpha, multiple=MULTIPLE, cap=cap)
+                ranks[index] = (one, one)
+        return {
+            index: LayerDecision(keep=decisions[index].keep, in_ranks=tuple(inside), out_ranks=tuple(outside), merged=self.form == "dense")
+            if {*inside, *outside} != {DENSE}
+            else decisions[index]
+            for index, (inside, outside) in ranks.items()
+        }
+
+    def _optimal(
+        self, sites: Mapping[int, Site], stats: Mapping[int, LayerStats], sensitivity: Mapping[int, float]
+    ) -> dict[int, tuple[list[int], list[int]]]:
+        """One menu per matrix: ranks in multiples of 8 (0 included) and dense, each with its weights and its loss.
+
+        Loss of cutting matrix A of expert e in layer i to rank r: s_i (sum (g||y||)^2 / ||F_i||^2) tail_r(A) / ||A||^2.
+        """
+        menus, owners = [], []
+        for index, site in sites.items():
+            layer = stats[index]
+            energy_E = layer["gate_norm_sq_E"] / layer["energy_EE"].sum() * sensitivity[index]
+            for name, rows, columns in (("in", site.first, site.hidden), ("out", site.hidden, site.width)):
+                for expert in range(site.num_experts):
+                    spectrum = layer[f"{name}_spectrum_ER"][expert].clamp_min(0)
+                    tail = torch.cat([spectrum, spectrum.new_zeros(1)]).flip(0).cumsum(0).flip(0) / spectrum.sum().clamp_min(1e-30)
+                    saving = rows * columns // (rows + columns)
+                    choices = list(range(0, min(saving, len(spectrum)) + 1, MULTIPLE))
+                    costs = [rank * (rows + columns) for rank in choices] + [rows * columns]
+                    losses = [float(tail[rank] * energy_E[expert]) for rank in choices] + [0.0]
+                    menus.append((costs, losses))
+                    owners.append((index, name, expert, [*choices, DENSE]))
+        total = sum(self.parameters(site, site.num_experts) for site in sites.values())
+        picked = knapsack.cheapest_losses(menus, total)
+        ranks: dict[int, tuple[list[int], list[int]]] = {i: ([0] * site.num_experts, [0] * site.num_experts) for i, site in sites.items()}
+        for (index, name, expert, options), choice in zip(owners, picked, strict=True):
+            ranks[index][name == "out"][expert] = options[choice]
+        return ranks
+
+    # ---- tensors in, tensors out
+
+    @torch.no_grad()
+    def transform(self, experts: nn.Module, site: Site, decision: LayerDecision, seen: Seen) -> nn.Module:
+        """The factored (or multiplied-out) experts. `site` and `experts` are those after dropping; `seen` is what the layer's block saw."""
+        assert decision.in_ranks is not None and decision.out_ranks is not None
+        factored = FactoredExperts(experts, list(decision.in_ranks), list(decision.out_ranks))
+        merged_in, merged_out = [], []
+        for expert in range(site.num_experts):
+            w_in, w_out = matrices(experts, expert)
+            if self.whiten == "none":
+                cut_in = factor(w_in, None, decision.in_ranks[expert])
+                cut_out = factor(w_out, None, decision.out_ranks[expert])
+            else:
+                given = seen.of(expert)
+                cut_in = factor(w_in, given.moment(given.x_SH, given.pool_PH), decision.in_ranks[expert])
+                target, moment = _refit(experts, expert, given, cut_in, w_out)
+                cut_out = factor(target, moment, decision.out_ranks[expert])
+            factored.set_expert(expert, cut_in, cut_out)
+            if decision.merged:
+                merged_in.append(cut_in.product)
+                merged_out.append(cut_out.product)
+        if not decision.merged:
+            return factored
+        flip = experts.is_transposed
+        first_projection(experts).copy_(torch.stack([w.mT if flip else w for w in merged_in]))
+        experts.down_proj.copy_(torch.stack([w.mT if flip else w for w in merged_out]))
+        return experts
+
+    @torch.no_grad()
+    def spectra(self, experts: nn.Module, site: Site, seen: Seen, stats: LayerStats) -> None:
+        """Adds in_spectrum_ER and out_spectrum_ER to `stats`: squared singular values of the whitened matrices, largest first."""
+        inside, outside = [], []
+        for expert in range(site.num_experts):
+            w_in, w_out = matrices(experts, expert)
+            in_moment = out_moment = None
+            if self.whiten == "input":
+                given = seen.of(expert)
+                in_moment = given.moment(given.x_SH, given.pool_PH)
+                out_moment = given.moment(run_expert(experts, expert, given.x_SH)[0], run_expert(experts, expert, given.pool_PH)[0])
+            inside.append(spectrum(w_in, in_moment))
+            outside.append(spectrum(w_out, out_moment))
+        stats.sums["in_spectrum_ER"], stats.sums["out_spectrum_ER"] = torch.stack(inside).cpu(), torch.stack(outside).cpu()
+
+
+@plain_dataclass
+class Seen:
+    """What one MoE block was given: inputs x_TH and routing index_TK, weight_TK of all calibration tokens."""
+
+    x_TH: torch.Tensor
+    index_TK: torch.Tensor
+    weight_TK: torch.Tensor
+
+    def of(self, expert: int) -> Given:
+        """What one expert was given, and the layer's pool: every so-many-th token, routed to it or not."""
+        tokens, places = (self.index_TK == expert).nonzero(as_tuple=True)
+        pool = self.x_TH[:: max(1, len(self.x_TH) // POOL_TOKENS)]
+        return Given(self.x_TH[tokens], self.weight_TK[tokens, places].float(), pool)
+
+
+@plain_dataclass
+class Given:
+    """Inputs x_SH of an expert's routed tokens with their weights gate_S, and pool_PH from the whole layer."""
+
+    x_SH: torch.Tensor
+    gate_S: torch.Tensor
+    pool_PH: torch.Tensor
+
+    def moment(self, x_SN: torch.Tensor, pool_PN: torch.Tensor) -> torch.Tensor:
+        """The damped second moment to whiten by; see `blended`."""
+        return _damped(self.blended(x_SN, x_SN, pool_PN, pool_PN), DAMP)
+
+    def blended(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pool_a: torch.Tensor, pool_b: torch.Tensor) -> torch.Tensor:
+        """(n C + n0 C_pool) / (n + n0), float64: C = sum g^2 a b^T / sum g^2 over the expert's n tokens (weighted as they count in the
+        layer's output), C_pool the plain mean of a b^T over the pool. An expert that saw few tokens leans on the layer."""
+        count = len(self.gate_S)
+        pooled = (pool_a.float().T @ pool_b.float()).double() / len(pool_a)
+        if not count:
+            return pooled
+        square_S = self.gate_S.square()
+        own = ((a_SM.float() * square_S.unsqueeze(1)).T @ b_SN.float()).double() / square_S.double().sum().clamp_min(1e-12)
+        return (count * own + POOL_WEIGHT * pooled) / (count + POOL_WEIGHT)
+
+
+@plain_dataclass
+class Cut:
+    """W ~ u_mr @ v_rn, or the whole matrix where the decision is to leave it dense."""
+
+    u_mr: torch.Tensor | None
+    v_rn: torch.Tensor | None
+    whole: torch.Tensor | None = None
+
+    @property
+    def product(self) -> torch.Tensor:
+        return self.whole if self.whole is not None else self.u_mr @ self.v_rn  # type: ignore[operator]
+
+
+def matrices(experts: nn.Module, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W_in [O, H], W_out [H, I]) of one expert in output-by-input orientation."""
+    w_in, w_out = first_projection(experts)[expert], experts.down_proj[expert]
+    return (w_in.mT, w_out.mT) if experts.is_transposed else (w_in, w_out)
+
+
+def _damped(moment: torch.Tensor, share: float) -> torch.Tensor:
+    diagonal = moment.diagonal()
+    return moment + torch.diag_embed((share * diagonal.mean() + 1e-12).expand_as(diagonal))
+
+
+def factor(w_mn: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut:
+    """The best rank-r approximation of W under ||(W - UV) S||_F, C = S S^T: U = Q_r, V = Q_r^T W, Q the left singular vectors of W S."""
+    if rank == DENSE:
+        return Cut(None, None, whole=w_mn.clone())
+    w = w_mn.double()
+    whitened = w if moment is None else w @ torch.linalg.cholesky(moment)
+    if w.shape[0] <= w.shape[1]:
+        _, vectors = torch.linalg.eigh(whitened @ whitened.T)
+        q_mr = vectors.flip(1)[:, :rank]
+    else:
+        values, vectors = torch.linalg.eigh(whitened.T @ whitened)
+        right, size = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp_min(0).sqrt()
+        q_mr = whitened @ right / size.clamp_min(float(size.max()) * 1e-9 + 1e-300) if rank else whitened[:, :0]
+    return Cut(q_mr.to(w_mn.dtype), (q_mr.T @ w).to(w_mn.dtype))
+
+
+def spectrum(w_mn: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """Squared singular values of W S, largest first, [min(m, n)] float64."""
+    w = w_mn.double()
+    whitened = w if moment is None else w @ torch.linalg.cholesky(moment)
+    gram = whitened @ whitened.T if w.shape[0] <= w.shape[1] else whitened.T @ whitened
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+
+
+def _refit(
+    experts: nn.Module, expert: int, given: Given, cut_in: Cut, w_out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last projection that, on the factored first one's activations h', best gives back the original outputs W_out h (ridge least
+    squares), and the second moment of h' to whiten it with: M = W_out (C_hh' + mu I)(C_h'h' + mu I)^-1."""
+    old, new = [], []
+    for x in (given.x_SH, given.pool_PH):
+        old.append(run_expert(experts, expert, x)[0])
+        new.append(_activate(experts, expert, x @ cut_in.product.T))
+    moment = given.blended(new[0], new[0], new[1], new[1])
+    cross = given.blended(old[0], new[0], old[1], new[1])
+    ridge = torch.diag_embed((RIDGE * moment.diagonal().mean() + 1e-12).expand(len(moment)))
+    target = torch.linalg.solve(moment + ridge, (w_out.double() @ (cross + ridge)).T).T
+    return target.to(w_out.dtype), _damped(moment, DAMP)
+
+
+def _activate(experts: nn.Module, expert: int, first_SO: torch.Tensor) -> torch.Tensor:
+    if experts.has_bias:
+        first_SO = first_SO + getattr(experts, "gate_up_proj_bias" if experts.has_gate else "up_proj_bias")[expert]
+    return experts._apply_gate(first_SO) if experts.has_gate else experts.act_fn(first_SO)
+
+
+def _full_average(site: Site) -> float:
+    """The rank at which factoring both matrices saves nothing."""
+    weights = site.first * site.hidden + site.hidden * site.width
+    return weights / (site.first + site.hidden + site.hidden + site.width)
+
+
+def rank_share(ranks: Sequence[int], rows: int, columns: int) -> int:
+    """Weights stored for matrices of these ranks."""
+    return int(np.sum([rows * columns if rank == DENSE else rank * (rows + columns) for rank in ranks]))

@@ -1,0 +1,63 @@
+"""What every compression method is: a frozen dataclass whose fields are its configuration, and a few pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol
+
+from trimoe.errors import UserError
+from trimoe.skeleton import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDecision:
+    """What becomes of one MoE layer. `keep`: surviving experts by their number in the source. `in_ranks`, `out_ranks`: one rank per
+    survivor for its first (gate and up stacked) and last projection; `merged` means the factors are multiplied out again (dense)."""
+
+    keep: tuple[int, ...]
+    in_ranks: tuple[int, ...] | None = None
+    out_ranks: tuple[int, ...] | None = None
+    merged: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if value is not None and value is not False}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> LayerDecision:
+        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})
+
+    @property
+    def factored(self) -> bool:
+        return self.in_ranks is not None and not self.merged
+
+
+Decisions = dict[int, LayerDecision]  # by decoder layer
+
+
+def unchanged(sites: dict[int, Site]) -> Decisions:
+    return {index: LayerDecision(keep=tuple(range(site.num_experts))) for index, site in sites.items()}
+
+
+def decided_site(site: Site, decision: LayerDecision) -> Site:
+    """The site after its experts have gone."""
+    return replace(site, num_experts=len(decision.keep))
+
+
+class Method(Protocol):
+    """One step of a recipe. `shape` works on paper: it raises every mistake a user can make and says how many experts or parameters go."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    scope: ClassVar[Literal["layer", "model"]]
+
+    @property
+    def needs(self) -> frozenset[str]: ...  # statistics to gather beyond routing and outputs
+
+    def shape(self, sites: dict[int, Site], decisions: Decisions) -> None: ...
+
+
+def share_of(ratio: float | None, count: int | None, what: str, per_layer: int) -> float:
+    """`ratio`, or `count` per layer as a ratio; exactly one of them is allowed."""
+    if (ratio is None) == (count is None):
+        raise UserError(f"{what}: give either ratio or count, not {'neither' if ratio is None else 'both'}.")
+    return ratio if ratio is not None else count / per_layer  # type: ignore[operator]

@@ -1,0 +1,239 @@
+"""Before and after on paper: sizes to the byte, what loads the result, every user error that can be found without reading a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimoe.checkpoint import Checkpoint
+from trimoe.errors import UserError
+from trimoe.layout import Layout
+from trimoe.methods import ExpertDrop, LowRank
+from trimoe.methods.low_rank import MULTIPLE
+from trimoe.methods.method import Decisions, LayerDecision, decided_site, unchanged
+from trimoe.recipe import Recipe
+from trimoe.recipe import load as load_recipe
+from trimoe.skeleton import Site, Skeleton
+
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
+IMPORTS = 700 << 20  # bytes of memory that Python, torch and transformers take themselves
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters and bytes. `active`: parameters one token uses. `file_bytes` are all safetensors files with headers; where decisions
+    are still open, `file_bytes` is the most and `least_bytes` the least it can be, and the parameter counts are the most."""
+
+    parameters: int
+    active: int
+    experts: int
+    file_bytes: int
+    least_bytes: int
+
+    @property
+    def exact(self) -> bool:
+        return self.file_bytes == self.least_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe makes of a model. `str(plan)` is the table; `bytes` the output's size if it is fixed already, else None."""
+
+    model: str
+    recipe: dict[str, Any]
+    before: Sizes
+    after: Sizes
+    layers: list[dict[str, Any]]
+    form: str
+    loads_in: dict[str, str]
+    peak_memory: int
+    disk: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int | None:
+        return self.after.file_bytes if self.after.exact else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "before": self.before.__dict__, "after": self.after.__dict__, "bytes": self.bytes}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Plan:
+        body = {key: entry for key, entry in value.items() if key != "bytes"}
+        return cls(**{**body, "before": Sizes(**value["before"]), "after": Sizes(**value["after"])})
+
+    def __str__(self) -> str:
+        b, a = self.before, self.after
+        size = f"{a.file_bytes:,}" if a.exact else f"{a.least_bytes:,} to {a.file_bytes:,}"
+        sign = "" if a.exact else "at most "
+        lines = [
+            f"{self.model} -> {self.form} checkpoint",
+            f"  safetensors bytes     {b.file_bytes:,} -> {size}  ({a.file_bytes / b.file_bytes:.1%})",
+            f"  parameters            {b.parameters:,} -> {sign}{a.parameters:,}",
+            f"  active per token      {b.active:,} -> {sign}{a.active:,}",
+            f"  routed experts        {b.experts:,} -> {sign}{a.experts:,}  ({a.experts / b.experts:.1%})",
+            f"  memory while working  about {human(self.peak_memory)}; disk {human(self.disk)}",
+            "  loads in              " + "; ".join(f"{engine}: {answer}" for engine, answer in self.loads_in.items()),
+        ]
+        rows = [
+            f"    {row['layer']:>5}  {row['experts']:>3} -> {row['kept'] if row['kept'] is not None else '?':>3}"
+            + (f"  rank {row['rank']}" if row.get("rank") is not None else "")
+            for row in self.layers
+        ]
+        return "\n".join([*lines, "  layer  experts", *rows, *(f"  warning: {warning}" for warning in self.warnings)])
+
+
+def human(count: float) -> str:
+    """1234567890 -> '1.15 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def plan(
+    model: str | Checkpoint | Skeleton,
+    recipe: str | dict[str, Any] | Recipe,
+    changes: Sequence[str] = (),
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+) -> Plan:
+    """Before any statistics: exact where the recipe fixes the result, an interval where decisions will."""
+    parsed = load_recipe(recipe, changes)
+    skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, weights=False)
+    decisions, sites, slack, open_counts = unchanged(skeleton.sites), dict(skeleton.sites), 0, False
+    if not sites:
+        raise UserError(f"{skeleton.name} has no MoE layer that trimoe can work on.")
+    for step in parsed.steps:
+        step.shape(sites, decisions)
+        if isinstance(step, ExpertDrop):
+            counts = step.uniform(sites)
+            open_counts = open_counts or step.counts != "uniform"
+            decisions = {i: LayerDecision(keep=decisions[i].keep[: len(decisions[i].keep) - counts[i]]) for i in sites}
+            sites = {i: decided_site(site, decisions[i]) for i, site in sites.items()}
+        elif isinstance(step, LowRank):
+            decisions, more = _on_paper(step, sites, decisions, open_counts)
+            slack += more
+    layout = Layout(skeleton, decisions)
+    closed = not open_counts and not any(isinstance(step, LowRank) and step.rank == "optimal" for step in parsed.steps)
+    native = layout.native or open_counts
+    _check_target(parsed, native, skeleton)
+    return describe(
+        skeleton, layout, parsed, native=native, slack=None if closed else slack + _header_slack(layout), kept_known=not open_counts,
+        tokens=(samples or parsed.calibration.samples) * min(length or parsed.calibration.length, skeleton.context),
+    )  # fmt: skip
+
+
+def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_counts: bool) -> tuple[Decisions, int]:
+    """Stand-in ranks of the right total, and by how many bytes the real ones may differ."""
+    import numpy as np
+
+    from trimoe import budget
+
+    out, slack = {}, 0
+    for index, site in sites.items():
+        ranks = tuple(budget.uniform_ranks(site.num_experts, step.average(site), multiple=MULTIPLE, cap=step.cap(site)))
+        out[index] = LayerDecision(keep=decisions[index].keep, in_ranks=ranks, out_ranks=ranks, merged=step.form == "dense")
+        if step.form == "factored" and (open_counts or step.rank == "optimal"):
+            # every rank is a multiple of 8, and one such step in a layer is what rounding can move
+            slack += MULTIPLE * (site.first + 2 * site.hidden + site.width) * int(np.dtype("float64").itemsize)
+    return out, slack
+
+
+def _header_slack(layout: Layout) -> int:
+    """How far headers may differ when expert numbers, shapes and offsets change by a few digits."""
+    entries = sum(len(group) for group in layout.groups)
+    return 24 * entries + 4096
+
+
+def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens: int) -> Plan:
+    """After all decisions: exact."""
+    layout = Layout(skeleton, decisions)
+    _check_target(recipe, layout.native, skeleton)
+    return describe(skeleton, layout, recipe, native=layout.native, slack=None, kept_known=True, tokens=tokens)
+
+
+def _check_target(recipe: Recipe, native: bool, skeleton: Skeleton) -> None:
+    if native and recipe.target != "transformers":
+        raise UserError(
+            f"The recipe's target is {recipe.target}, but different expert counts per layer and factored experts load in transformers only; "
+            "use counts: uniform with a ratio that removes equally many everywhere and low_rank form: dense, or target: transformers."
+        )
+
+
+def describe(
+    skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, slack: int | None, kept_known: bool, tokens: int
+) -> Plan:
+    """The plan of a layout; `slack` bytes either way where decisions are open (None: exact)."""
+    before_layout = Layout(skeleton, unchanged(skeleton.sites))
+    before, after = _sizes(skeleton, before_layout, None), _sizes(skeleton, layout, slack)
+    rows = []
+    for index, site in skeleton.sites.items():
+        decision = layout.decisions[index]
+        rank: Any = None
+        if decision.in_ranks is not None:
+            rank = "?" if slack is not None else _mean(decision.in_ranks) + " / " + _mean(decision.out_ranks or ())
+        rows.append({"layer": index, "experts": site.num_experts, "kept": len(decision.keep) if kept_known else None, "rank": rank})
+    kind = skeleton.config.model_type
+    others = (
+        "no (experts differ from layer to layer or are factored)" if native else f"yes, where it supports {kind} (one expert count everywhere)"
+    )
+    loads = {engine: others for engine in ENGINES} | {
+        "transformers": "yes, with import trimoe or trust_remote_code=True" if native else "yes"
+    }
+    itemsize = skeleton.dtype.itemsize
+    largest = max(sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in keys) for keys in skeleton.keys_by_layer) * itemsize
+    hidden = next(iter(skeleton.sites.values())).hidden * tokens * itemsize
+    peak = int(2.5 * largest + 2 * hidden + IMPORTS)
+    extra = [f"{len(skeleton.ignored_keys)} tensors that transformers does not use (such as {skeleton.ignored_keys[0]}) are left out."] if skeleton.ignored_keys else []
+    return Plan(
+        skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", loads, peak, after.file_bytes,
+        extra + _warnings(recipe, before, after),
+    )  # fmt: skip
+
+
+def _mean(ranks: Sequence[int]) -> str:
+    cut = [rank for rank in ranks if rank >= 0]
+    dense = len(ranks) - len(cut)
+    text = f"{sum(cut) / len(cut):.0f}" if cut else "-"
+    return text + (f" ({dense} dense)" if dense else "")
+
+
+def _sizes(skeleton: Skeleton, layout: Layout, slack: int | None) -> Sizes:
+    parameters = sum(math.prod(entry.shape) for group in layout.groups for entry in group)
+    experts = inactive = 0
+    for index, site in skeleton.sites.items():
+        decision = layout.decisions[index]
+        here = _expert_parameters(skeleton, site, decision)
+        experts += here
+        inactive += here - round(here * min(1.0, site.rule.top_k / len(decision.keep)))
+    more, less = (0, 0) if slack is None else (slack, slack)
+    return Sizes(parameters, parameters - inactive, experts, layout.nbytes + more, layout.nbytes - less)
+
+
+def _expert_parameters(skeleton: Skeleton, site: Site, decision: LayerDecision) -> int:
+    from trimoe.methods.low_rank import rank_share
+
+    biases = sum(
+        math.prod(tensor.shape[1:])
+        for name, tensor in site.experts_of(skeleton.layers[site.layer]).named_parameters(recurse=False)
+        if name.endswith("_bias")
+    )
+    if decision.factored:
+        assert decision.in_ranks is not None and decision.out_ranks is not None
+        weights = rank_share(decision.in_ranks, site.first, site.hidden) + rank_share(decision.out_ranks, site.hidden, site.width)
+    else:
+        weights = len(decision.keep) * (site.first * site.hidden + site.hidden * site.width)
+    return weights + len(decision.keep) * biases
+
+
+def _warnings(recipe: Recipe, before: Sizes, after: Sizes) -> list[str]:
+    share = after.experts / before.experts
+    found = []
+    if share < 0.5 - 1e-3:
+        found.append(f"only {share:.0%} of the expert parameters stay; beyond half, recovery training is usually needed.")
+    return found

@@ -1,0 +1,172 @@
+"""YAML to frozen dataclasses. The recipe is what is written: it is never rewritten, and unknown keys are errors that list the known."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from trimoe.errors import UserError
+from trimoe.methods import METHODS, Step
+
+BUILTIN = Path(__file__).parent / "recipes"
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CalibrationSpec:
+    """Which text, and how much. `search_tokens`: tokens whose exact Gram is kept for searching, at most `search_memory` GiB in all."""
+
+    data: str | list[str] = "builtin:mixed"
+    samples: Annotated[int, Field(ge=1)] = 128
+    length: Annotated[int, Field(ge=2)] = 2048
+    search_tokens: Annotated[int, Field(ge=16)] = 4096
+    search_memory: Annotated[float, Field(gt=0)] = 2.0
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.data] if isinstance(self.data, str) else list(self.data)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """What to do, in order, on which calibration text, and what must be able to load the result."""
+
+    steps: tuple[Step, ...]
+    calibration: CalibrationSpec = dataclasses.field(default_factory=CalibrationSpec)
+    target: Literal["transformers", "vllm", "llama.cpp", "any"] = "transformers"
+
+    def to_json(self) -> dict[str, Any]:
+        """In the form of the YAML file, every field spelled out."""
+        steps = []
+        for step in self.steps:
+            body = _plain(step)
+            search = getattr(step, "search", None)
+            if search is not None:
+                body["search"] = {type(search).__name__.lower(): _plain(search)}
+            steps.append({step.name: body})
+        return {"steps": steps, "calibration": _plain(self.calibration), "target": self.target}
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    out = {}
+    for entry in fields(value):
+        item = getattr(value, entry.name)
+        out[entry.name] = _plain(item) if dataclasses.is_dataclass(item) else list(item) if isinstance(item, tuple) else item
+    return out
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in BUILTIN.glob("*.yaml"))
+
+
+def text_of(name: str) -> str:
+    """A built-in recipe as YAML, ready to edit."""
+    path = BUILTIN / f"{name}.yaml"
+    if not path.is_file():
+        close = difflib.get_close_matches(name, names(), 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UserError(f"There is no built-in recipe {name!r}{hint} and no such file; there are: {', '.join(names())}.")
+    return path.read_text(encoding="utf-8")
+
+
+def load(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = ()) -> Recipe:
+    """A built-in name, a YAML file, or a mapping; `changes` are "path.to.field=value" overrides."""
+    if isinstance(recipe, Recipe):
+        if not changes:
+            return recipe
+        recipe = recipe.to_json()
+    if isinstance(recipe, dict):
+        raw: Any = recipe
+        where = "the recipe"
+    else:
+        path = Path(recipe)
+        where = f"recipe {recipe}"
+        source = path.read_text(encoding="utf-8") if path.suffix in (".yaml", ".yml") and path.is_file() else text_of(str(recipe))
+        try:
+            raw = yaml.safe_load(source)
+        except yaml.YAMLError as error:
+            raise UserError(f"{where} is not valid YAML ({str(error).splitlines()[0]}).") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} holds a {type(raw).__name__}; a mapping with steps is expected.")
+    for change in changes:
+        raw = _changed(raw, change)
+    return _parse(raw, where)
+
+
+def _changed(raw: dict[str, Any], change: str) -> dict[str, Any]:
+    path, equals, value = change.partition("=")
+    if not equals:
+        raise UserError(f"--set {change!r} has no '='; write for example --set steps.0.ratio=0.5.")
+    raw = yaml.safe_load(yaml.safe_dump(raw))
+    at: Any = raw
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        # steps.0.ratio means steps.0.<the step's only key>.ratio
+        if isinstance(at, dict) and depth == 2 and parts[0] == "steps" and len(at) == 1 and part not in at:
+            name = next(iter(at))
+            at[name] = {} if at[name] is None else at[name]
+            at = at[name]
+        last = depth == len(parts) - 1
+        if isinstance(at, list):
+            if not part.isdigit() or int(part) >= len(at):
+                raise UserError(f"--set {change!r}: {'.'.join(parts[:depth])} has {len(at)} entries, numbered from 0; {part!r} is none of them.")
+            if last:
+                at[int(part)] = yaml.safe_load(value)
+            else:
+                at = at[int(part)]
+        elif isinstance(at, dict):
+            if last:
+                at[part] = yaml.safe_load(value)
+            else:
+                if isinstance(at.get(part), str):
+                    at[part] = {at[part]: {}}  # a choice given by its name gets fields
+                at = at.setdefault(part, {})
+        else:
+            raise UserError(f"--set {change!r}: {'.'.join(parts[:depth])} is a plain value and has no field {part!r}.")
+    return raw
+
+
+def _parse(raw: dict[str, Any], where: str) -> Recipe:
+    steps = raw.get("steps")
+    if not isinstance(steps, list) or not steps:
+        raise UserError(f"{where}: steps must be a list of at least one of: {', '.join(METHODS)}.")
+    parsed = []
+    for number, step in enumerate(steps):
+        if isinstance(step, str):
+            step = {step: {}}
+        if not isinstance(step, dict) or len(step) != 1 or next(iter(step)) not in METHODS:
+            given = next(iter(step), "nothing") if isinstance(step, dict) else step
+            raise UserError(f"{where}: steps.{number} is {given!r}; a step is one of: {', '.join(METHODS)}.")
+        name, body = next(iter(step.items()))
+        parsed.append(_validated(METHODS[name], body if body is not None else {}, f"{where}: steps.{number}.{name}"))
+    rest = {key: value for key, value in raw.items() if key != "steps"}
+    calibration = _validated(CalibrationSpec, rest.pop("calibration", None) or {}, f"{where}: calibration")
+    return _validated(Recipe, {**rest, "steps": tuple(parsed), "calibration": calibration}, where)
+
+
+def _validated(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {value!r}; a mapping is expected.")
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = [entry.name for entry in fields(kind)]
+            key = path.rpartition(".")[2]
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UserError(f"{where} has no field {path!r}{hint}; known: {', '.join(known)}.") from None
+        if first["type"] == "missing":
+            raise UserError(f"{where} needs the field {path!r}.") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {path} is {first['input']!r}; {message[0].lower()}{message[1:].rstrip('.')}.") from None
