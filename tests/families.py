@@ -76,4 +76,17 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **c
 def save(family: str, folder: Path, *, shard: str = "40KB", **options: Any) -> transformers.PreTrainedModel:
     model = build(family, **options)
     model.save_pretrained(folder, max_shard_size=shard)
+    tokenizer().save_pretrained(folder)
     return model
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token per printable ASCII character; 0 pads, 1 begins, 2 ends."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(code): code - 29 for code in range(32, 125)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )

@@ -1,10 +1,10 @@
 """trimoe makes Mixture-of-Experts language models smaller: checkpoint in, checkpoint out.
 
-    import trimoe                                   # AutoModelForCausalLM.from_pretrained(DIR) then opens native checkpoints, too
-    plan = trimoe.plan(model, recipe)               # sizes before and after; str(plan) is the table
-    result = trimoe.compress(model, recipe, out)    # .decisions .metrics .plan; also DIR/trimoe.json
-    model = trimoe.load(out)
-    trimoe.evaluate(out, against=model)
+import trimoe                                   # AutoModelForCausalLM.from_pretrained(DIR) then opens native checkpoints, too
+plan = trimoe.plan(model, recipe)               # sizes before and after; str(plan) is the table
+result = trimoe.compress(model, recipe, out)    # .decisions .metrics .plan; also DIR/trimoe.json
+model = trimoe.load(out)
+trimoe.evaluate(out, against=model)
 """
 
 from trimoe.compress import Result, compress, gather_statistics

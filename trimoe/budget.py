@@ -56,9 +56,7 @@ def importance_counts(
     return _whole_counts(share_L, caps_L, total, step)
 
 
-def optimal_counts(
-    menus: Sequence[Mapping[int, float]], total: int, *, sensitivity: Sequence[float] | None = None
-) -> list[int]:
+def optimal_counts(menus: Sequence[Mapping[int, float]], total: int, *, sensitivity: Sequence[float] | None = None) -> list[int]:
     """Minimise `sum_i sensitivity[i] * menus[i][n_i] ** 2` over counts with `sum_i n_i == total`.
 
     `menus[i]` maps each offered number of dropped experts to the layer's loss (not squared; infinite: not offered).
@@ -137,14 +135,14 @@ def importance_ranks(
     units = _rank_units(len(importance_E), average, multiple, cap)
     share_E = _fill((importance_E + eps) ** alpha, ones_E, ones_E * (cap // multiple), units)
     whole_E = np.floor(share_E + 10.0**-DIGITS).astype(np.int64)
-    winners = np.argsort(-(share_E - whole_E).round(DIGITS), kind="stable")[: units - whole_E.sum()]
+    winners = np.argsort(-(share_E - whole_E).round(DIGITS), kind="stable")[: _whole(units) - whole_E.sum()]
     whole_E[winners] += 1
     return [int(u) * multiple for u in whole_E]
 
 
 def uniform_ranks(num_experts: int, average: float, *, multiple: int = 8, cap: int) -> list[int]:
     """Equal ranks with the sum of `importance_ranks`; multiples left over go to the first experts."""
-    each, over = divmod(_rank_units(num_experts, average, multiple, cap), num_experts)
+    each, over = divmod(_whole(_rank_units(num_experts, average, multiple, cap)), num_experts)
     return [(each + (e < over)) * multiple for e in range(num_experts)]
 
 
@@ -172,12 +170,17 @@ def _hull_gains(tail: Floats) -> Floats:
     return hull
 
 
-def _rank_units(num_experts: int, average: float, multiple: int, cap: int) -> int:
+def _rank_units(num_experts: int, average: float, multiple: int, cap: int) -> float:
+    """What all experts share, in multiples, before it is rounded down."""
     if cap < multiple or cap % multiple:
         raise ValueError(f"The largest rank {cap} must be a positive multiple of {multiple}.")
     if average < multiple:
         raise ValueError(f"An average rank of {average} is below {multiple}, the smallest rank an expert can have.")
-    return min(math.floor(average * num_experts / multiple + 10.0**-DIGITS), num_experts * (cap // multiple))
+    return min(average * num_experts / multiple, num_experts * (cap // multiple))
+
+
+def _whole(units: float) -> int:
+    return math.floor(units + 10.0**-DIGITS)
 
 
 def _caps(sizes: Sequence[int], total: int, floors: Sequence[int], step: Sequence[int]) -> Floats:
@@ -216,13 +219,8 @@ def _whole_counts(share_L: Floats, caps_L: Floats, total: int, step: Sequence[in
     if left == 0:
         return [int(n) for n in whole_L]
     # Only with different steps: the counts nearest in the squared sense, which is what largest remainder gives else.
-    menus = [
-        {n: abs(n - share) for n in range(0, int(cap) + 1, by)}
-        for share, cap, by in zip(share_L, caps_L, step, strict=True)
-    ]
+    menus = [{n: abs(n - share) for n in range(0, int(cap) + 1, by)} for share, cap, by in zip(share_L, caps_L, step, strict=True)]
     try:
         return optimal_counts(menus, total)
     except ValueError as error:
-        raise ValueError(
-            f"Cannot drop exactly {total} experts where layers drop multiples of {sorted(set(step))}."
-        ) from error
+        raise ValueError(f"Cannot drop exactly {total} experts where layers drop multiples of {sorted(set(step))}.") from error

@@ -46,7 +46,9 @@ def read_text(source: str, split: str = "calib") -> list[Text]:
         name = source.removeprefix("builtin:")
         wanted = BUILTIN_DOMAINS if name == "mixed" else (name,)
         if not set(wanted) <= set(BUILTIN_DOMAINS):
-            raise UserError(f"There is no built-in text {source!r}; there are: builtin:mixed, {', '.join('builtin:' + d for d in BUILTIN_DOMAINS)}.")
+            raise UserError(
+                f"There is no built-in text {source!r}; there are: builtin:mixed, {', '.join('builtin:' + d for d in BUILTIN_DOMAINS)}."
+            )
         return [Text(domain, tuple(_jsonl(TEXTS / f"builtin-{split}-{domain}.jsonl"))) for domain in wanted]
     label, _, path = source.rpartition("=")
     file = Path(path).expanduser()
@@ -137,7 +139,9 @@ def calibrate(
         parts = [part for row in encode(tokenizer, text, vocabulary) for part in (row, *([torch.tensor([eos])] if eos is not None else []))]
         stream = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
         if len(stream) < length:
-            raise UserError(f"The text {text.domain!r} has {len(stream)} tokens, fewer than one sample of {length}; give more text or a smaller --length.")
+            raise UserError(
+                f"The text {text.domain!r} has {len(stream)} tokens, fewer than one sample of {length}; give more text or a smaller --length."
+            )
         windows.setdefault(text.domain, []).extend(stream[: len(stream) // length * length].view(-1, length))
     generator = torch.Generator().manual_seed(seed)
     shuffled = {domain: [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()] for domain, rows in windows.items()}

@@ -31,7 +31,7 @@ def text(skeleton: Skeleton, record: dict[str, Any], plan: Plan) -> str:
         ("routed-expert parameters", before.experts, after.experts),
     ]
     table = "\n".join(f"| {name} | {a:,} | {b:,} | {b / a:.1%} |" for name, a, b in rows)
-    quality = record.get("evaluation")
+    quality, given = record.get("evaluation"), record["calibration"]
     return f"""---
 {head}---
 
@@ -45,7 +45,7 @@ Made by trimoe {record["trimoe"]} from {skeleton.name}.
 
 {steps}
 
-Calibration: {record["calibration"]["samples"]} samples of {record["calibration"]["length"]} tokens ({", ".join(record["calibration"]["domains"])}), seed {record["seed"]}.
+Calibration: {given["samples"]} samples of {given["length"]} tokens ({", ".join(given["domains"])}), seed {record["seed"]}.
 
 ## Size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -90,7 +91,7 @@ class Checkpoint:
         info = self.tensors[key]
         out = torch.empty(info.shape, dtype=DTYPES[info.dtype])
         if info.nbytes:
-            view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+            view = out.reshape(-1).view(torch.uint8).numpy().data
             with open(self.folder / info.file, "rb", buffering=0) as file:
                 file.seek(info.start)
                 done = 0
@@ -202,7 +203,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise UserError(f"{path} is truncated: {key!r} should end at byte {base + end}, the file has {size}.")
         tensors[key] = TensorInfo(path.name, dtype, shape, base + start, base + end)
     spans = sorted((info.start, info.end) for info in tensors.values())
-    if any(before[1] > after[0] for before, after in zip(spans, spans[1:], strict=False)):
+    if any(before[1] > after[0] for before, after in itertools.pairwise(spans)):
         raise UserError(f"{path} has overlapping tensors.")
     return tensors
 

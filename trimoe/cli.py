@@ -15,7 +15,9 @@ app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_e
 Model = Annotated[str, typer.Argument(help="a folder, a hub id, or builtin:NAME", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a built-in recipe (see trimoe recipes) or a YAML file")]
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a recipe field, e.g. steps.0.ratio=0.5")]
-Texts = Annotated[list[str], typer.Option("--calibration", "-c", help="text or jsonl file, name=path, datasets id, builtin:mixed; repeatable")]
+Texts = Annotated[
+    list[str], typer.Option("--calibration", "-c", help="text or jsonl file, name=path, datasets id, builtin:mixed; repeatable")
+]
 Samples = Annotated[int | None, typer.Option(help="calibration samples")]
 Length = Annotated[int | None, typer.Option(help="tokens in a sample (cut to the model's context)")]
 Seed = Annotated[int, typer.Option(help="of every random choice")]
@@ -65,7 +67,15 @@ def stats(
     import trimoe
 
     made = trimoe.gather_statistics(
-        model, out, calibration=calibration, samples=samples, length=length, seed=seed, device=device, dtype=dtype, reporter=_reporter(quiet)
+        model,
+        out,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        reporter=_reporter(quiet),
     )
     print(f"Wrote {out}: statistics of {len(made.layers)} MoE layers.")
 

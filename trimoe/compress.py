@@ -146,7 +146,13 @@ def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, report
         reporter.say(f"Samples of {spec.length} tokens are cut to {skeleton.context}, the model's context.")
     vocabulary = skeleton.config.get_text_config().vocab_size
     text = calibrate(
-        skeleton.checkpoint, spec.sources, samples=spec.samples, length=spec.length, context=skeleton.context, vocabulary=vocabulary, seed=seed
+        skeleton.checkpoint,
+        spec.sources,
+        samples=spec.samples,
+        length=spec.length,
+        context=skeleton.context,
+        vocabulary=vocabulary,
+        seed=seed,
     )
     if len(text.samples_NL) < spec.samples:
         reporter.say(f"The calibration text gives {len(text.samples_NL)} of the {spec.samples} samples asked for.")

@@ -94,7 +94,9 @@ def _decide_drops(
     if step.receptive_field is not None:
         branches = step.receptive_field.k**step.receptive_field.t
         few = affordable(run.batches, branches, next(iter(sites.values())).hidden, run.spec.search_memory)
-        assert all(len(d.keep) == run.skeleton.sites[i].num_experts for i, d in decisions.items()), "the receptive field starts from the whole model"
+        assert all(len(d.keep) == run.skeleton.sites[i].num_experts for i, d in decisions.items()), (
+            "the receptive field starts from the whole model"
+        )
         chosen = receptive_field.choose(
             run.skeleton, few, {i: best.drops for i, best in found.items()}, step.receptive_field, device=run.device, reporter=run.reporter
         )
@@ -167,7 +169,7 @@ def _decide_ranks(
     if "sensitivity" in step.needs:
         few = affordable(run.batches, len(sites), next(iter(sites.values())).hidden, run.spec.search_memory)
         sensitive = sensitivity(
-            run.skeleton, few, {i: shrunk for i in sites}, decisions=decisions, device=run.device, reporter=run.reporter
+            run.skeleton, few, dict.fromkeys(sites, shrunk), decisions=decisions, device=run.device, reporter=run.reporter
         ).weights()
     decided = step.decide(sites, decisions, stats.layers, sensitivity=sensitive)
     metrics = {

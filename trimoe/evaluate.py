@@ -53,7 +53,8 @@ def windows(name: str, documents: Sequence[torch.Tensor], length: int, stride: i
             scored.append(mask)
             owner.append(number)
             count += int(mask.sum())
-            done, start = end - 1, start + stride
+            done = end - 1
+            start = min(start + stride, done)  # the next window must see the token before the first that it scores
     if not ids:
         raise UserError(f"The text {name!r} has no document of at least 2 tokens; nothing can be evaluated on it.")
     return Windows(name, torch.stack(ids), torch.stack(scored), torch.tensor(owner))
@@ -84,7 +85,9 @@ def evaluate(
     other = Skeleton.of(str(against), dtype) if against is not None else None
     vocabulary = skeleton.config.get_text_config().vocab_size
     if other is not None and other.config.get_text_config().vocab_size != vocabulary:
-        raise UserError(f"{skeleton.name} and {other.name} have different vocabularies ({vocabulary} and {other.config.get_text_config().vocab_size} tokens).")
+        raise UserError(
+            f"{skeleton.name} and {other.name} have different vocabularies ({vocabulary} and {other.config.get_text_config().vocab_size} tokens)."
+        )
     tokenizer = load_tokenizer(checkpoint)
     texts = [part for source in text for part in read_text(source, "eval")]
     sets = [windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens) for part in texts]

@@ -110,10 +110,11 @@ def statistics(
     return stats
 
 
-def weight_scores(experts: nn.Module) -> torch.Tensor:
+def weight_scores(experts: Any) -> torch.Tensor:
     """mean |w| / rms(w) over all weights of each expert, [E] float64."""
     mats = (first_projection(experts), experts.down_proj)
-    count = sum(w[0].numel() for w in mats)
-    total = sum(w.abs().flatten(1).sum(1, dtype=torch.float64) for w in mats)
-    square = sum(torch.stack([torch.linalg.vector_norm(e, dtype=torch.float64) ** 2 for e in w]) for w in mats)
-    return (total / count / (square / count).sqrt().clamp_min(1e-30)).cpu()  # type: ignore[union-attr,operator]
+    rows = []
+    for expert in zip(*mats, strict=True):
+        flat = torch.cat([w.flatten().float() for w in expert])
+        rows.append(flat.abs().mean(dtype=torch.float64) / flat.square().mean(dtype=torch.float64).sqrt().clamp_min(1e-30))
+    return torch.stack(rows).cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +17,16 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
 from trimoe import modeling_trimoe
 from trimoe.errors import UserError
@@ -98,22 +106,18 @@ def trial_load(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dt
     """Load `tensors` (meta tensors, from headers) into a throw-away skeleton: every name and shape is checked, no byte is read."""
     model = build_meta(config, dtype).to("meta")
     info = _load(model, tensors, torch.device("meta"), dtype)
-    tied = {alias for alias in (getattr(model, "all_tied_weights_keys", None) or {})}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignorable = model._keys_to_ignore_on_load_unexpected or ()
     missing = {key for key in info.missing_keys if key not in tied}
     if info.conversion_errors:
         raise UserError(f"The checkpoint's tensors do not fit together: {next(iter(info.conversion_errors.values()))!s:.300}")
     used = list(model._weight_conversions)
     source_of = _sources(model, tensors)
-    import re
-
     unexpected = {key for key in info.unexpected_keys if not any(re.search(pattern, key) for pattern in ignorable)}
     return Conversion(used, source_of, missing, unexpected, sorted(info.mismatched_keys, key=str))
 
 
 def _sources(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -150,8 +154,6 @@ def to_disk_format(model: PreTrainedModel, state: Mapping[str, torch.Tensor], co
 
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
-    from transformers.utils import logging
-
     was = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -166,9 +168,9 @@ def register_experts(name: str, function: Callable[..., torch.Tensor]) -> None:
 
 
 @contextmanager
-def experts_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+def experts_implementation(model: nn.Module, name: str) -> Iterator[None]:
     """Route every decorated experts module of `model` through the registered function `name`."""
-    configs = {id(m.config): m.config for m in model.modules() if is_decorated(m)}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if is_decorated(m)}
     before = {key: config._experts_implementation_internal for key, config in configs.items()}
     for config in configs.values():
         config._experts_implementation_internal = name

@@ -25,7 +25,7 @@ def inspect(model: str) -> dict[str, Any]:
         if not skeleton.sites:
             raise UserError(f"{checkpoint.name} has no MoE layer.")
     except UserError as reason:
-        return {**about, "supported": False, "reason": str(reason), "methods": {name: f"no: {reason}" for name in METHODS}}
+        return {**about, "supported": False, "reason": str(reason), "methods": dict.fromkeys(METHODS, f"no: {reason}")}
     return {**about, "supported": True, **_structure(skeleton)}
 
 
@@ -38,7 +38,9 @@ def _structure(skeleton: Skeleton) -> dict[str, Any]:
             part = "routed experts" if path in site.expert_paths() else "routers"
             parts[part] += sum(tensors[key].nbytes for key in keys)
         prefix = f"{skeleton.layer_name(index)}.{site.block}.{site.experts}."
-        factors = [k for name, keys in skeleton.conversion.source_of.items() if name.startswith(prefix) for k in keys] if site.factored else []
+        factors = (
+            [k for name, keys in skeleton.conversion.source_of.items() if name.startswith(prefix) for k in keys] if site.factored else []
+        )
         parts["routed experts"] += sum(tensors[key].nbytes for key in factors)
     inside = sum(tensors[key].nbytes for keys in skeleton.keys_by_layer for key in keys)
     parts["rest of the layers"] = inside - sum(parts.values())
@@ -58,13 +60,15 @@ def _structure(skeleton: Skeleton) -> dict[str, Any]:
             "score": rule.score, "renormalise": rule.renormalise, "correction_bias": rule.biased_choice, "groups": rule.groups,
             "topk_group": rule.topk_group, "scale": rule.scale, "fewest_experts": rule.min_experts,
         },
-        "bytes": parts, "native": skeleton.spec is not None, "methods": {name: no if factored else "yes" for name in METHODS},
+        "bytes": parts, "native": skeleton.spec is not None, "methods": dict.fromkeys(METHODS, no if factored else "yes"),
     }  # fmt: skip
 
 
 def table(about: dict[str, Any]) -> str:
     """The same for people."""
-    lines = [f"{about['model']}  ({about['model_type']}, {', '.join(about['dtypes'])}, {about['files']} files, {about['tensor_bytes']:,} bytes)"]
+    lines = [
+        f"{about['model']}  ({about['model_type']}, {', '.join(about['dtypes'])}, {about['files']} files, {about['tensor_bytes']:,} bytes)"
+    ]
     if not about["supported"]:
         return "\n".join([*lines, f"  not supported: {about['reason']}"])
     counts = sorted(set(about["experts"].values()))

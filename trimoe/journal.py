@@ -32,7 +32,9 @@ class Journal:
         if not begun.is_file():
             raise UserError(f"The output folder {self.out} is not empty; give one that is empty or does not exist.")
         before = json.loads(begun.read_text(encoding="utf-8"))
-        changed = sorted(key for key in before.keys() | self.inputs.keys() if before.get(key) != json.loads(json.dumps(self.inputs.get(key))))
+        changed = sorted(
+            key for key in before.keys() | self.inputs.keys() if before.get(key) != json.loads(json.dumps(self.inputs.get(key)))
+        )
         if changed:
             raise UserError(
                 f"The output folder {self.out} holds an unfinished run with another {changed[0]}; "
@@ -41,7 +43,7 @@ class Journal:
 
     def __enter__(self) -> Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held as long as the run)
+        self._lock = open(self.folder / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def cheapest_losses(menus: Sequence[tuple[Sequence[int], Sequence[float]]], budget: int) -> list[int]:
@@ -22,7 +23,7 @@ def cheapest_losses(menus: Sequence[tuple[Sequence[int], Sequence[float]]], budg
             while len(hull) > 1 and _slope(costs, losses, hull[-2], hull[-1]) <= _slope(costs, losses, hull[-1], option):
                 hull.pop()
             hull.append(option)
-        steps += [(_slope(costs, losses, a, b), group, a, b) for a, b in zip(hull, hull[1:], strict=False)]
+        steps += [(_slope(costs, losses, a, b), group, a, b) for a, b in pairwise(hull)]
     stopped = set()
     for _, group, a, b in sorted(steps, key=lambda step: (-step[0], step[1])):
         cost = menus[group][0][b] - menus[group][0][a]

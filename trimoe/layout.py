@@ -98,7 +98,9 @@ class Layout:
             if low == high and len(disk) > 1:
                 per_expert.setdefault(int(low), []).append(key)
             else:
-                other = [a for a, length in enumerate(tensor.shape) if length == site.num_experts and bool((tensor.select(a, 1) == 1).all())]
+                other = [
+                    a for a, length in enumerate(tensor.shape) if length == site.num_experts and bool((tensor.select(a, 1) == 1).all())
+                ]
                 assert len(disk) == 1 and len(other) == 1, f"{name}: no expert axis in {key}"
                 return DiskExpert(key=key, axis=other[0]), sources
         return DiskExpert(whole=tuple(tuple(per_expert[e]) for e in range(site.num_experts))), sources
@@ -226,7 +228,8 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
         config[inner] = holder
     layers: dict[str, dict[str, object]] = {}
     for index in skeleton.sites:
-        decision, entry = decisions.get(index), {}
+        decision = decisions.get(index)
+        entry: dict[str, object] = {}
         if after[index] != total:
             entry["num_experts"] = after[index]
         if decision is not None and decision.factored:
@@ -241,4 +244,3 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
         architecture = modeling_trimoe.stock_class(skeleton.config).__name__
         config["auto_map"] = {"AutoModelForCausalLM": f"modeling_trimoe.{architecture}"}
     return config
-

@@ -46,7 +46,9 @@ def register() -> None:
             AutoModelForCausalLM.register(CONFIG_MAPPING[family], NativeLoader, exist_ok=True)
 
 
-def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", **options: Any) -> PreTrainedModel:
+def load(
+    folder: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", **options: Any
+) -> PreTrainedModel:
     """A finished folder (or any causal MoE model, built-in ones too) as a transformers model in eval mode.
 
     `dtype` "auto" keeps the checkpoint's. `options` go to `from_pretrained`. Raises UserError where the folder is not a model.

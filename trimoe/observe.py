@@ -23,7 +23,7 @@ NAME = "trimoe_observe"
 CHUNK = 1 << 25  # elements of a temporary that may be held at once (128 MiB of float32)
 
 
-def run_expert(module: nn.Module, expert: int, x_SH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def run_expert(module: Any, expert: int, x_SH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(h, y): the input of the last projection [S, I] and the output [S, H] of one expert, in any layout."""
     up, down = first_projection(module)[expert], module.down_proj[expert]
     first = x_SH @ up if module.is_transposed else F.linear(x_SH, up)
@@ -38,7 +38,7 @@ def run_expert(module: nn.Module, expert: int, x_SH: torch.Tensor) -> tuple[torc
     return h_SI, y_SH
 
 
-def observed_experts(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def observed_experts(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """Runs each expert on its routed tokens and shows everything to the observer attached to the module."""
     observer: Observer = self._trimoe_observer
     num_tokens, top_k = top_k_index.shape
@@ -170,7 +170,8 @@ class _Cosines:
     """Sums of cosines between a layer's (and its MoE sub-layer's) input and output, in float32."""
 
     def __init__(self, stats: LayerStats, layer: nn.Module, block: nn.Module):
-        self.stats, self.block_input, self.before_norm, self.block_output = stats, None, None, None
+        self.stats = stats
+        self.before_norm = self.block_output = torch.empty(0)
         self.latest: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.handles = [child.register_forward_hook(self._child) for child in layer.children() if child is not block]
         self.handles += [block.register_forward_hook(self._block), layer.register_forward_hook(self._layer, with_kwargs=True)]

@@ -165,9 +165,7 @@ def _check_target(recipe: Recipe, native: bool, skeleton: Skeleton) -> None:
         )
 
 
-def describe(
-    skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, slack: int | None, kept_known: bool, tokens: int
-) -> Plan:
+def describe(skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, slack: int | None, kept_known: bool, tokens: int) -> Plan:
     """The plan of a layout; `slack` bytes either way where decisions are open (None: exact)."""
     before_layout = Layout(skeleton, unchanged(skeleton.sites))
     before, after = _sizes(skeleton, before_layout, None), _sizes(skeleton, layout, slack)
@@ -180,16 +178,20 @@ def describe(
         rows.append({"layer": index, "experts": site.num_experts, "kept": len(decision.keep) if kept_known else None, "rank": rank})
     kind = skeleton.config.model_type
     others = (
-        "no (experts differ from layer to layer or are factored)" if native else f"yes, where it supports {kind} (one expert count everywhere)"
+        "no (experts differ from layer to layer or are factored)"
+        if native
+        else f"yes, where it supports {kind} (one expert count everywhere)"
     )
-    loads = {engine: others for engine in ENGINES} | {
-        "transformers": "yes, with import trimoe or trust_remote_code=True" if native else "yes"
-    }
+    loads = dict.fromkeys(ENGINES, others) | {"transformers": "yes, with import trimoe or trust_remote_code=True" if native else "yes"}
     itemsize = skeleton.dtype.itemsize
     largest = max(sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in keys) for keys in skeleton.keys_by_layer) * itemsize
     hidden = next(iter(skeleton.sites.values())).hidden * tokens * itemsize
     peak = int(2.5 * largest + 2 * hidden + IMPORTS)
-    extra = [f"{len(skeleton.ignored_keys)} tensors that transformers does not use (such as {skeleton.ignored_keys[0]}) are left out."] if skeleton.ignored_keys else []
+    extra = (
+        [f"{len(skeleton.ignored_keys)} tensors that transformers does not use (such as {skeleton.ignored_keys[0]}) are left out."]
+        if skeleton.ignored_keys
+        else []
+    )
     return Plan(
         skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", loads, peak, after.file_bytes,
         extra + _warnings(recipe, before, after),

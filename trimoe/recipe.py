@@ -117,7 +117,9 @@ def _changed(raw: dict[str, Any], change: str) -> dict[str, Any]:
         last = depth == len(parts) - 1
         if isinstance(at, list):
             if not part.isdigit() or int(part) >= len(at):
-                raise UserError(f"--set {change!r}: {'.'.join(parts[:depth])} has {len(at)} entries, numbered from 0; {part!r} is none of them.")
+                raise UserError(
+                    f"--set {change!r}: {'.'.join(parts[:depth])} has {len(at)} entries, numbered from 0; {part!r} is none of them."
+                )
             if last:
                 at[int(part)] = yaml.safe_load(value)
             else:

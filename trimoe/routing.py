@@ -7,9 +7,9 @@ it, with all experts and with some of them deleted; nothing is read off a class 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -115,9 +115,10 @@ def identify(
     top_k, num_experts = indices.shape[-1], logits.shape[-1]
     truth = spread(weights.float(), indices, num_experts)
     shapes = {(1, 1)} | {(int(hints.get("n_group") or 1), int(hints.get("topk_group") or 1))}
-    for score, renormalise, biased, (groups, topk_group), group_score in itertools.product(
+    options: Iterable[Any] = itertools.product(
         ("softmax", "sigmoid", "sparsemixer"), (True, False), (bias_E is not None, False), sorted(shapes, reverse=True), ("max", "top2")
-    ):
+    )
+    for score, renormalise, biased, (groups, topk_group), group_score in options:
         rule = RoutingRule(
             score=score, top_k=top_k, renormalise=renormalise, biased_choice=biased, groups=groups, topk_group=topk_group,
             group_score=group_score, jitter=hints.get("jitter", 0.0),

@@ -2,8 +2,8 @@
 
 `genetic` is MoE-I2's search (https://arxiv.org/abs/2411.01016), `exhaustive` is NAEE's (https://arxiv.org/abs/2402.14800).
 
-Shapes: P candidates, E experts in G router groups of M consecutive experts each (E = G M), n experts of a group leave,
-S single swaps. `drop_PE` is bool, True where the candidate drops the expert.
+Shapes: P candidates, E experts in G router groups of M consecutive experts each (E = G M), n experts of a group leave.
+`drop_PE` is bool, True where the candidate drops the expert.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, nsmallest
 from itertools import combinations, islice
 
 import torch
 
 Loss = Callable[[torch.Tensor], torch.Tensor]  # drop_PE -> float64 [P], lower is better, both on the CPU
 Drop = tuple[int, ...]  # the dropped experts, sorted
+Scored = list[tuple[float, Drop]]
 
 BATCH = 4096  # candidates a loss is asked for at once, at most
 CLIMB_SHARE = 0.4  # of the evaluations: measured best of 0 to 0.8, crossover alone stops beside the optimum
@@ -68,54 +70,49 @@ class Space:
         return [[e for e in range(g * size, (g + 1) * size) if e not in closed] for g in range(self.groups)]
 
     def holds(self, drop: Drop) -> bool:
-        pools = [set(pool) for pool in self.pools()]
-        return len(drop) == self.num_drop and all(len(pool & set(drop)) == self.per_group for pool in pools)
+        return len(drop) == self.num_drop and all(len(set(pool) & set(drop)) == self.per_group for pool in self.pools())
 
 
 def exhaustive(loss: Loss, space: Space, *, keep: int = 1, batch: int = BATCH) -> Found:
     """Evaluate every valid set, `batch` at a time: the optimum, for spaces small enough to walk."""
     space.check()
     sets = _every_set(space.pools(), space.per_group)
-    best_PE, best_P = torch.empty(0, space.num_experts, dtype=torch.bool), torch.empty(0, dtype=torch.float64)
+    best: Scored = []
     history: list[float] = []
     while drops := list(islice(sets, batch)):
-        drop_PE = _masks(drops, space.num_experts)
-        best_PE, best_P = torch.cat([best_PE, drop_PE]), torch.cat([best_P, _evaluate(loss, drop_PE)])
-        order = best_P.argsort(stable=True)[:keep]
-        best_PE, best_P = best_PE[order], best_P[order]
-        history.append(float(best_P[0]))
-    return _found(best_PE, best_P, keep, space.size(), history)
+        losses = _evaluate(loss, _masks(drops, space.num_experts)).tolist()
+        best = nsmallest(keep, best + list(zip(losses, drops, strict=True)))
+        history.append(best[0][0])
+    return _found(best, space.size(), history)
 
 
 def random(loss: Loss, space: Space, *, draws: int, seed: int, keep: int = 1) -> Found:
     """The best of `draws` uniform draws; a set drawn again costs nothing."""
     space.check()
-    book = _Book(loss, space, limit=draws)
-    noise_PE = torch.rand(draws, space.num_experts, generator=torch.Generator().manual_seed(seed))
-    book.add(_choose(noise_PE, space))
-    return book.found(keep)
+    book = _Book(loss, limit=draws)
+    book.add(_choose(torch.rand(draws, space.num_experts, generator=torch.Generator().manual_seed(seed)), space))
+    return _found(book.best(keep), len(book.losses), book.history)
 
 
 def greedy(loss: Loss, space: Space, *, keep: int = 1) -> Found:
     """Backward elimination: drop the expert whose absence hurts least, again and again.
 
-    `history` holds the loss after every single drop. With groups, each round drops one expert of every group. The
-    further sets for `keep` > 1 are the other candidates of the last drop, then the winner's single swaps.
+    `history` holds the loss after every single drop. With groups, each round drops one expert of every group. For
+    `keep` > 1 the other candidates of the last drop compete too and, where those are too few, single swaps.
     """
     space.check()
     history: list[float] = []
     evaluations = -1  # the empty set is not evaluated
     for step in _eliminate(loss, space):
-        drop_PE, loss_P = step
-        history.append(float(loss_P[0]))
-        evaluations += len(loss_P)
-    if len(loss_P) < min(keep, space.size()):
-        book = _Book(loss, space, limit=space.size())
-        book.seen.update(_sets(drop_PE))
-        book.add(_swaps(drop_PE[0], space))
-        drop_PE, loss_P = torch.cat([drop_PE, book.drop_PE]), torch.cat([loss_P, book.loss_P])
-        evaluations += len(book.loss_P)
-    return _found(drop_PE, loss_P, keep, evaluations, history[1:])
+        history.append(float(step[1][0]))
+        evaluations += len(step[1])
+    scored = _scored(*step)
+    if len(scored) < min(keep, space.size()):
+        book = _Book(loss, limit=space.size())
+        book.losses.update((drop, value) for value, drop in scored)
+        evaluations += len(book.add(_swaps(scored[0][1], space, torch.Generator())))
+        scored = book.best(keep)
+    return _found(scored[:keep], evaluations, history[1:])
 
 
 def greedy_path(
@@ -153,67 +150,69 @@ def genetic(
         if not space.holds(drop):
             raise ValueError(f"The start set {drop} is not a valid choice for {space}.")
     generator = torch.Generator().manual_seed(seed)
-    book = _Book(loss, space, limit=min(max_evaluations, space.size()))
-    noise_PE = torch.rand(population, space.num_experts, generator=generator)
-    book.add(torch.cat([_masks(start, space.num_experts), _choose(noise_PE, space)]))
+    limit = min(max_evaluations, space.size())
+    book = _Book(loss, limit=limit)
+    random_PE = _choose(torch.rand(population, space.num_experts, generator=generator), space)
+    book.add(torch.cat([_masks(start, space.num_experts), random_PE]))
     for _ in range(generations):
-        if book.left <= CLIMB_SHARE * book.limit:
+        if book.left <= CLIMB_SHARE * limit:
             break
-        parent_PE = book.drop_PE[book.loss_P.argsort(stable=True)[:population]]
+        parent_PE = _masks([drop for _, drop in book.best(population)], space.num_experts)
         book.add(_mutate(_cross(parent_PE, population, space, generator), mutation, space, generator))
-    _climb(book, population, generator)
-    return book.found(keep)
+    _climb(book, space, population, generator)
+    return _found(book.best(keep), len(book.losses), book.history)
 
 
 class _Book:
     """Every set evaluated so far: none is evaluated twice, and no more than `limit` are."""
 
-    def __init__(self, loss: Loss, space: Space, *, limit: int) -> None:
-        self.loss, self.space, self.limit = loss, space, limit
-        self.seen: set[Drop] = set()
-        self.drop_PE = torch.empty(0, space.num_experts, dtype=torch.bool)
-        self.loss_P = torch.empty(0, dtype=torch.float64)
+    def __init__(self, loss: Loss, *, limit: int) -> None:
+        self.loss, self.limit = loss, limit
+        self.losses: dict[Drop, float] = {}
         self.history: list[float] = []
 
     @property
     def left(self) -> int:
-        return self.limit - len(self.loss_P)
+        return self.limit - len(self.losses)
 
-    def add(self, drop_PE: torch.Tensor) -> torch.Tensor:
-        """Evaluate the sets that are new, as far as the limit allows; their losses."""
+    def add(self, drop_PE: torch.Tensor) -> Scored:
+        """Evaluate the sets that are new, as far as the limit allows."""
         new: dict[Drop, int] = {}
         for p, drop in enumerate(_sets(drop_PE)):
-            if drop not in self.seen and len(new) < self.left:
+            if drop not in self.losses and len(new) < self.left:
                 new.setdefault(drop, p)
-        self.seen.update(new)
-        new_PE = drop_PE[list(new.values())]
-        new_P = _evaluate(self.loss, new_PE) if new else self.loss_P[:0]
-        self.drop_PE, self.loss_P = torch.cat([self.drop_PE, new_PE]), torch.cat([self.loss_P, new_P])
-        self.history.append(float(self.loss_P.min()))
-        return new_P
+        if not new:
+            return []
+        values = _evaluate(self.loss, drop_PE.index_select(0, torch.tensor(list(new.values())))).tolist()
+        self.losses.update(zip(new, values, strict=True))
+        self.history.append(min(values + self.history[-1:]))
+        return list(zip(values, new, strict=True))
 
-    def found(self, keep: int) -> Found:
-        return _found(self.drop_PE, self.loss_P, keep, len(self.loss_P), self.history)
+    def best(self, count: int) -> Scored:
+        return nsmallest(count, ((value, drop) for drop, value in self.losses.items()))
 
 
-def _climb(book: _Book, batch: int, generator: torch.Generator) -> None:
+def _climb(book: _Book, space: Space, batch: int, generator: torch.Generator) -> None:
     """Best-first over single swaps until the book is full."""
-    finished: set[int] = set()  # rows of the book whose neighbours are all known
+    waiting = [(value, drop) for drop, value in book.losses.items()]  # sets whose neighbours are not all known
+    heapify(waiting)
     while book.left:
-        row = next(p for p in book.loss_P.argsort(stable=True).tolist() if p not in finished)
-        near_SE = _swaps(book.drop_PE[row], book.space)
-        for chunk_PE in torch.split(near_SE[torch.randperm(len(near_SE), generator=generator)], batch):
-            if (book.add(chunk_PE) < book.loss_P[row]).any():
+        value, drop = heappop(waiting)
+        for chunk_PE in torch.split(_swaps(drop, space, generator), batch):
+            new = book.add(chunk_PE)
+            for scored in new:
+                heappush(waiting, scored)
+            if new and min(new)[0] < value:
+                heappush(waiting, (value, drop))
                 break
-        else:
-            finished.add(row)
 
 
 def _cross(parent_PE: torch.Tensor, count: int, space: Space, generator: torch.Generator) -> torch.Tensor:
-    # Parents come best first, so the smaller of two drawn rows wins the tournament.
+    # Parents come best first, so the smaller of two drawn rows wins the tournament. index_select, because plain
+    # indexing wakes every thread for these few kilobytes, and on a busy machine waits for them.
     first_P, second_P = torch.randint(len(parent_PE), (2, count, 2), generator=generator).amin(2)
     noise_PE = torch.rand(count, space.num_experts, generator=generator)
-    return _choose(noise_PE + parent_PE[first_P].float() + parent_PE[second_P].float(), space)
+    return _choose(noise_PE + parent_PE.index_select(0, first_P) + parent_PE.index_select(0, second_P), space)
 
 
 def _mutate(drop_PE: torch.Tensor, probability: float, space: Space, generator: torch.Generator) -> torch.Tensor:
@@ -224,9 +223,10 @@ def _mutate(drop_PE: torch.Tensor, probability: float, space: Space, generator: 
     swaps_P = torch.randint(1, 4, (P,), generator=generator) * (torch.rand(P, generator=generator) < probability)
     for swap in range(3):
         rows = (swaps_P > swap).nonzero()[:, 0]
-        member_PE = drop_PE[rows] & movable_E
+        child_PE = drop_PE.index_select(0, rows)
+        member_PE = child_PE & movable_E
         leaver_P = torch.rand(member_PE.shape, generator=generator).masked_fill(~member_PE, -1).argmax(1)
-        outsider_PE = ~drop_PE[rows] & movable_E & (group_E == group_E[leaver_P, None])
+        outsider_PE = ~child_PE & movable_E & (group_E == group_E[leaver_P, None])
         joiner_P = torch.rand(member_PE.shape, generator=generator).masked_fill(~outsider_PE, -1).argmax(1)
         drop_PE[rows, leaver_P] = False
         drop_PE[rows, joiner_P] = True
@@ -235,20 +235,19 @@ def _mutate(drop_PE: torch.Tensor, probability: float, space: Space, generator: 
 
 def _choose(priority_PE: torch.Tensor, space: Space) -> torch.Tensor:
     """In every group the n unprotected experts of the highest priority (priorities are not negative)."""
-    P, E = priority_PE.shape
     priority_PE[:, list(space.protected)] = -1
-    index_PGn = priority_PE.view(P, space.groups, -1).topk(space.per_group, dim=2).indices
-    drop_PGM = torch.zeros(P, space.groups, E // space.groups, dtype=torch.bool).scatter_(2, index_PGn, True)
-    return drop_PGM.view(P, E)
+    priority_PGM = priority_PE.view(len(priority_PE), space.groups, -1)
+    index_PGn = priority_PGM.topk(space.per_group, dim=2).indices
+    return torch.zeros_like(priority_PGM, dtype=torch.bool).scatter_(2, index_PGn, True).flatten(1)
 
 
-def _swaps(drop_E: torch.Tensor, space: Space) -> torch.Tensor:
-    """Every set one swap away: one expert out, another of its group in."""
-    gone = set(_sets(drop_E[None])[0])
+def _swaps(drop: Drop, space: Space, generator: torch.Generator) -> torch.Tensor:
+    """Every set one swap away, shuffled: one expert out, another of its group in."""
+    gone = set(drop)
     pairs = [(a, b) for pool in space.pools() for a in pool if a in gone for b in pool if b not in gone]
-    swap_S2 = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-    drop_SE = drop_E.repeat(len(pairs), 1)
-    return drop_SE.scatter_(1, swap_S2[:, :1], False).scatter_(1, swap_S2[:, 1:], True)
+    swap_P2 = torch.tensor(pairs, dtype=torch.long).view(-1, 2)[torch.randperm(len(pairs), generator=generator)]
+    drop_PE = _masks([drop], space.num_experts).repeat(len(pairs), 1)
+    return drop_PE.scatter_(1, swap_P2[:, :1], False).scatter_(1, swap_P2[:, 1:], True)
 
 
 def _eliminate(loss: Loss, space: Space) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -260,9 +259,8 @@ def _eliminate(loss: Loss, space: Space) -> Iterator[tuple[torch.Tensor, torch.T
         while waiting:
             join_P = torch.tensor([e for pool in waiting for e in pool if not drop_E[e]])
             drop_PE = drop_E.repeat(len(join_P), 1).scatter_(1, join_P[:, None], True)
-            loss_P = _evaluate(loss, drop_PE)
-            order = loss_P.argsort(stable=True)
-            yield drop_PE[order], loss_P[order]
+            loss_P, order = _evaluate(loss, drop_PE).sort(stable=True)
+            yield drop_PE[order], loss_P
             drop_E = drop_PE[order[0]]
             waiting = [pool for pool in waiting if int(join_P[order[0]]) not in pool]
 
@@ -292,7 +290,10 @@ def _masks(drops: Sequence[Drop], num_experts: int) -> torch.Tensor:
     return torch.zeros(len(drops), num_experts, dtype=torch.bool).scatter_(1, index_Pn, True)
 
 
-def _found(drop_PE: torch.Tensor, loss_P: torch.Tensor, keep: int, evaluations: int, history: list[float]) -> Found:
-    order = loss_P.argsort(stable=True)[:keep]
-    drops, losses = tuple(_sets(drop_PE[order])), tuple(loss_P[order].tolist())
+def _scored(drop_PE: torch.Tensor, loss_P: torch.Tensor) -> Scored:
+    return list(zip(loss_P.tolist(), _sets(drop_PE), strict=True))
+
+
+def _found(best: Scored, evaluations: int, history: list[float]) -> Found:
+    losses, drops = zip(*best, strict=True)
     return Found(drops=drops, losses=losses, evaluations=evaluations, history=tuple(history))

@@ -86,7 +86,7 @@ def sensitivity(
                 error[index] = float((_energy(wrong, right) / _energy(right, None).clamp_min(1e-30)).sqrt())
             else:
                 walk.advance(index, layer)
-    total = {index: 0.0 for index in branches}
+    total = dict.fromkeys(branches, 0.0)
     tokens = 0
     with walk.head() as head:
         for batch, hidden in enumerate(walk.hidden):

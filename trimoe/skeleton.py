@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ class Site:
     def router_of(self, layer: nn.Module) -> nn.Module:
         return self.block_of(layer).get_submodule(self.router)
 
-    def experts_of(self, layer: nn.Module) -> nn.Module:
+    def experts_of(self, layer: nn.Module) -> Any:
         return self.block_of(layer).get_submodule(self.experts)
 
     def bias_of(self, layer: nn.Module) -> torch.Tensor | None:
@@ -179,7 +180,9 @@ class Skeleton:
             raise UserError(f"{self.name}: a tensor's shape does not fit config.json: {found.mismatched[0]}.")
         for what, names in (("lacks", found.missing), ("has tensors that the architecture does not use:", found.unexpected)):
             if names:
-                raise UserError(f"{self.name} {what} {sorted(names)[0]!r} ({len(names)} such); it is damaged or not a {self.config.model_type}.")
+                raise UserError(
+                    f"{self.name} {what} {sorted(names)[0]!r} ({len(names)} such); it is damaged or not a {self.config.model_type}."
+                )
 
     # ---- sites
 
@@ -214,7 +217,7 @@ class Skeleton:
         routers = sorted({p.partition(".")[0] for p in axes if "." in p} - {experts})
         if len(routers) != 1:
             raise UserError(f"{where}: expected one router beside the experts, found {routers or 'none'}; not supported yet.")
-        module = block.get_submodule(experts)
+        module: Any = block.get_submodule(experts)
         down = module.down_proj
         hidden, width = (down.shape[-1], down.shape[-2]) if module.is_transposed else (down.shape[-2], down.shape[-1])
         first = modeling_trimoe.first_projection(module)
@@ -276,7 +279,9 @@ class Skeleton:
 def _call(shell: nn.Module, site: Site) -> routing.Router:
     """The router as a function of hidden states; a correction bias that the block passes in is passed in."""
     router = shell.get_submodule(site.router)
-    needed = [p for p in inspect.signature(router.forward).parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    needed = [
+        p for p in inspect.signature(router.forward).parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
+    ]
     if len(needed) == 1:
         return router
     if len(needed) == 2 and site.bias and "." not in site.bias:

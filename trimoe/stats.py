@@ -118,7 +118,9 @@ class Stats:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is not a statistics file that can be read ({str(error)[:100]}).") from None
         if head.get("format") != FORMAT:
-            raise UserError(f"{path} is not a statistics file of this version of trimoe (format {head.get('format')!r}, wanted {FORMAT!r}).")
+            raise UserError(
+                f"{path} is not a statistics file of this version of trimoe (format {head.get('format')!r}, wanted {FORMAT!r})."
+            )
         stats = cls(json.loads(head["about"]))
         for index, rule in json.loads(head["rules"]).items():
             stats.layers[int(index)] = LayerStats(int(index), RoutingRule(**rule))

@@ -27,7 +27,9 @@ class _Stand(nn.Module):
     def __init__(self, layer: nn.Module, answer: torch.Tensor | None = None):
         super().__init__()
         object.__setattr__(self, "_layer", layer)  # attribute_type and the like are read off the layer by some models
-        self.answer, self.seen, self.call = answer, None, ((), {})
+        self.answer = answer
+        self.seen = torch.empty(0)
+        self.call: Call = ((), {})
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -91,9 +91,7 @@ class SubsetLoss:
             parts.append((torch.bmm(c_NM.unsqueeze(1), self.gram_TMM[token]).squeeze(1) * c_NM).sum(-1))
         return torch.cat(parts)
 
-    def _position_weights(
-        self, alive: torch.Tensor, base: torch.Tensor, total: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _position_weights(self, alive: torch.Tensor, base: torch.Tensor, total: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Routing weights of the first k living positions (last axis), and whether k were found."""
         rank = alive.cumsum(-1, dtype=torch.int32)
         chosen = alive & (rank <= self.rule.top_k)

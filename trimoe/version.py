@@ -10,4 +10,7 @@ VERSION = "0.1.0"
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries that numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "scipy")}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "scipy")},
+    }

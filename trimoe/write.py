@@ -92,7 +92,7 @@ class Writer:
 
 def _write_tensor(file: Any, tensor: torch.Tensor) -> None:
     if tensor.numel():
-        file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _close_and_rename(file: Any, path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from trimoe import budget, scores, search
+from trimoe import budget, scores
+from trimoe import search as find
 from trimoe.errors import UserError
 from trimoe.methods.method import Decisions, LayerDecision, share_of
 from trimoe.skeleton import Site
@@ -139,7 +140,9 @@ class ExpertDrop:
         room = sum(site.num_experts - site.rule.min_experts for site in sites.values())
         if total > room:
             tightest = min(sites, key=lambda index: sites[index].num_experts - sites[index].rule.min_experts)
-            raise UserError(self._floor(tightest, sites[tightest], f"{total} of {sum(s.num_experts for s in sites.values())} experts to drop"))
+            raise UserError(
+                self._floor(tightest, sites[tightest], f"{total} of {sum(s.num_experts for s in sites.values())} experts to drop")
+            )
         sizes, floors, step = self._limits(sites)
         return dict(zip(sites, budget.uniform_counts(sizes, total, floors=floors, step=step), strict=True))
 
@@ -199,7 +202,7 @@ class ExpertDrop:
 
     def _global_counts(self, sites: Mapping[int, Site], stats: Mapping[int, LayerStats], total: int, seed: int) -> dict[int, int]:
         """The lowest scores over all layers go first, each layer down to its router's floor; grouped routers lose one per group a time."""
-        left = {index: 0 for index in sites}
+        left = dict.fromkeys(sites, 0)
         ranked = []
         for index, site in sites.items():
             value_GE = self.importance(stats[index], seed).view(site.rule.groups, -1).sort(-1)[0]
@@ -212,10 +215,10 @@ class ExpertDrop:
         return left
 
     @staticmethod
-    def _space(site: Site, dropped: int, protected: Drop) -> search.Space:
-        return search.Space(site.num_experts, dropped, site.rule.groups, protected)
+    def _space(site: Site, dropped: int, protected: Drop) -> find.Space:
+        return find.Space(site.num_experts, dropped, site.rule.groups, protected)
 
-    def _refuse_too_many(self, index: int, space: search.Space) -> None:
+    def _refuse_too_many(self, index: int, space: find.Space) -> None:
         assert isinstance(self.search, Exhaustive)
         if space.size() > self.search.limit:
             raise UserError(
@@ -223,7 +226,7 @@ class ExpertDrop:
                 f"{self.search.limit:,}; use search: genetic, or raise the limit."
             )
 
-    def drop_sets(self, site: Site, stats: LayerStats, dropped: int, protected: Drop, seed: int) -> search.Found:
+    def drop_sets(self, site: Site, stats: LayerStats, dropped: int, protected: Drop, seed: int) -> find.Found:
         """The best sets of `dropped` experts of one layer, best first (k of them where a receptive field will choose)."""
         space = self._space(site, dropped, protected)
         try:
@@ -232,33 +235,32 @@ class ExpertDrop:
             space = self._space(site, dropped, ())
         keep = self.receptive_field.k if self.receptive_field else 1
         if dropped == 0:
-            return search.Found(drops=((),), losses=(0.0,), evaluations=0, history=())
+            return find.Found(drops=((),), losses=(0.0,), evaluations=0, history=())
         if self.search is None:
             return self._lowest(space, self.importance(stats, seed))
         loss, seed = SubsetLoss(stats), seed * 1009 + site.layer
         if isinstance(self.search, Exhaustive):
             self._refuse_too_many(site.layer, space)
-            return search.exhaustive(loss, space, keep=keep)
+            return find.exhaustive(loss, space, keep=keep)
         if isinstance(self.search, Greedy):
-            return search.greedy(loss, space, keep=keep)
+            return find.greedy(loss, space, keep=keep)
         if isinstance(self.search, Random):
-            return search.random(loss, space, draws=max(self.search.draws, keep), seed=seed, keep=keep)
-        start = search.greedy(loss, space, keep=keep)
-        found = search.genetic(
+            return find.random(loss, space, draws=max(self.search.draws, keep), seed=seed, keep=keep)
+        start = find.greedy(loss, space, keep=keep)
+        return find.genetic(
             loss, space, population=self.search.population, generations=self.search.generations, seed=seed, keep=keep,
             max_evaluations=self.search.max_evaluations, start=start.drops,
         )  # fmt: skip
-        return found
 
     @staticmethod
-    def _lowest(space: search.Space, value_E: torch.Tensor) -> search.Found:
+    def _lowest(space: find.Space, value_E: torch.Tensor) -> find.Found:
         """The lowest scores, equally many in each router group."""
         value_E = value_E.clone()
         value_E[list(space.protected)] = torch.inf
         size = space.num_experts // space.groups
-        order_GE = value_E.view(space.groups, size).argsort(-1, stable=True)[:, : space.num_drop // space.groups]
+        order_GE = value_E.view(space.groups, size).argsort(dim=-1, stable=True)[:, : space.num_drop // space.groups]
         drop = sorted((order_GE + torch.arange(space.groups).unsqueeze(1) * size).flatten().tolist())
-        return search.Found(drops=(tuple(drop),), losses=(float("nan"),), evaluations=0, history=())
+        return find.Found(drops=(tuple(drop),), losses=(float("nan"),), evaluations=0, history=())
 
     def decide(self, decisions: Decisions, drops: Mapping[int, Drop]) -> Decisions:
         """The decisions after these experts (numbered among the survivors so far) have gone."""
@@ -266,4 +268,3 @@ class ExpertDrop:
             index: LayerDecision(keep=tuple(expert for place, expert in enumerate(decision.keep) if place not in set(drops.get(index, ()))))
             for index, decision in decisions.items()
         }
-

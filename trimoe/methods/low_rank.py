@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ class LowRank:
     # ---- tensors in, tensors out
 
     @torch.no_grad()
-    def transform(self, experts: nn.Module, site: Site, decision: LayerDecision, seen: Seen) -> nn.Module:
+    def transform(self, experts: Any, site: Site, decision: LayerDecision, seen: Seen) -> nn.Module:
         """The factored (or multiplied-out) experts. `site` and `experts` are those after dropping; `seen` is what the layer's block saw."""
         assert decision.in_ranks is not None and decision.out_ranks is not None
         factored = FactoredExperts(experts, list(decision.in_ranks), list(decision.out_ranks))
@@ -174,7 +174,7 @@ class LowRank:
         return experts
 
     @torch.no_grad()
-    def spectra(self, experts: nn.Module, site: Site, seen: Seen, stats: LayerStats) -> None:
+    def spectra(self, experts: Any, site: Site, seen: Seen, stats: LayerStats) -> None:
         """Adds in_spectrum_ER and out_spectrum_ER to `stats`: squared singular values of the whitened matrices, largest first."""
         inside, outside = [], []
         for expert in range(site.num_experts):
@@ -241,7 +241,7 @@ class Cut:
         return self.whole if self.whole is not None else self.u_mr @ self.v_rn  # type: ignore[operator]
 
 
-def matrices(experts: nn.Module, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+def matrices(experts: Any, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(W_in [O, H], W_out [H, I]) of one expert in output-by-input orientation."""
     w_in, w_out = first_projection(experts)[expert], experts.down_proj[expert]
     return (w_in.mT, w_out.mT) if experts.is_transposed else (w_in, w_out)
@@ -276,9 +276,7 @@ def spectrum(w_mn: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
-def _refit(
-    experts: nn.Module, expert: int, given: Given, cut_in: Cut, w_out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _refit(experts: Any, expert: int, given: Given, cut_in: Cut, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The last projection that, on the factored first one's activations h', best gives back the original outputs W_out h (ridge least
     squares), and the second moment of h' to whiten it with: M = W_out (C_hh' + mu I)(C_h'h' + mu I)^-1."""
     old, new = [], []
@@ -292,7 +290,7 @@ def _refit(
     return target.to(w_out.dtype), _damped(moment, DAMP)
 
 
-def _activate(experts: nn.Module, expert: int, first_SO: torch.Tensor) -> torch.Tensor:
+def _activate(experts: Any, expert: int, first_SO: torch.Tensor) -> torch.Tensor:
     if experts.has_bias:
         first_SO = first_SO + getattr(experts, "gate_up_proj_bias" if experts.has_gate else "up_proj_bias")[expert]
     return experts._apply_gate(first_SO) if experts.has_gate else experts.act_fn(first_SO)

@@ -24,7 +24,8 @@ class LayerDecision:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LayerDecision:
-        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})
+        fields: dict[str, Any] = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
+        return cls(**fields)
 
     @property
     def factored(self) -> bool:

@@ -1,0 +1,37 @@
+# Everything runs in ./.venv, made on first use with the pinned versions of requirements.lock.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast lint format bench clean
+
+demo: .venv/ready
+	$(BIN)/trimoe demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2
+
+test-fast: .venv/ready
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/ready
+	for script in gram_search statistics_pass streaming peak_memory; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+clean:
+	rm -rf .venv demo-mini-mixtral
+
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("trimoe needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@

@@ -1,0 +1,105 @@
+"""What gathering statistics adds to running the model: trimoe's statistics pass against the same streamed forward run without it.
+
+    python benchmarks/statistics_pass.py
+
+Both walk the same random qwen3_moe checkpoint from disk, layer by layer, on the same tokens, and stop before the head; the plain walk
+uses transformers' default experts function. Below it, one layer's experts alone: trimoe's experts function with an observer that keeps
+nothing, against each of transformers' own, on one batch. All in turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import random_model
+import torch
+from alternate import ratio, table, take_turns, write_json
+
+from trimoe import gather, hf, observe
+from trimoe.skeleton import Skeleton
+from trimoe.stream import LayerWalk
+
+
+class Blind:
+    """An observer that does nothing."""
+
+    def see_expert(self, *given: object) -> None: ...
+
+    def see_outputs(self, *given: object) -> None: ...
+
+
+def plain_walk(skeleton: Skeleton, batches: list[torch.Tensor]) -> None:
+    walk = LayerWalk(skeleton, batches)
+    for index in range(len(walk)):
+        with walk.layer(index) as layer:
+            walk.advance(index, layer)
+
+
+@torch.no_grad()
+def experts_alone(skeleton: Skeleton, batch: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of one layer's experts under each function, for what the layer really gives them."""
+    walk = LayerWalk(skeleton, [batch])
+    site = skeleton.sites[0]
+    with walk.layer(0) as layer:
+        with gather.recorded_inputs(layer, site) as calls:
+            walk.advance(0, layer)
+        experts = site.experts_of(layer)
+        experts._trimoe_observer = Blind()
+
+        def under(name: str) -> None:
+            with hf.experts_implementation(layer, name):
+                experts(*calls[0])
+
+        names = (observe.NAME, "eager", "grouped_mm", "batched_mm")
+        return take_turns({name: lambda name=name: under(name) for name in names}, rounds)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("layers", 4), ("hidden", 512), ("width", 384), ("experts", 32), ("top-k", 4)):
+        arguments.add_argument(f"--{name}", type=int, default=value)
+    arguments.add_argument("--tokens", type=int, default=8192)
+    arguments.add_argument("--length", type=int, default=512)
+    arguments.add_argument(
+        "--expert-tokens", type=int, default=1024, help="tokens of the batch for the experts alone (batched_mm copies weights per token)"
+    )
+    arguments.add_argument("--rounds", type=int, default=15)
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--json")
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    config = random_model.config_of(
+        layers=given.layers,
+        experts=given.experts,
+        hidden=given.hidden,
+        width=given.width,
+        top_k=given.top_k,
+        vocabulary=96,
+        context=given.length,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        random_model.save(config, Path(folder))
+        skeleton = Skeleton.of(folder)
+        batches = random_model.batches(given.tokens, given.length, 96)
+        walks = {
+            "statistics": lambda: gather.statistics(skeleton, batches, reach=0, needs=gather.ROUTING),
+            "routing and outputs only": lambda: gather.statistics(skeleton, batches, reach=0, needs=frozenset()),
+            "plain": lambda: plain_walk(skeleton, batches),
+        }
+        times = take_turns(walks, given.rounds)
+        alone = experts_alone(skeleton, batches[0][: max(1, given.expert_tokens // given.length)], given.rounds)
+    rows = [
+        {"what": f"{name} / plain streamed forward", "seconds": f"{sorted(times[name])[given.rounds // 2]:.2f}", "ratio (quartiles)": ratio(times[name], times["plain"])}
+        for name in ("statistics", "routing and outputs only")
+    ] + [
+        {"what": f"trimoe's experts function / {name}", "seconds": f"{sorted(alone[name])[given.rounds // 2]:.3f}", "ratio (quartiles)": ratio(alone[observe.NAME], alone[name])}
+        for name in ("eager", "grouped_mm", "batched_mm")
+    ]  # fmt: skip
+    print(table(rows))
+    write_json(given.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Every supported family: what is found, what is written, and that it loads in a new process and computes the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trimoe
+from trimoe.observe import masked
+from trimoe.skeleton import Skeleton, keep_experts
+from trimoe.stream import LayerWalk
+
+ALL = sorted(families.FAMILIES)
+GROUPED = {"deepseek_v2": 2, "deepseek_v3": 2}
+IDS = torch.arange(3, 35).view(2, 16)
+
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "uniform": [{"expert_drop": {"ratio": 0.25, "counts": "uniform", "search": "greedy"}}],
+    "uneven": [{"expert_drop": {"ratio": 0.45, "counts": "importance", "search": "exhaustive", "receptive_field": {"k": 2, "t": 2}}}],
+    "factored": [{"low_rank": {"ratio": 0.3, "rank": "importance"}}],
+    "moe-i2": [
+        {"expert_drop": {"ratio": 0.25, "counts": "optimal", "search": {"genetic": {"population": 8, "generations": 3}}}},
+        {"low_rank": {"ratio": 0.3, "rank": "optimal"}},
+    ],
+    "merged": [{"low_rank": {"ratio": 0.3, "rank": "uniform", "form": "dense", "whiten": "none"}}],
+}
+
+IN_NEW_PROCESS = """
+import sys, json, torch, warnings
+folder, how, out = sys.argv[1:4]
+from transformers import AutoModelForCausalLM
+options = {}
+if how == "trimoe": import trimoe
+if how == "remote": options["trust_remote_code"] = True
+model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
+model.eval()
+ids = torch.arange(3, 35).view(2, 16)
+with torch.no_grad():
+    logits = model(ids).logits
+    tokens = model.generate(ids[:1], max_new_tokens=4, do_sample=False)
+    again = model.generate(ids[:1], max_new_tokens=4, do_sample=False, use_cache=False)
+state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+if how == "trimoe":
+    model.save_pretrained(out + ".again")
+    second = AutoModelForCausalLM.from_pretrained(out + ".again", dtype=torch.float32).eval()
+    same = all(torch.equal(second.state_dict()[name], tensor) for name, tensor in state.items())
+    assert same and "trimoe" in type(model).__module__ or "transformers" in type(model).__module__, type(model)
+torch.save({"logits": logits, "missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),
+            "cached": torch.equal(tokens, again), "state": state}, out)
+"""
+
+
+def in_new_process(folder: Path, how: str, out: Path) -> dict[str, Any]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out.parent / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_NEW_PROCESS, folder, how, out], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(out)
+
+
+def compressed(family: str, recipe: str, family_folder: Callable[[str], Path], text_file: Path, out: Path) -> trimoe.Result:
+    steps = {"steps": RECIPES[recipe]}
+    return trimoe.compress(family_folder(family), steps, out, calibration=[str(text_file)], samples=8, length=32)
+
+
+def expected_logits(family: str, folder: Path, result: trimoe.Result) -> torch.Tensor:
+    """The original model with the dropped experts masked out of its routers (no trimoe writing or loading involved)."""
+    model = families.build(family)
+    skeleton = Skeleton.of(str(folder))
+    layers = model.get_submodule(skeleton.prefix)
+    managers = []
+    for index, decision in result.decisions.items():
+        site = skeleton.sites[index]
+        drop = tuple(sorted(set(range(site.num_experts)) - set(decision.keep)))
+        managers.append(masked(layers[index], site, drop))
+    for manager in managers:
+        manager.__enter__()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_streamed_equals_in_memory(family: str, family_folder: Callable[[str], Path]) -> None:
+    skeleton = Skeleton.of(str(family_folder(family)))
+    walk = LayerWalk(skeleton, [IDS[:1], IDS[1:]])
+    for index in range(len(walk)):
+        with walk.layer(index) as layer:
+            walk.advance(index, layer)
+    with walk.head() as head, torch.no_grad():
+        streamed = torch.cat([head(hidden, batch) for batch, hidden in enumerate(walk.hidden)])
+        truth = families.build(family)(IDS).logits
+    torch.testing.assert_close(streamed, truth, atol=2e-5, rtol=1e-4)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters()), "weights stayed behind"
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("recipe", ["uniform", "uneven"])
+def test_dropping_equals_masking(family: str, recipe: str, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    result = compressed(family, recipe, family_folder, text_file, tmp_path / "out")
+    groups, experts = GROUPED.get(family, 1), 8 * len(result.decisions)
+    gone = round(RECIPES[recipe][0]["expert_drop"]["ratio"] * experts / groups) * groups
+    assert sum(len(d.keep) for d in result.decisions.values()) == experts - gone
+    model = trimoe.load(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected_logits(family, family_folder(family), result), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_final_plan_is_the_disk(family: str, recipe: str, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    before = trimoe.plan(str(family_folder(family)), {"steps": RECIPES[recipe]}, samples=8, length=32)
+    result = compressed(family, recipe, family_folder, text_file, out)
+    on_disk = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert result.plan.bytes == on_disk == json.loads((out / "trimoe.json").read_text())["plan"]["bytes"]
+    assert before.after.least_bytes <= on_disk <= before.after.file_bytes
+    if before.bytes is not None:
+        assert before.bytes == on_disk
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    tensors = {key: tensor for path in out.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    assert set(index["weight_map"]) == set(tensors)
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == index["metadata"]["total_size"]
+    assert not (out / ".trimoe").exists() and not list(out.glob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("recipe", ["uniform", "moe-i2"])
+def test_loads_in_a_new_process(family: str, recipe: str, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = compressed(family, recipe, family_folder, text_file, out)
+    with torch.no_grad():
+        here = trimoe.load(out)
+        logits = here(IDS).logits
+    ways = ["trimoe", "remote"] if result.plan.form == "native" else ["stock"]
+    for how in ways:
+        loaded = in_new_process(out, how, tmp_path / f"{how}.pt")
+        assert loaded["missing"] == loaded["unexpected"] == [], how
+        assert loaded["cached"], "cached and uncached generation differ"
+        torch.testing.assert_close(loaded["logits"], logits, atol=2e-5, rtol=1e-4)
+        mine = here.state_dict()
+        assert loaded["state"].keys() == mine.keys()
+        assert all(torch.equal(loaded["state"][name], mine[name]) for name in mine)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "granitemoe", "jamba"])
+@pytest.mark.parametrize("recipe", ["uneven", "factored"])
+def test_stock_transformers_refuses_native(
+    family: str, recipe: str, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """The guard: without our loader the checkpoint must not load with random experts."""
+    from trimoe.modeling_trimoe import stock_class
+
+    result = compressed(family, recipe, family_folder, text_file, tmp_path / "out")
+    assert result.plan.form == "native"
+    config = families.config_of(family)
+    with pytest.raises(RuntimeError, match="(?i)mismatch"):
+        stock_class(config).from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_kept_experts_are_copied_bit_for_bit(family: str, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    """Against transformers' own view of both checkpoints: every surviving expert and router row equals its source."""
+    result = compressed(family, "uniform", family_folder, text_file, tmp_path / "out")
+    small, whole = trimoe.load(tmp_path / "out"), families.build(family)
+    skeleton = Skeleton.of(str(family_folder(family)))
+    for index, decision in result.decisions.items():
+        site, layers = skeleton.sites[index], whole.get_submodule(skeleton.prefix)
+        keep_experts(site.block_of(layers[index]), site, decision.keep)
+    expected = whole.state_dict()
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_dropping_nothing_changes_nothing(family: str, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    source, out = family_folder(family), tmp_path / "out"
+    steps = {"steps": [{"expert_drop": {"ratio": 0.0, "counts": "uniform"}}]}
+    trimoe.compress(source, steps, out, calibration=[str(text_file)], samples=2, length=32)
+    before = {k: t for p in source.glob("*.safetensors") for k, t in load_file(p).items()}
+    after = {k: t for p in out.glob("*.safetensors") for k, t in load_file(p).items()}
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
