@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint format bench clean
+.PHONY: demo test test-fast lint format docs bench clean
 
 demo: .venv/ready
 	$(BIN)/trimoe demo
@@ -21,6 +21,10 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/ready
+	$(BIN)/python -m pip install --quiet mkdocs-material==9.8.1
+	$(BIN)/mkdocs build
 
 bench: .venv/ready
 	for script in gram_search statistics_pass streaming peak_memory; do $(BIN)/python benchmarks/$$script.py || exit 1; done

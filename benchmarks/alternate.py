@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -24,17 +25,34 @@ class Ratio:
         return f"{self.median:,.{digits}f} ({self.low:,.{digits}f} to {self.high:,.{digits}f})"
 
 
-def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: for one thread on a machine that others use too
+
+
+def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int, clock: str) -> dict[str, list[float]]:
     """Seconds of each variant in each round, after one untimed round; every round begins with another variant."""
+    now = CLOCKS[clock]
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-1, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
+            start = now()
             variants[name]()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(now() - start)
     return seconds
+
+
+def common_options(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rounds", type=int, default=rounds)
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds, for one thread on a busy machine")
+    arguments.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    return arguments
+
+
+def middle(seconds: list[float]) -> float:
+    return statistics.median(seconds)
 
 
 def ratio(slow: list[float], fast: list[float]) -> Ratio:

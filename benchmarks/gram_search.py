@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from alternate import ratio, table, take_turns, write_json
+from alternate import common_options, middle, ratio, table, take_turns, write_json
 from torch.nn import functional as F
 
 from trimoe.observe import Observer
@@ -108,26 +108,23 @@ def measure(name: str, rule: RoutingRule, hidden: int, width: int, experts: int,
         candidate = next(turn) % given.population
         again[candidate] = float((block.run(~sets_PE[candidate]) - original).double().norm() / norm)
 
-    times = take_turns({"again": run_again, "gram": lambda: loss(sets_PE)}, given.rounds)
+    times = take_turns({"again": run_again, "gram": lambda: loss(sets_PE)}, given.rounds, given.clock)
     per_candidate = [value / given.population for value in times["gram"]]
     fast = loss(sets_PE)
     error = max(abs(value - float(fast[candidate])) / value for candidate, value in again.items())
-    naive = sorted(times["again"])[given.rounds // 2]
+    naive = middle(times["again"])
     return {
-        "block": name, "again, ms": f"{1e3 * naive:.1f}", "Gram, ms": f"{1e3 * sorted(per_candidate)[given.rounds // 2]:.4f}",
+        "block": name, "again, ms": f"{1e3 * naive:.1f}", "Gram, ms": f"{1e3 * middle(per_candidate):.4f}",
         "ratio (quartiles)": ratio(times["again"], per_candidate), "relative error": f"{error:.0e}",
         "making the Gram": f"{gram_seconds / naive:.1f} candidates",
     }  # fmt: skip
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = common_options(__doc__, rounds=15)
     arguments.add_argument("--tokens", type=int, default=2048)
     arguments.add_argument("--population", type=int, default=100)
-    arguments.add_argument("--rounds", type=int, default=15)
-    arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--json")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     rows = [measure(name, **shape, given=given) for name, shape in SHAPES.items()]  # type: ignore[arg-type]

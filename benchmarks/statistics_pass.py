@@ -9,17 +9,18 @@ nothing, against each of transformers' own, on one batch. All in turns in one pr
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import random_model
 import torch
-from alternate import ratio, table, take_turns, write_json
+from alternate import common_options, middle, ratio, table, take_turns, write_json
 
 from trimoe import gather, hf, observe
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
+
+FEW = 128  # tokens for batched_mm, which copies an expert's weights for every token
 
 
 class Blind:
@@ -38,10 +39,9 @@ def plain_walk(skeleton: Skeleton, batches: list[torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def experts_alone(skeleton: Skeleton, batch: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one layer's experts under each function, for what the layer really gives them."""
-    walk = LayerWalk(skeleton, [batch])
-    site = skeleton.sites[0]
+def experts_alone(skeleton: Skeleton, batch: torch.Tensor, other: str, rounds: int, clock: str) -> dict[str, list[float]]:
+    """Seconds of one layer's experts under trimoe's function and under `other`, for what the layer really gives them."""
+    walk, site = LayerWalk(skeleton, [batch]), skeleton.sites[0]
     with walk.layer(0) as layer:
         with gather.recorded_inputs(layer, site) as calls:
             walk.advance(0, layer)
@@ -52,12 +52,11 @@ def experts_alone(skeleton: Skeleton, batch: torch.Tensor, rounds: int) -> dict[
             with hf.experts_implementation(layer, name):
                 experts(*calls[0])
 
-        names = (observe.NAME, "eager", "grouped_mm", "batched_mm")
-        return take_turns({name: lambda name=name: under(name) for name in names}, rounds)
+        return take_turns({"trimoe": lambda: under(observe.NAME), "other": lambda: under(other)}, rounds, clock)
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = common_options(__doc__, rounds=15)
     for name, value in (("layers", 4), ("hidden", 512), ("width", 384), ("experts", 32), ("top-k", 4)):
         arguments.add_argument(f"--{name}", type=int, default=value)
     arguments.add_argument("--tokens", type=int, default=8192)
@@ -65,9 +64,6 @@ def main() -> None:
     arguments.add_argument(
         "--expert-tokens", type=int, default=1024, help="tokens of the batch for the experts alone (batched_mm copies weights per token)"
     )
-    arguments.add_argument("--rounds", type=int, default=15)
-    arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--json")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     config = random_model.config_of(
@@ -88,15 +84,17 @@ def main() -> None:
             "routing and outputs only": lambda: gather.statistics(skeleton, batches, reach=0, needs=frozenset()),
             "plain": lambda: plain_walk(skeleton, batches),
         }
-        times = take_turns(walks, given.rounds)
-        alone = experts_alone(skeleton, batches[0][: max(1, given.expert_tokens // given.length)], given.rounds)
-    rows = [
-        {"what": f"{name} / plain streamed forward", "seconds": f"{sorted(times[name])[given.rounds // 2]:.2f}", "ratio (quartiles)": ratio(times[name], times["plain"])}
-        for name in ("statistics", "routing and outputs only")
-    ] + [
-        {"what": f"trimoe's experts function / {name}", "seconds": f"{sorted(alone[name])[given.rounds // 2]:.3f}", "ratio (quartiles)": ratio(alone[observe.NAME], alone[name])}
-        for name in ("eager", "grouped_mm", "batched_mm")
-    ]  # fmt: skip
+        times = take_turns(walks, given.rounds, given.clock)
+        rows = [
+            {"what": f"{name} / plain streamed forward", "seconds": f"{middle(times[name]):.2f} / {middle(times['plain']):.2f}",
+             "ratio (quartiles)": ratio(times[name], times["plain"])} for name in list(walks)[:-1]
+        ]  # fmt: skip
+        for other, batch in (("eager", batches[0]), ("grouped_mm", batches[0]), ("batched_mm", batches[0][:1, :FEW])):
+            alone = experts_alone(skeleton, batch, other, given.rounds, given.clock)
+            rows.append({
+                "what": f"trimoe's experts function / {other}, {batch.numel()} tokens",
+                "seconds": f"{middle(alone['trimoe']):.3f} / {middle(alone['other']):.3f}", "ratio (quartiles)": ratio(alone["trimoe"], alone["other"]),
+            })  # fmt: skip
     print(table(rows))
     write_json(given.json, rows)
 

@@ -10,15 +10,15 @@ turns in one process. Reading costs the same for any number of tokens, so the ra
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 
 import random_model
 import torch
-from alternate import ratio, table, take_turns, write_json
+from alternate import common_options, middle, ratio, table, take_turns, write_json
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
@@ -39,34 +39,32 @@ def in_memory(model: torch.nn.Module, batches: list[torch.Tensor]) -> list[torch
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = common_options(__doc__, rounds=7)
     for name, value in (("layers", 8), ("experts", 32), ("hidden", 768), ("width", 192), ("top-k", 4), ("vocabulary", 4096), ("length", 512)):
         arguments.add_argument(f"--{name}", type=int, default=value)
     arguments.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
-    arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--json")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     config = random_model.config_of(
         layers=given.layers, experts=given.experts, hidden=given.hidden, width=given.width, top_k=given.top_k, vocabulary=given.vocabulary,
         context=given.length,
     )  # fmt: skip
-    rows = []
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         random_model.save(config, Path(folder))
+        logging.disable_progress_bar()
         start = time.perf_counter()
         skeleton = Skeleton.of(folder)
-        middle = time.perf_counter()
+        built = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         print(f"{sum(info.nbytes for info in skeleton.checkpoint.tensors.values()) / 1e6:.0f} MB; ", end="")
-        print(f"Skeleton {middle - start:.2f} s, from_pretrained {time.perf_counter() - middle:.2f} s")
+        print(f"Skeleton {built - start:.2f} s, from_pretrained {time.perf_counter() - built:.2f} s")
         for tokens in given.tokens:
             batches = random_model.batches(tokens, given.length, given.vocabulary)
             pairs = zip(streamed(skeleton, batches), in_memory(model, batches), strict=True)
             difference = max(float((a - b).abs().max()) for a, b in pairs)
-            times = take_turns({"streamed": lambda: streamed(skeleton, batches), "memory": lambda: in_memory(model, batches)}, given.rounds)  # noqa: B023
-            middles = {name: sorted(seconds)[given.rounds // 2] for name, seconds in times.items()}
+            times = take_turns({"streamed": lambda: streamed(skeleton, batches), "memory": lambda: in_memory(model, batches)}, given.rounds, given.clock)  # noqa: B023
+            middles = {name: middle(seconds) for name, seconds in times.items()}
             rows.append({
                 "tokens": tokens, "streamed, s": f"{middles['streamed']:.2f}", "in memory, s": f"{middles['memory']:.2f}",
                 "ratio (quartiles)": ratio(times["streamed"], times["memory"]), "largest logit difference": f"{difference:.0e}",

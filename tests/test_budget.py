@@ -95,6 +95,7 @@ def test_counts_in_everyday_cases() -> None:
     assert uniform_counts([3, 9, 18], 16, floors=[1] * 3, step=[1] * 3) == [1, 5, 10]  # 1.6, 4.8, 9.6: a tie
     assert uniform_counts([8, 8], 6, floors=[7, 2], step=[1, 1]) == [1, 5]
     assert uniform_counts([8, 8, 8], 7, floors=[2] * 3, step=[3, 3, 1]) == [3, 3, 1]
+    assert uniform_counts([60, 30], 23, floors=[1, 1], step=[4, 3]) == [20, 3]  # only [8, 15] else; the shares are 15.3 and 7.7
     assert importance_counts([1.0, 2.0, 4.0], [16] * 3, 14, floors=[2] * 3, step=[1] * 3) == [8, 4, 2]
     assert importance_counts([1.0, 2.0, 4.0], [8] * 3, 12, floors=[2] * 3, step=[1] * 3) == [6, 4, 2]
 

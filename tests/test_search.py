@@ -41,7 +41,8 @@ class Rugged:
     def of(self, drop_PE: torch.Tensor) -> torch.Tensor:
         left_PE = (~drop_PE) * self.weights
         mean_PH = left_PE @ self.vectors / left_PE.sum(1, keepdim=True)
-        return torch.linalg.vector_norm(mean_PH - self.weights @ self.vectors / self.weights.sum(), dim=1)
+        loss_P: torch.Tensor = torch.linalg.vector_norm(mean_PH - self.weights @ self.vectors / self.weights.sum(), dim=1)
+        return loss_P
 
     def one(self, drop: Drop) -> float:
         mask = torch.zeros(1, len(self.weights), dtype=torch.bool)

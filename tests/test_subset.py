@@ -340,8 +340,7 @@ def test_a_rule_that_only_fits_the_whole_router_is_refused() -> None:
     """Pruned by zeroing probabilities instead of deleting rows: the full router looks the same."""
     rule, generator = RULES["softmax"], torch.Generator().manual_seed(0)
     weight_EH, x_TH = torch.randn(16, 24, generator=generator) * 0.4, torch.randn(96, 24, generator=generator)
-    keep_E = torch.arange(16) < 12
-    whole = router_of(rule, weight_EH, None)
+    keep_E, whole = torch.arange(16) < 12, router_of(rule, weight_EH, None)
 
     def frozen(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return x @ weight_EH[:12].T, *(x @ weight_EH.T).softmax(1)[:, :12].topk(2, dim=1)

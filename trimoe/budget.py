@@ -134,7 +134,7 @@ def importance_ranks(
     ones_E = np.ones(len(importance_E))
     units = _rank_units(len(importance_E), average, multiple, cap)
     share_E = _fill((importance_E + eps) ** alpha, ones_E, ones_E * (cap // multiple), units)
-    whole_E = np.floor(share_E + 10.0**-DIGITS).astype(np.int64)
+    whole_E = np.floor(share_E).astype(np.int64)
     winners = np.argsort(-(share_E - whole_E).round(DIGITS), kind="stable")[: _whole(units) - whole_E.sum()]
     whole_E[winners] += 1
     return [int(u) * multiple for u in whole_E]
@@ -209,7 +209,7 @@ def _fill(weight: Floats, low: Floats, high: Floats, total: float) -> Floats:
 def _whole_counts(share_L: Floats, caps_L: Floats, total: int, step: Sequence[int]) -> list[int]:
     """Multiples of the steps nearest to the shares, by largest remainder, that sum to the total."""
     step_L = np.array(step)
-    whole_L = (np.floor(share_L / step_L + 10.0**-DIGITS) * step_L).astype(np.int64)
+    whole_L = (np.floor(share_L / step_L) * step_L).astype(np.int64)
     left = total - int(whole_L.sum())
     remainder_L = ((share_L - whole_L) / step_L).round(DIGITS)
     for layer in np.lexsort((-np.arange(len(step_L)), -remainder_L)):

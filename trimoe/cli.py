@@ -110,14 +110,20 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Perplexity on each text; KL and agreement against the original. Both models are streamed."""
     import trimoe
-    from trimoe import tables
+    from trimoe import UserError, tables
+    from trimoe.checkpoint import Checkpoint
     from trimoe.compress import compute_dtype
     from trimoe.evaluate import origin
 
-    against = against or origin(Path(folder))
+    reporter = _reporter(quiet)
+    if against is None and (found := origin(Path(folder))) is not None:
+        try:
+            against = Checkpoint.open(found, weights=False).name
+        except UserError as reason:
+            reporter.say(f"The model it was made from is not to be had, so it is evaluated alone: {reason}")
     report = trimoe.evaluate(
         folder, against=against, text=text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens, device=device,
-        dtype=compute_dtype(dtype), reporter=_reporter(quiet),
+        dtype=compute_dtype(dtype), reporter=reporter,
     )  # fmt: skip
     tables.evaluation(report)
     _write_json(json_file, report)

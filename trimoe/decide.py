@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trimoe import gather, receptive_field, search
+from trimoe.errors import UserError
 from trimoe.gather import statistics
 from trimoe.journal import Journal
 from trimoe.methods import ExpertDrop, LowRank
@@ -57,6 +58,13 @@ def decide(
 
 
 def _stats_for(run: Run, journal: Journal, number: int, given: Stats | None, decisions: Decisions, reach: int, extra: Any = None) -> Stats:
+    if given is not None and reach:
+        for index, layer in given.layers.items():
+            have = layer.search["order_TM"].shape[1] if layer.search else 0
+            if have < min(reach, layer.num_experts):
+                raise UserError(
+                    f"The statistics file reaches {have} experts a token in layer {index}, the recipe needs {reach}; leave --stats out."
+                )
     stats = given if given is not None else journal.get_stats(f"stats-{number}")
     if stats is None:
         stats = statistics(
@@ -72,14 +80,15 @@ def _decide_drops(
     run: Run, journal: Journal, number: int, step: ExpertDrop, sites: dict[int, Site], decisions: Decisions, given: Stats | None
 ) -> tuple[Decisions, dict[str, Any]]:
     uniform = step.uniform(sites)
-    most = {i: site.num_experts - site.rule.min_experts for i, site in sites.items()}
-    widest = max(uniform.values()) if step.counts == "uniform" else max(most.values())
+    widest = (
+        max(uniform.values()) if step.counts == "uniform" else max(s.num_experts - step.floor(s, step.share(sites)) for s in sites.values())
+    )
     reach = max(site.rule.top_k for site in sites.values()) + max(1, widest) if "search" in step.needs else 0
     stats = _stats_for(run, journal, number, given, decisions, reach)
     protected = super_experts(stats.layers) if step.protect_super_experts else {}
     menus = sensitive = None
     if step.counts == "optimal":
-        menus, sensitive = _drop_menus(run, sites, decisions, stats, uniform, protected)
+        menus, sensitive = _drop_menus(run, step, sites, decisions, stats, uniform, protected)
     counts = step.layer_counts(
         sites, stats.layers, run.seed,
         menus=None if menus is None else {i: {n: loss for n, (_, loss) in menu.items()} for i, menu in menus.items()}, sensitivity=sensitive,
@@ -94,24 +103,33 @@ def _decide_drops(
     if step.receptive_field is not None:
         branches = step.receptive_field.k**step.receptive_field.t
         few = affordable(run.batches, branches, next(iter(sites.values())).hidden, run.spec.search_memory)
-        assert all(len(d.keep) == run.skeleton.sites[i].num_experts for i, d in decisions.items()), (
-            "the receptive field starts from the whole model"
-        )
         chosen = receptive_field.choose(
-            run.skeleton, few, {i: best.drops for i, best in found.items()}, step.receptive_field, device=run.device, reporter=run.reporter
+            run.skeleton,
+            few,
+            {i: best.drops for i, best in found.items()},
+            step.receptive_field,
+            decisions=decisions,
+            device=run.device,
+            reporter=run.reporter,
         )
         drops, metrics["receptive_field"] = chosen.drops, chosen.blocks
     return step.decide(decisions, drops), metrics
 
 
 def _drop_menus(
-    run: Run, sites: dict[int, Site], decisions: Decisions, stats: Stats, uniform: dict[int, int], protected: dict[int, Drop]
+    run: Run,
+    step: ExpertDrop,
+    sites: dict[int, Site],
+    decisions: Decisions,
+    stats: Stats,
+    uniform: dict[int, int],
+    protected: dict[int, Drop],
 ) -> tuple[dict[int, dict[int, tuple[Drop, float]]], dict[int, float]]:
     """Per layer the best nested set and its loss for every count, and how much the model minds: KL per squared relative loss."""
     menus, perturb = {}, {}
     for index, site in run.reporter.track(sites.items(), "Loss of every count", len(sites)):
         loss = SubsetLoss(stats.layers[index])
-        most = min(site.num_experts - site.rule.min_experts, loss.max_drop)
+        most = min(site.num_experts - step.floor(site, step.share(sites)), loss.max_drop)
         menus[index] = search.greedy_path(loss, site.num_experts, most, site.rule.groups, _spare(site, protected.get(index, ())))
         probe = max((n for n in menus[index] if n <= max(uniform[index], site.rule.groups)), default=0)
         if probe:

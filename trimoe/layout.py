@@ -214,6 +214,8 @@ class Shard:
 def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
     """The source's config.json with the new expert counts."""
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key != modeling_trimoe.KEY}
+    if skeleton.spec:
+        config.pop("auto_map", None)
     before = {index: site.num_experts for index, site in skeleton.sites.items()}
     after = {index: len(decisions[index].keep) if index in decisions else count for index, count in before.items()}
     field, text = skeleton.count_field, skeleton.config.get_text_config()

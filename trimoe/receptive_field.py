@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from trimoe.gather import prune_layer
 from trimoe.methods.expert_drop import Drop, ReceptiveField
+from trimoe.methods.method import Decisions
 from trimoe.observe import masked
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Skeleton
@@ -40,10 +42,11 @@ def choose(
     candidates: Mapping[int, Sequence[Drop]],
     field: ReceptiveField,
     *,
+    decisions: Decisions | None = None,
     device: str = "cpu",
     reporter: Reporter = QUIET,
 ) -> Chosen:
-    """The best combination in each block. `candidates[i]`: layer i's best sets, best first.
+    """The best combination in each block. `candidates[i]`: layer i's best sets, best first, in the model as `decisions` leave it.
 
     `progressive`: a block starts from the hidden states that the pruned blocks before it leave, and is compared with the original
     model's; `layerwise`: it starts from the original's.
@@ -58,10 +61,12 @@ def choose(
     for index in reporter.track(range(len(walk)), "Receptive field", len(walk)):
         with walk.layer(index) as layer:
             grown = []
+            site = skeleton.sites.get(index)
+            if site is not None:
+                site = prune_layer(layer, site, decisions)
             options = list(candidates[index][: field.k]) if index in candidates else [None]
             for branch in branches:
                 for place, drop in enumerate(options):
-                    site = skeleton.sites.get(index)
                     if drop is None or site is None:
                         out = [walk.step(index, layer, h, b) for b, h in enumerate(branch.hidden)]
                         grown.append(_Branch(branch.drops, branch.places, out))

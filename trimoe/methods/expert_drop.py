@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,6 +19,7 @@ from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss
 
 STRICT = ConfigDict(extra="forbid")
+MOST = 3  # times the average share that one layer may lose
 Drop = tuple[int, ...]
 
 
@@ -112,10 +114,17 @@ class ExpertDrop:
 
     def total(self, sites: Mapping[int, Site]) -> int:
         """How many experts go in all: the nearest count to the ratio that every layer's router groups allow."""
-        share = share_of(self.ratio, self.count, "expert_drop", max(site.num_experts for site in sites.values()))
-        steps = {site.rule.groups for site in sites.values()}
-        step = max(steps)
-        return round(share * sum(site.num_experts for site in sites.values()) / step) * step
+        step = max(site.rule.groups for site in sites.values())
+        return round(self.share(sites) * sum(site.num_experts for site in sites.values()) / step) * step
+
+    def share(self, sites: Mapping[int, Site]) -> float:
+        return share_of(self.ratio, self.count, "expert_drop", max(site.num_experts for site in sites.values()))
+
+    @staticmethod
+    def floor(site: Site, share: float) -> int:
+        """The fewest experts a layer may keep: what its router needs, and no more than three times the average share may go."""
+        groups = site.rule.groups
+        return max(site.rule.min_experts, site.num_experts - math.ceil(MOST * share * site.num_experts / groups) * groups)
 
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
         """Raises if no choice can satisfy the routers' floors."""
@@ -146,11 +155,10 @@ class ExpertDrop:
         sizes, floors, step = self._limits(sites)
         return dict(zip(sites, budget.uniform_counts(sizes, total, floors=floors, step=step), strict=True))
 
-    @staticmethod
-    def _limits(sites: Mapping[int, Site]) -> tuple[list[int], list[int], list[int]]:
+    def _limits(self, sites: Mapping[int, Site]) -> tuple[list[int], list[int], list[int]]:
         return (
             [site.num_experts for site in sites.values()],
-            [site.rule.min_experts for site in sites.values()],
+            [self.floor(site, self.share(sites)) for site in sites.values()],
             [site.rule.groups for site in sites.values()],
         )
 
@@ -209,7 +217,7 @@ class ExpertDrop:
             ranked += [(float(column.mean()), index) for column in value_GE.T]
         for _, index in sorted(ranked):
             site = sites[index]
-            if total >= site.rule.groups and site.num_experts - left[index] - site.rule.groups >= site.rule.min_experts:
+            if total >= site.rule.groups and site.num_experts - left[index] - site.rule.groups >= self.floor(site, self.share(sites)):
                 left[index] += site.rule.groups
                 total -= site.rule.groups
         return left
