@@ -110,6 +110,7 @@ def test_counts_of_layers_that_do_not_matter_or_matter_most() -> None:
     assert share([1e-320, 0.0, 1.0, 1.0], 8) == [4, 4, 0, 0]
     assert share([math.inf, 1.0, 1.0, 2.0], 10) == [0, 4, 4, 2]
     assert importance_counts([math.inf, math.inf, 1.0], [8, 32, 8], 18, floors=[2] * 3, step=[1] * 3) == [2, 10, 6]
+    assert importance_counts([0.0, 0.0, 1.0, math.inf], [8] * 4, 7, floors=[8, 6, 3, 8], step=[1] * 4) == [0, 2, 5, 0]
     with pytest.raises(ValueError, match="layer 2 is not a number"):
         share([1.0, 2.0, math.nan, 1.0], 4)
 

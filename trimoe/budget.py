@@ -47,9 +47,9 @@ def importance_counts(
         raise ValueError(f"The importance of layer {int(np.isnan(importance_L).argmax())} is not a number.")
     with np.errstate(divide="ignore", over="ignore"):
         weight_L = 1 / np.maximum(importance_L, 0)
-    first_L, last_L = np.isinf(weight_L), weight_L == 0
+    first_L, last_L, size_L = np.isinf(weight_L), weight_L == 0, np.array(sizes, dtype=np.float64)
     share_L, left = np.zeros(len(sizes)), float(total)
-    for tier_L, by_L in ((first_L, caps_L), (~first_L & ~last_L, weight_L), (last_L, caps_L)):
+    for tier_L, by_L in ((first_L, size_L), (~first_L & ~last_L, weight_L), (last_L, size_L)):
         given = min(left, caps_L[tier_L].sum())
         share_L[tier_L] = _fill(by_L[tier_L], np.zeros(tier_L.sum()), caps_L[tier_L], given)
         left -= given

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,19 +88,30 @@ class Checkpoint:
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor in its own dtype, in fresh memory (no mapped pages stay behind)."""
-        info = self.tensors[key]
-        out = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        if info.nbytes:
-            view = out.reshape(-1).view(torch.uint8).numpy().data
-            with open(self.folder / info.file, "rb", buffering=0) as file:
-                file.seek(info.start)
-                done = 0
-                while done < info.nbytes:
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise UserError(f"{info.file} ends inside tensor {key!r}: the file is truncated.")
-                    done += count
+        return self.read_together([key])[key]
+
+    def read_together(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Several tensors in one piece of memory, which is given back to the system as soon as the last of them is gone."""
+        aligned = [-(-self.tensors[key].nbytes // 64) * 64 for key in keys]
+        buffer = torch.empty(sum(aligned), dtype=torch.uint8)
+        out, start = {}, 0
+        for key, size in zip(keys, aligned, strict=True):
+            info = self.tensors[key]
+            piece = buffer[start : start + info.nbytes]
+            self._fill(piece, key, info)
+            out[key] = piece.view(DTYPES[info.dtype]).view(info.shape)
+            start += size
         return out
+
+    def _fill(self, piece: torch.Tensor, key: str, info: TensorInfo) -> None:
+        view, done = piece.numpy().data, 0
+        with open(self.folder / info.file, "rb", buffering=0) as file:
+            file.seek(info.start)
+            while done < info.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise UserError(f"{info.file} ends inside tensor {key!r}: the file is truncated.")
+                done += count
 
     def files(self) -> list[str]:
         return sorted({info.file for info in self.tensors.values()})

@@ -20,7 +20,7 @@ from trimoe.skeleton import Site
 from trimoe.stats import LayerStats
 
 NAME = "trimoe_observe"
-CHUNK = 1 << 25  # elements of a temporary that may be held at once (128 MiB of float32)
+CHUNK = 1 << 23  # elements of a temporary that may be held at once (32 MiB of float32)
 
 
 def run_expert(module: Any, expert: int, x_SH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,8 @@ being fused) plus the hidden states.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -85,11 +87,22 @@ class LayerWalk:
         layers, pristine = self.skeleton.layers, self.skeleton.layers[index]
         layers[index] = deepcopy(pristine)
         try:
-            keys = self.skeleton.keys_by_layer[index]
-            self._put({key: self.skeleton.checkpoint.read(key) for key in keys})
+            self._put(self._read(index))
             yield layers[index]
         finally:
             layers[index] = pristine
+            _give_back()
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        """A layer's tensors; those that are about to be fused share one piece of memory, so that it can go as a whole."""
+        skeleton = self.skeleton
+        site, keys = skeleton.sites.get(index), skeleton.keys_by_layer[index]
+        paths = site.expert_paths() if site is not None else []
+        together = (
+            {key for path in paths for key in skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}")} if site else set()
+        )
+        tensors = {key: skeleton.checkpoint.read(key) for key in keys if key not in together}
+        return tensors | skeleton.checkpoint.read_together([key for key in keys if key in together])
 
     # ---- calls
 
@@ -140,6 +153,13 @@ class LayerWalk:
 
         with self._outer():
             yield logits
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system where the C library would keep it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _to_meta(module: nn.Module) -> None:
