@@ -67,7 +67,13 @@ def main() -> None:
     arguments.add_argument("--json")
     given = arguments.parse_args()
     config = random_model.config_of(
-        layers=given.layers, experts=given.experts, hidden=given.hidden, width=given.width, top_k=given.top_k, vocabulary=96, context=given.length
+        layers=given.layers,
+        experts=given.experts,
+        hidden=given.hidden,
+        width=given.width,
+        top_k=given.top_k,
+        vocabulary=96,
+        context=given.length,
     )
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         model = Path(folder, "model")

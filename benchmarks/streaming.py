@@ -40,7 +40,15 @@ def in_memory(model: torch.nn.Module, batches: list[torch.Tensor]) -> list[torch
 
 def main() -> None:
     arguments = common_options(__doc__, rounds=7)
-    for name, value in (("layers", 8), ("experts", 32), ("hidden", 768), ("width", 192), ("top-k", 4), ("vocabulary", 4096), ("length", 512)):
+    for name, value in (
+        ("layers", 8),
+        ("experts", 32),
+        ("hidden", 768),
+        ("width", 192),
+        ("top-k", 4),
+        ("vocabulary", 4096),
+        ("length", 512),
+    ):
         arguments.add_argument(f"--{name}", type=int, default=value)
     arguments.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
     given = arguments.parse_args()
@@ -63,7 +71,9 @@ def main() -> None:
             batches = random_model.batches(tokens, given.length, given.vocabulary)
             pairs = zip(streamed(skeleton, batches), in_memory(model, batches), strict=True)
             difference = max(float((a - b).abs().max()) for a, b in pairs)
-            times = take_turns({"streamed": lambda: streamed(skeleton, batches), "memory": lambda: in_memory(model, batches)}, given.rounds, given.clock)  # noqa: B023
+            times = take_turns(
+                {"streamed": lambda: streamed(skeleton, batches), "memory": lambda: in_memory(model, batches)}, given.rounds, given.clock
+            )
             middles = {name: middle(seconds) for name, seconds in times.items()}
             rows.append({
                 "tokens": tokens, "streamed, s": f"{middles['streamed']:.2f}", "in memory, s": f"{middles['memory']:.2f}",

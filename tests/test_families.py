@@ -165,7 +165,7 @@ def test_stock_transformers_refuses_native(
     result = compressed(family, recipe, family_folder, text_file, tmp_path / "out")
     assert result.plan.form == "native"
     config = families.config_of(family)
-    with pytest.raises(RuntimeError, match="(?i)mismatch"):
+    with pytest.raises(RuntimeError, match=r"(?i)mismatch"):
         stock_class(config).from_pretrained(tmp_path / "out")
 
 

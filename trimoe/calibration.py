@@ -78,13 +78,13 @@ def _jsonl(file: Path) -> list[str]:
                 if len(line) > MAX_LINE:
                     raise UserError(f"{file}, line {number} has {len(line):,} characters; at most {MAX_LINE:,} are read.")
                 try:
-                    documents.append(json.loads(line)["text"])
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f'{file}, line {number} is not a JSON object with a "text" field.') from None
+                    text = json.loads(line)["text"]
+                    text.encode()  # half a surrogate pair is no text
+                    documents.append(text)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    raise UserError(f'{file}, line {number} is not a JSON object with a "text" field that holds text.') from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text.") from None
-    if not all(isinstance(document, str) for document in documents):
-        raise UserError(f'{file}: every "text" must be a string.')
     return documents
 
 
@@ -129,6 +129,8 @@ def calibrate(
     Documents of a domain are joined by the end-of-text token and cut into windows; a document never continues in another domain.
     """
     length = min(length, context)
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"The seed {seed} is out of range; 0 to 2^63 - 1 is allowed.")
     if length < 2 or samples < 1:
         raise UserError(f"Calibration wants at least 1 sample of at least 2 tokens, not {samples} of {length}.")
     tokenizer = load_tokenizer(checkpoint)

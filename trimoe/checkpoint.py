@@ -145,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent} has no {path.name}: it is not a model folder.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}; a JSON object is expected.")
@@ -193,7 +193,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise UserError(f"{path} is not a safetensors file or is truncated (header of {length} bytes in a file of {size}).")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path} has a header that is not valid JSON.") from None
     if not isinstance(header, dict):
         raise UserError(f"{path} has a header that is not a JSON object.")
@@ -206,7 +206,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             wrong = not all(type(n) is int and n >= 0 for n in (*shape, start, end))
         except (TypeError, KeyError, ValueError):
             wrong = True
-        if wrong or dtype not in DTYPES:
+        if wrong or not isinstance(dtype, str) or dtype not in DTYPES:
             raise UserError(f"{path}: the header entry of {key!r} is not one trimoe can read: {str(entry)[:120]}.")
         if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise UserError(f"{path}: {key!r} has shape {list(shape)} of {dtype} but {end - start} bytes.")

@@ -90,6 +90,8 @@ def compress(
     """Compress a model into a new folder. Killed and run again with the same arguments, it resumes."""
     import trimoe
 
+    _writable(json_file)
+
     result = trimoe.compress(
         model, recipe, out, changes=changes, calibration=calibration, samples=samples, length=length, seed=seed, stats=stats,
         device=device, dtype=dtype, command=_command(), reporter=_reporter(quiet),
@@ -115,6 +117,7 @@ def evaluate(
     from trimoe.compress import compute_dtype
     from trimoe.evaluate import origin
 
+    _writable(json_file)
     reporter = _reporter(quiet)
     if against is None and (found := origin(Path(folder))) is not None:
         try:
@@ -158,6 +161,14 @@ def recipes(name: Annotated[str | None, typer.Argument(help="print this one", sh
         print(f"{known:<20} {recipe.text_of(known).splitlines()[0].lstrip('# ')}")
 
 
+def _writable(path: Path | None) -> None:
+    """Find out before hours of work, not after."""
+    from trimoe.errors import UserError
+
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise UserError(f"--json {path} cannot be written: give a file in a folder that exists.")
+
+
 def _write_json(path: Path | None, value: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -165,8 +176,11 @@ def _write_json(path: Path | None, value: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point: turns a user's mistake into one sentence on standard error and exit code 2."""
+    from transformers.utils import logging
+
     from trimoe.errors import UserError
 
+    logging.set_verbosity_error()  # this process is ours: warnings about configurations are not the user's business here
     try:
         app()
     except UserError as mistake:

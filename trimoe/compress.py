@@ -27,6 +27,7 @@ from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
+from trimoe.stream import usable_device
 from trimoe.transform import transform
 from trimoe.version import VERSION, versions
 from trimoe.write import Writer
@@ -71,9 +72,10 @@ def compress(
     skeleton = Skeleton.of(str(model), compute_dtype(dtype))
     before = plan(skeleton, parsed)
     refuse_inside(out, skeleton)
+    usable_device(device)
     text = calibration_for(skeleton, parsed.calibration, seed, reporter)
-    about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed}
-    inputs = {**about, "recipe": parsed.to_json(), "dtype": dtype, "version": VERSION}
+    about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint}
+    inputs = {"recipe": parsed.to_json(), **about, "dtype": dtype, "version": VERSION}
     finished = _finished(out, inputs)
     if finished is not None:
         reporter.say(f"{out} holds the finished result of this very command already.")
@@ -111,6 +113,8 @@ def gather_statistics(
     base = Recipe(steps=(ExpertDrop(ratio=0.25),))
     spec = with_calibration(base, calibration, samples, length).calibration
     skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+    refuse_inside(Path(out), skeleton)
+    usable_device(device)
     if Path(out).exists():
         raise UserError(f"The statistics file {out} exists already; give another name.")
     text = calibration_for(skeleton, spec, seed, reporter)
@@ -161,6 +165,8 @@ def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, report
 
 def refuse_inside(out: Path, skeleton: Skeleton) -> None:
     source, target = skeleton.checkpoint.folder.resolve(), out.resolve()
+    if any(parent.is_file() for parent in target.parents):
+        raise UserError(f"The output {out} cannot be made: a part of its path is a file.")
     if target == source or source in target.parents:
         raise UserError(f"The output folder {out} lies in the source model's folder; the source is never written to.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def decide(
             decided, metrics = _decide_drops(run, journal, number, step, sites, decisions, given)
         else:
             decided, metrics = _decide_ranks(run, journal, number, step, sites, decisions, given)
-        known = {"decisions": {str(i): d.to_json() for i, d in decided.items()}, "metrics": metrics}
+        known = json.loads(json.dumps({"decisions": {str(i): d.to_json() for i, d in decided.items()}, "metrics": metrics}))
         journal.put(f"decisions-{number}", known)
     return {int(i): LayerDecision.from_json(value) for i, value in known["decisions"].items()}, known["metrics"]
 

@@ -21,7 +21,7 @@ from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.stream import LayerWalk, usable_device
 
 BATCH_TOKENS = 4096
 
@@ -78,6 +78,10 @@ def evaluate(
     `length` is cut to the model's context; `stride` (default half of it) is stated in the result; at most about `tokens` tokens of
     each text are scored. Returns the JSON that `trimoe eval --json` writes.
     """
+    for name, value, least in (("length", length, 2), ("stride", 1 if stride is None else stride, 1), ("tokens", tokens, 1)):
+        if value < least:
+            raise UserError(f"The evaluation's {name} is {value}; at least {least} is needed.")
+    usable_device(device)
     checkpoint = Checkpoint.open(model)
     skeleton = Skeleton(checkpoint, dtype)
     length = min(length, skeleton.context)

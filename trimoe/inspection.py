@@ -22,8 +22,6 @@ def inspect(model: str) -> dict[str, Any]:
     }  # fmt: skip
     try:
         skeleton = Skeleton(checkpoint)
-        if not skeleton.sites:
-            raise UserError(f"{checkpoint.name} has no MoE layer.")
     except UserError as reason:
         return {**about, "supported": False, "reason": str(reason), "methods": dict.fromkeys(METHODS, f"no: {reason}")}
     return {**about, "supported": True, **_structure(skeleton)}

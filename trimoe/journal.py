@@ -32,9 +32,8 @@ class Journal:
         if not begun.is_file():
             raise UserError(f"The output folder {self.out} is not empty; give one that is empty or does not exist.")
         before = json.loads(begun.read_text(encoding="utf-8"))
-        changed = sorted(
-            key for key in before.keys() | self.inputs.keys() if before.get(key) != json.loads(json.dumps(self.inputs.get(key)))
-        )
+        now = json.loads(json.dumps(self.inputs))
+        changed = [key for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
                 f"The output folder {self.out} holds an unfinished run with another {changed[0]}; "

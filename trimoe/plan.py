@@ -106,8 +106,6 @@ def plan(
     parsed = load_recipe(recipe, changes)
     skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, weights=False)
     decisions, sites, slack, open_counts = unchanged(skeleton.sites), dict(skeleton.sites), 0, False
-    if not sites:
-        raise UserError(f"{skeleton.name} has no MoE layer that trimoe can work on.")
     for step in parsed.steps:
         step.shape(sites, decisions)
         if isinstance(step, ExpertDrop):

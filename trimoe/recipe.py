@@ -28,7 +28,7 @@ class CalibrationSpec:
     samples: Annotated[int, Field(ge=1)] = 128
     length: Annotated[int, Field(ge=2)] = 2048
     search_tokens: Annotated[int, Field(ge=16)] = 4096
-    search_memory: Annotated[float, Field(gt=0)] = 2.0
+    search_memory: Annotated[float, Field(gt=0, le=1e6)] = 2.0
 
     @property
     def sources(self) -> list[str]:
@@ -70,7 +70,7 @@ def names() -> list[str]:
 def text_of(name: str) -> str:
     """A built-in recipe as YAML, ready to edit."""
     path = BUILTIN / f"{name}.yaml"
-    if not path.is_file():
+    if name not in names():
         close = difflib.get_close_matches(name, names(), 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UserError(f"There is no built-in recipe {name!r}{hint} and no such file; there are: {', '.join(names())}.")
@@ -89,16 +89,23 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
     else:
         path = Path(recipe)
         where = f"recipe {recipe}"
-        source = path.read_text(encoding="utf-8") if path.suffix in (".yaml", ".yml") and path.is_file() else text_of(str(recipe))
         try:
-            raw = yaml.safe_load(source)
-        except yaml.YAMLError as error:
-            raise UserError(f"{where} is not valid YAML ({str(error).splitlines()[0]}).") from None
+            source = path.read_text(encoding="utf-8") if path.suffix in (".yaml", ".yml") and path.is_file() else text_of(str(recipe))
+        except UnicodeDecodeError:
+            raise UserError(f"{where} is not UTF-8 text.") from None
+        raw = _yaml(source, where)
     if not isinstance(raw, dict):
         raise UserError(f"{where} holds a {type(raw).__name__}; a mapping with steps is expected.")
     for change in changes:
         raw = _changed(raw, change)
     return _parse(raw, where)
+
+
+def _yaml(source: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(source)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{where} is not valid YAML ({str(error).splitlines()[0]}).") from None
 
 
 def _changed(raw: dict[str, Any], change: str) -> dict[str, Any]:
@@ -121,12 +128,12 @@ def _changed(raw: dict[str, Any], change: str) -> dict[str, Any]:
                     f"--set {change!r}: {'.'.join(parts[:depth])} has {len(at)} entries, numbered from 0; {part!r} is none of them."
                 )
             if last:
-                at[int(part)] = yaml.safe_load(value)
+                at[int(part)] = _yaml(value, f"--set {change!r}")
             else:
                 at = at[int(part)]
         elif isinstance(at, dict):
             if last:
-                at[part] = yaml.safe_load(value)
+                at[part] = _yaml(value, f"--set {change!r}")
             else:
                 if isinstance(at.get(part), str):
                     at[part] = {at[part]: {}}  # a choice given by its name gets fields

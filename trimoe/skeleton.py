@@ -91,12 +91,14 @@ class Skeleton:
         self.config = hf.load_config(checkpoint.folder)
         self.spec = getattr(self.config, modeling_trimoe.KEY, None)
         self._refuse_what_cannot_be_built()
-        self.model = hf.build_meta(self.config, dtype)
+        self.model = self._built()
         self.prefix, self.layers = hf.decoder_layers(self.model)
         meta = {key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in checkpoint.tensors.items()}
         self.conversion = hf.trial_load(self.config, meta, dtype)
         self._refuse_what_does_not_fit()
         self.sites = {site.layer: site for site in self._find_sites()}
+        if not self.sites:
+            raise UserError(f"{self.name} ({self.config.model_type}) has no MoE layer.")
 
     @classmethod
     def of(cls, model: str | Checkpoint, dtype: torch.dtype = torch.float32, *, weights: bool = True) -> Skeleton:
@@ -161,6 +163,15 @@ class Skeleton:
 
     # ---- refusals
 
+    def _built(self) -> Any:
+        try:
+            return hf.build_meta(self.config, self.dtype)
+        except UserError:
+            raise
+        except Exception as error:  # whatever absurd sizes make the architecture's own code raise
+            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            raise UserError(f"{self.name}: config.json describes a {self.config.model_type} that cannot be built ({reason}).") from None
+
     def _refuse_what_cannot_be_built(self) -> None:
         name, kind = self.name, self.config.model_type
         if hf.causal_lm_class(self.config) is None:
@@ -171,6 +182,12 @@ class Skeleton:
         layers = getattr(self.config.get_text_config(), "num_hidden_layers", None)
         if not isinstance(layers, int) or not 1 <= layers <= 1000:
             raise UserError(f"{name}: config.json says num_hidden_layers = {layers!r}; 1 to 1000 is allowed.")
+        field = hf.canonical(self.config.get_text_config(), hf.TOP_K_NAMES)
+        top_k = getattr(self.config.get_text_config(), field) if field else 1
+        if not 1 <= top_k <= self.num_experts:
+            raise UserError(
+                f"{name}: config.json says {field} = {top_k} of {self.num_experts} experts; 1 to {self.num_experts} is allowed."
+            )
         if not 2 <= self.num_experts <= 4096:
             raise UserError(f"{name} is not a Mixture-of-Experts model: {self.count_field} = {self.num_experts} (2 to 4096 is allowed).")
 

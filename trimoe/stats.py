@@ -21,6 +21,7 @@ from trimoe.routing import RoutingRule
 
 FORMAT = "trimoe-stats-1"
 MAXIMA = frozenset({"max_abs_E"})
+OF_WEIGHTS = frozenset({"weight_score_E", "in_spectrum_ER", "out_spectrum_ER"})  # belong to the weights, not to tokens: kept as they are
 SEARCH = ("logits_TE", "order_TM", "gram_TMM")
 
 
@@ -48,6 +49,8 @@ class LayerStats:
         value = torch.as_tensor(value, dtype=torch.float64)
         if name not in self.sums:
             self.sums[name] = value.clone()
+        elif name in OF_WEIGHTS:
+            pass
         elif name in MAXIMA:
             torch.maximum(self.sums[name], value, out=self.sums[name])
         else:
@@ -121,9 +124,12 @@ class Stats:
             raise UserError(
                 f"{path} is not a statistics file of this version of trimoe (format {head.get('format')!r}, wanted {FORMAT!r})."
             )
-        stats = cls(json.loads(head["about"]))
-        for index, rule in json.loads(head["rules"]).items():
-            stats.layers[int(index)] = LayerStats(int(index), RoutingRule(**rule))
+        try:
+            stats = cls(json.loads(head["about"]))
+            for index, rule in json.loads(head["rules"]).items():
+                stats.layers[int(index)] = LayerStats(int(index), RoutingRule(**rule))
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise UserError(f"{path} is a damaged statistics file: its description cannot be read.") from None
         for key, tensor in tensors.items():
             index, _, name = key.partition(".")
             layer = stats.layers[int(index)]

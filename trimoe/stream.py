@@ -18,9 +18,18 @@ import torch
 from torch import nn
 
 from trimoe import hf
+from trimoe.errors import UserError
 from trimoe.skeleton import Skeleton
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, after the hidden states
+
+
+def usable_device(device: str) -> torch.device:
+    """The device, or UserError if this machine cannot use it."""
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"The device {device!r} cannot be used here ({str(error).splitlines()[0][:120]}).") from None
 
 
 class _Stand(nn.Module):

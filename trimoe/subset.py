@@ -16,6 +16,7 @@ import torch
 
 from trimoe.stats import LayerStats
 
+TINY = 1e-12  # probability left to the survivors below which it is computed anew
 CHUNK = 1 << 22  # elements of a temporary: small enough to stay near the cache, large enough to keep the kernels busy
 
 
@@ -35,12 +36,11 @@ class SubsetLoss:
         self.max_drop = self.num_experts - self.rule.min_experts
         if self.rule.ordered and reach < self.num_experts:
             self.max_drop = min(self.max_drop, reach - self.rule.top_k)
-        self.full_weights_TK, self.full_index_TK = self.rule.route(self.logits_TE, self.bias_E)
         if self.rule.ordered:
             self._prepare_order()
-        # ||F||^2: dropping nothing but counting the full output as the difference
-        zero = torch.zeros_like(self.full_weights_TK)
-        self.norm = float(self._gathered(self.full_weights_TK, zero, self.full_index_TK, self.full_index_TK).sum().clamp_min(1e-30).sqrt())
+        else:
+            self.full_weights_TK, self.full_index_TK = self.rule.route(self.logits_TE, self.bias_E)
+        self.norm = float(self._full_energy().sum(dtype=torch.float64).clamp_min(1e-30).sqrt())
         self.scale = self.norm if relative else 1.0
 
     def __call__(self, drop_PE: torch.Tensor) -> torch.Tensor:
@@ -50,14 +50,25 @@ class SubsetLoss:
         squared = self._ordered(drop_PE) if self.rule.ordered else self._regrouped(drop_PE)
         return squared.clamp_min(0).sqrt().cpu() / self.scale
 
+    @property
+    def plain_softmax(self) -> bool:
+        """Softmax over all experts, not renormalised: the weights of survivors grow when others go."""
+        return self.rule.score == "softmax" and not self.rule.renormalise
+
     # ---- ungrouped routers: positions in each token's own order
 
     def _prepare_order(self) -> None:
-        scores = self.logits_TE.softmax(-1) if self.rule.score == "softmax" else self.logits_TE.sigmoid()
-        self.prob_TE = scores
-        self.base_TM = (self.logits_TE if self.rule.renormalise and self.rule.score == "softmax" else scores).gather(1, self.order_TM)
-        full_TE = torch.zeros_like(self.logits_TE).scatter_(1, self.full_index_TK, self.full_weights_TK)
-        self.full_TM = full_TE.gather(1, self.order_TM)
+        """Everything by position in the order, the full routing included: ties are then broken alike before and after a drop."""
+        self.prob_TE = self.logits_TE.softmax(-1) if self.rule.score == "softmax" else self.logits_TE.sigmoid()
+        by_logit = self.rule.renormalise and self.rule.score == "softmax"
+        self.base_TM = (self.logits_TE if by_logit else self.prob_TE).gather(1, self.order_TM)
+        self.full_TM, _ = self._position_weights(torch.ones_like(self.order_TM, dtype=torch.bool), self.base_TM, None)
+
+    def _full_energy(self) -> torch.Tensor:
+        """||F(x_t)||^2 of each search token."""
+        if self.rule.ordered:
+            return (torch.bmm(self.full_TM.unsqueeze(1), self.gram_TMM).squeeze(1) * self.full_TM).sum(-1)
+        return self._gathered(self.full_weights_TK, torch.zeros_like(self.full_weights_TK), self.full_index_TK, self.full_index_TK)
 
     def _ordered(self, drop_PE: torch.Tensor) -> torch.Tensor:
         tokens, reach = self.order_TM.shape
@@ -65,28 +76,33 @@ class SubsetLoss:
         first = min(reach, -(-max(2 * top_k, top_k + 4) // 4) * 4)
         out = []
         for drop in drop_PE.split(max(1, CHUNK // (tokens * first))):
-            total_TP = None if self.rule.renormalise or self.rule.score != "softmax" else self.prob_TE @ (~drop).T.to(self.prob_TE.dtype)
+            total_TP = self.prob_TE @ (~drop).T.to(self.prob_TE.dtype) if self.plain_softmax else None
             alive_TPR = ~drop.T[self.order_TM[:, :first]].transpose(1, 2)  # drop.T[order] is [T, R, P]
             weights, enough_TP = self._position_weights(
                 alive_TPR, self.base_TM[:, None, :first], None if total_TP is None else total_TP.unsqueeze(-1)
             )
+            if total_TP is not None:
+                enough_TP = enough_TP & (total_TP > TINY)
             c_TPR = self.full_TM[:, None, :first] - weights
             quad_TP = (torch.bmm(c_TPR, self.gram_TMM[:, :first, :first]) * c_TPR).sum(-1)
-            if first < reach:
-                token, cand = (~enough_TP).nonzero(as_tuple=True)
-                if len(token):
-                    quad_TP[token, cand] = self._far(drop, token, cand, None if total_TP is None else total_TP[token, cand])
+            token, cand = (~enough_TP).nonzero(as_tuple=True)
+            if len(token):
+                quad_TP[token, cand] = self._far(drop, token, cand)
             out.append(quad_TP.sum(0, dtype=torch.float64))
         return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
 
-    def _far(self, drop_PE: torch.Tensor, token_N: torch.Tensor, cand_N: torch.Tensor, total_N: torch.Tensor | None) -> torch.Tensor:
-        """The few (token, candidate) pairs whose k survivors lie further down the order, over the whole reach."""
+    def _far(self, drop_PE: torch.Tensor, token_N: torch.Tensor, cand_N: torch.Tensor) -> torch.Tensor:
+        """The few (token, candidate) pairs whose k survivors lie further down the order, or beside which the dropped ones were so
+        probable that dividing by what is left would lose all digits: over the whole reach, from the survivors' own softmax."""
         reach = self.order_TM.shape[1]
         parts = []
-        for at in torch.arange(len(token_N), device=self.device).split(max(1, CHUNK // reach**2)):
-            token = token_N[at]
-            alive = ~drop_PE[cand_N[at]].gather(1, self.order_TM[token])
-            weights, _ = self._position_weights(alive, self.base_TM[token], None if total_N is None else total_N[at, None])
+        for at in torch.arange(len(token_N), device=self.device).split(max(1, CHUNK // max(reach**2, self.num_experts))):
+            token, dropped_NE = token_N[at], drop_PE[cand_N[at]]
+            alive = ~dropped_NE.gather(1, self.order_TM[token])
+            base = self.base_TM[token]
+            if self.plain_softmax:
+                base = self.logits_TE[token].masked_fill(dropped_NE, -torch.inf).softmax(-1).gather(1, self.order_TM[token])
+            weights, _ = self._position_weights(alive, base, None)
             c_NM = self.full_TM[token] - weights
             parts.append((torch.bmm(c_NM.unsqueeze(1), self.gram_TMM[token]).squeeze(1) * c_NM).sum(-1))
         return torch.cat(parts)
@@ -101,7 +117,7 @@ class SubsetLoss:
         else:
             weights = base * chosen
             if total is not None:
-                weights = weights / total.clamp_min(1e-30)
+                weights = weights / total.clamp_min(TINY)
             elif self.rule.renormalise:
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
         return (weights if self.rule.scale == 1.0 else weights * self.rule.scale), enough
@@ -121,10 +137,6 @@ class SubsetLoss:
         before, after = torch.broadcast_tensors(before, after)
         index_before, index_after = torch.broadcast_tensors(index_before, index_after)
         c, index = torch.cat([before, -after], -1), torch.cat([index_before, index_after], -1)
-        if self.rule.ordered:  # the Gram is stored by position in the token's order
-            place_TE = torch.zeros_like(self.logits_TE, dtype=torch.long)
-            place_TE.scatter_(1, self.order_TM, torch.arange(self.order_TM.shape[1], device=self.device).expand_as(self.order_TM))
-            index = place_TE.gather(1, index)
         reach = self.gram_TMM.shape[-1]
         cell = (index.unsqueeze(-1) * reach + index.unsqueeze(-2)).flatten(-2)
         flat = self.gram_TMM.flatten(1).expand(*cell.shape[:-1], -1)

@@ -68,7 +68,7 @@ def _by_name(value: Any) -> Any:
     if value is None or value == "none" or isinstance(value, tuple(SEARCHES.values())):
         return None if value == "none" else value
     name, fields = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
-    if name not in SEARCHES:
+    if not isinstance(name, str) or name not in SEARCHES:
         raise ValueError(f"{value!r} is not a search; there are none, {', '.join(SEARCHES)}")
     if fields is not None and not isinstance(fields, dict):
         raise ValueError(f"the fields of {name} must be a mapping, not {fields!r}")
