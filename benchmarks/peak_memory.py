@@ -40,6 +40,7 @@ def watch(command: list[str]) -> tuple[list[tuple[str, int]], float]:
             name, done, _ = line.decode().partition(": done in ")
             if done:
                 stages.append((name, peak))
+                print(f"{time.perf_counter() - start:5.0f} s  {name}: {human(peak)}", file=sys.stderr, flush=True)
                 Path(f"/proc/{process.pid}/clear_refs").write_text("5")
                 peak = 0
         time.sleep(0.02)

@@ -285,7 +285,7 @@ def test_texts_that_cannot_be(line: Line, source: Path, tmp_path: Path) -> None:
         "binary.jsonl": (b'{"text": "\xff"}\n', "is not UTF-8 text"),
         "fields.jsonl": (b'{"text": "abc"}\n{"content": "x"}\n', 'line 2 is not a JSON object with a "text" field'),
         "list.jsonl": (b"[1, 2]\n", "line 1 is not a JSON object"),
-        "number.jsonl": (b'{"text": 5}\n', 'field that holds text'),
+        "number.jsonl": (b'{"text": 5}\n', "field that holds text"),
         "broken.jsonl": (b'{"text": \n', "line 1 is not a JSON object"),
     }
     for name, (data, message) in texts.items():
