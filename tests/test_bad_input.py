@@ -253,7 +253,7 @@ def test_recipes_that_cannot_be(line: Line, source: Path, text_file: Path, tmp_p
     go("no built-in recipe 'moe-i3' (did you mean moe-i2?)", recipe="moe-i3")
     go("known: ratio, count, score, counts, search", recipe={"steps": [{"expert_drop": {"ratoi": 0.5}}]})
     go("its router needs at least 2 (top-2), so at most 6 can go", recipe={"steps": [{"expert_drop": {"ratio": 0.9}}]})
-    go("its router needs at least 2 (top-2)", recipe={"steps": [{"expert_drop": {"count": 7}}]})
+    go("its router needs at least 2 (top-2)", recipe={"steps": [{"expert_drop": {"count": 7, "counts": "uniform"}}]})
     go("give either ratio or count, not neither", recipe={"steps": ["expert_drop"]})
     go("has no '='", "--set", "steps.0.ratio")
     go("has no field 'rank'", "--set", "steps.0.rank=3")

@@ -9,15 +9,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimoe.budget import (
     importance_counts,
     importance_ranks,
-    optimal_choice,
     optimal_counts,
-    optimal_ranks,
     uniform_counts,
     uniform_ranks,
 )
@@ -152,55 +150,6 @@ def test_optimal_counts_are_brute_force(offers: list[dict[int, float]], total: i
     assert cost(counts) == pytest.approx(min(map(cost, feasible)), rel=1e-12, abs=1e-300)
 
 
-@pytest.mark.parametrize(("groups", "options"), [(12, 12), (40, 6)])
-def test_dynamic_program_and_integer_program_agree(groups: int, options: int) -> None:
-    rng = np.random.default_rng(groups)
-    offers = [{int(n): float(n + rng.random()) for n in rng.choice(20, options, replace=False)} for _ in range(groups)]
-    costs = [[20 - n for n in menu] for menu in offers]  # what stays
-    losses = [[loss**2 for loss in menu.values()] for menu in offers]
-
-    def exact(total: int) -> float:
-        return sum(menu[n] ** 2 for menu, n in zip(offers, optimal_counts(offers, total), strict=True))
-
-    for total in (groups * 8, groups * 11 + 1):
-        chosen = optimal_choice(costs, losses, groups * 20 - total)
-        dropped = groups * 20 - sum(cost[i] for cost, i in zip(costs, chosen, strict=True))
-        reached = sum(loss[i] for loss, i in zip(losses, chosen, strict=True))
-        assert dropped >= total
-        assert reached == pytest.approx(exact(dropped), rel=1e-12)
-        assert reached <= exact(total) * (1 + 1e-12)
-
-
-def test_optimal_choices_skip_what_is_not_offered() -> None:
-    assert optimal_counts([{0: 0.0, 1: math.inf, 2: 3.0}, {0: 0.0, 1: 1.0, 2: 9.0}], 2) == [2, 0]
-    assert optimal_counts([{0: 0.0, 1: 1.0}] * 3, 2) == [0, 1, 1]
-    with pytest.raises(ValueError, match="drops 3 experts"):
-        optimal_counts([{0: 0.0, 3: math.inf}], 3)
-    with pytest.raises(ValueError, match="cost 7 together, more than the budget of 6"):
-        optimal_choice([[3, 9], [4, 5]], [[1.0, 0.0], [1.0, 0.0]], 6)
-
-
-@pytest.mark.parametrize("unit", [1, 4096, 10**9 + 7])
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_optimal_choice_is_brute_force(unit: int, scale: float) -> None:
-    rng = np.random.default_rng(unit)
-    for _ in range(12):
-        sizes = rng.integers(1, 6, size=rng.integers(1, 6))
-        costs = [[int(c) * unit + int(rng.integers(3)) for c in rng.integers(0, 1000, size)] for size in sizes]
-        losses = [[float(x) * scale for x in rng.random(size)] for size in sizes]
-        cheapest = sum(min(cost) for cost in costs)
-        tight = sum(int(rng.choice(cost)) for cost in costs)
-        for budget in (cheapest, tight, max(cheapest, tight - 1), sum(max(cost) for cost in costs)):
-            chosen = optimal_choice(costs, losses, budget)
-            assert sum(cost[i] for cost, i in zip(costs, chosen, strict=True)) <= budget
-            best = min(
-                sum(loss[i] for loss, i in zip(losses, pick, strict=True))
-                for pick in product(*(range(size) for size in sizes))
-                if sum(cost[i] for cost, i in zip(costs, pick, strict=True)) <= budget
-            )
-            assert sum(loss[i] for loss, i in zip(losses, chosen, strict=True)) == pytest.approx(best, rel=1e-12)
-
-
 def test_importance_ranks_are_the_papers_formula_where_nothing_binds() -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
@@ -248,52 +197,9 @@ def test_ranks_in_everyday_cases() -> None:
     assert all(type(rank) is int for rank in importance_ranks(np.ones(4), 16.0, cap=64))
 
 
-def test_ranks_refuse_what_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"rank of 7\.5 is below 8"):
-        uniform_ranks(4, 7.5, cap=64)
-    with pytest.raises(ValueError, match="largest rank 60 must be a positive multiple of 8"):
-        importance_ranks([1.0], 16.0, cap=60)
-    for wrong in (math.nan, -1.0, math.inf):
-        with pytest.raises(ValueError, match="finite and not negative"):
-            importance_ranks([1.0, wrong], 16.0, cap=64)
-    for units in (1, 7):
-        with pytest.raises(ValueError, match=f"2 matrices take 2 to 6 units of rank, not {units}"):
-            optimal_ranks([np.arange(4.0)[::-1]] * 2, units)
-
-
 def tail_of(gains: Sequence[float] | np.ndarray) -> np.ndarray:
     """The convex loss of a matrix whose units of rank gain so much, the largest first."""
     return np.append(np.cumsum(sorted(gains))[::-1], 0.0)
 
 
 convex_tails = st.lists(st.floats(0, 100), min_size=1, max_size=6).map(tail_of)
-
-
-@given(st.lists(convex_tails, min_size=1, max_size=4), st.integers(1, 24))
-@settings(max_examples=100, deadline=None)
-def test_optimal_ranks_are_brute_force(tails: list[np.ndarray], units: int) -> None:
-    def lost(ranks: Sequence[int]) -> float:
-        return sum(float(tail[u]) for tail, u in zip(tails, ranks, strict=True))
-
-    assume(len(tails) <= units <= sum(len(tail) - 1 for tail in tails))
-    ranks = optimal_ranks(tails, units)
-    assert sum(ranks) == units
-    assert all(1 <= u < len(tail) for u, tail in zip(ranks, tails, strict=True))
-    choices = product(*(range(1, len(tail)) for tail in tails))
-    best = min(lost(pick) for pick in choices if sum(pick) == units)
-    assert lost(ranks) == pytest.approx(best, rel=1e-9, abs=1e-9)
-
-
-def test_optimal_ranks_of_many_matrices_leave_no_better_exchange() -> None:
-    rng = np.random.default_rng(2)
-    tails = [tail_of(rng.random(24) ** 3 * rng.random()) for _ in range(300)]
-    ranks = optimal_ranks(tails, 2500)
-    lost = [tail[u - 1] - tail[u] for tail, u in zip(tails, ranks, strict=True) if u > 1]
-    won = [tail[u] - tail[u + 1] for tail, u in zip(tails, ranks, strict=True) if u < 24]
-    assert sum(ranks) == 2500 and min(lost) >= max(won)
-
-
-def test_optimal_ranks_take_the_hull_of_a_tail_that_is_not_convex() -> None:
-    cliff = np.array([9.0, 9.0, 9.0, 9.0, 0.0])  # nothing until the fourth unit: the hull gains 3 a unit
-    slope = np.array([9.0, 6.0, 4.0, 2.0, 0.0])
-    assert optimal_ranks([cliff, slope], 5) == [4, 1]  # plain marginal gains would climb the slope: [1, 4]

@@ -98,7 +98,7 @@ def test_what_was_decided_is_not_decided_again(family_folder: Family, text_file:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"recipe": UNIFORM}, "recipe"), ({"seed": 1}, "seed|calibration"), ({"samples": 5}, "recipe"), ({"dtype": "bfloat16"}, "dtype"),
+        ({"recipe": UNIFORM}, "recipe"), ({"seed": 1}, "seed|calibration"), ({"samples": 5}, "recipe"),
     ],
 )  # fmt: skip
 def test_unfinished_folders_take_no_other_run(

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, isotonic_regression, milp
-from scipy.sparse import csr_array
 
 Floats = NDArray[np.float64]
 
@@ -83,37 +81,6 @@ def optimal_counts(menus: Sequence[Mapping[int, float]], total: int, *, sensitiv
     return counts[::-1]
 
 
-def optimal_choice(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """The index of one option per group that minimises the summed loss with summed costs (bytes) within `budget`.
-
-    The multiple-choice knapsack for costs without a small common unit, by `scipy.optimize.milp`. Raises ValueError
-    where even the cheapest options exceed the budget.
-    """
-    cheapest = sum(min(cost) for cost in costs)
-    if cheapest > budget:
-        raise ValueError(f"The cheapest options cost {cheapest} together, more than the budget of {budget}.")
-    extra_K = np.array([c - min(cost) for cost in costs for c in cost], dtype=np.int64)
-    loss_K = np.array([value - min(loss) for loss in losses for value in loss], dtype=np.float64)
-    group_K = np.repeat(np.arange(len(costs)), [len(cost) for cost in costs])
-    one_each = csr_array((np.ones(len(group_K)), (group_K, np.arange(len(group_K)))))
-    # HiGHS is content within absolute tolerances of 1e-6: costs in whole units and losses up to 1e4 keep them harmless.
-    unit = max(int(np.gcd.reduce(extra_K)), 1)
-    result = milp(
-        loss_K * (1e4 / (loss_K.max() or 1.0)),
-        integrality=np.ones(len(loss_K)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint((extra_K // unit)[None].astype(np.float64), -np.inf, (budget - cheapest) // unit),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    assert result.success, result.message
-    chosen = np.flatnonzero(result.x > 0.5)
-    assert extra_K[chosen].sum() <= budget - cheapest
-    return [int(i) for i in chosen - np.searchsorted(group_K, np.arange(len(costs)))]
-
-
 def importance_ranks(
     importance_E: Sequence[float] | Floats,
     average: float,
@@ -144,30 +111,6 @@ def uniform_ranks(num_experts: int, average: float, *, multiple: int = 8, cap: i
     """Equal ranks with the sum of `importance_ranks`; multiples left over go to the first experts."""
     each, over = divmod(_whole(_rank_units(num_experts, average, multiple, cap)), num_experts)
     return [(each + (e < over)) * multiple for e in range(num_experts)]
-
-
-def optimal_ranks(tails: Sequence[Floats], units: int) -> list[int]:
-    """Minimise `sum_j tails[j][u_j]` over whole `u_j >= 1` with `sum_j u_j == units`.
-
-    `tails[j][u]` is the loss of matrix j at u units of rank, u = 0 .. len - 1, decreasing. Where it is convex, as tails
-    of sorted singular values are, a matrix's best gains come first, so the best gains of all, found by one sort, are
-    the exact answer. Any other tail counts as its lower convex hull: exact unless the last units split a hull edge.
-    """
-    most = sum(len(tail) - 1 for tail in tails)
-    if not len(tails) <= units <= most:
-        raise ValueError(f"{len(tails)} matrices take {len(tails)} to {most} units of rank, not {units}.")
-    gains = [_hull_gains(np.asarray(tail)[1:]) for tail in tails]
-    owner = np.repeat(np.arange(len(tails)), [len(gain) for gain in gains])
-    best = np.argsort(-np.concatenate(gains), kind="stable")[: units - len(tails)]
-    return [1 + int(u) for u in np.bincount(owner[best], minlength=len(tails))]
-
-
-def _hull_gains(tail: Floats) -> Floats:
-    gain = tail[:-1] - tail[1:]
-    if (gain[1:] <= gain[:-1]).all():
-        return gain
-    hull: Floats = isotonic_regression(gain, increasing=False).x  # pooling violators draws the hull's edges
-    return hull
 
 
 def _rank_units(num_experts: int, average: float, multiple: int, cap: int) -> float:

@@ -50,7 +50,7 @@ def read_text(source: str, split: str = "calib") -> list[Text]:
                 f"There is no built-in text {source!r}; there are: builtin:mixed, {', '.join('builtin:' + d for d in BUILTIN_DOMAINS)}."
             )
         return [Text(domain, tuple(_jsonl(TEXTS / f"builtin-{split}-{domain}.jsonl"))) for domain in wanted]
-    label, _, path = source.rpartition("=")
+    label, _, path = ("", "", source) if Path(source).expanduser().is_file() else source.rpartition("=")
     file = Path(path).expanduser()
     if file.is_file():
         documents = _jsonl(file) if file.suffix in (".jsonl", ".json") else _plain(file)
@@ -92,7 +92,7 @@ def _from_hub(path: str, label: str) -> Text:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"There is no file {path!r}; to read it as a dataset id, install trimoe[recover] (it brings datasets).") from None
+        raise UserError(f"There is no file {path!r}; to read it as a dataset id, install trimoe[data] (it brings datasets).") from None
     name, _, split = path.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)

@@ -1,81 +1,79 @@
-"""The model card: what was removed, sizes on disk, numbers before and after, the exact command."""
+"""The model card of a finished folder: what was removed, sizes on disk, numbers before and after, the exact command."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trimoe.plan import Plan
-from trimoe.skeleton import Skeleton
+from trimoe.write import write_text
+
+NATIVE = """Layers of this checkpoint differ in shape. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
+`trimoe.load(folder)`); without trimoe by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs
+`modeling_trimoe.py` of this folder. Otherwise transformers refuses it with a size mismatch."""
+STOCK = "This is a stock checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."
 
 
-def text(skeleton: Skeleton, record: dict[str, Any], plan: Plan) -> str:
-    """README.md of a finished folder."""
-    tags = ["trimoe", "mixture-of-experts", "compressed", *(next(iter(step)) for step in record["recipe"]["steps"])]
-    head = yaml.safe_dump({"library_name": "transformers", "base_model": skeleton.name, "tags": tags}, sort_keys=False)
-    native = plan.form == "native"
-    load = (
-        "Layers of this checkpoint differ in shape, so load it with `import trimoe` first, or without trimoe by\n"
-        "`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` (the code is `modeling_trimoe.py` in this folder). "
-        "Without\neither, transformers refuses it with a size mismatch."
-        if native
-        else "This is a stock checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."
-    )
-    steps = "\n".join(f"- `{next(iter(step))}`: {_fields(next(iter(step.values())))}" for step in record["recipe"]["steps"])
-    before, after = plan.before, plan.after
-    rows = [
-        ("safetensors on disk (bytes)", before.file_bytes, after.file_bytes),
-        ("parameters", before.parameters, after.parameters),
-        ("parameters active per token", before.active, after.active),
-        ("routed-expert parameters", before.experts, after.experts),
+def text(record: dict[str, Any]) -> str:
+    """README.md, from what trimoe.json holds."""
+    plan, given, model = record["plan"], record["calibration"], record["model"]
+    steps = [next(iter(step.items())) for step in record["recipe"]["steps"]]
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["trimoe", "mixture-of-experts", *(name for name, _ in steps)]}
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists():
+        head["base_model"] = model  # a hub id
+    before, after = plan["before"], plan["after"]
+    sizes = [
+        ("safetensors on disk (bytes)", "file_bytes"), ("parameters", "parameters"), ("parameters active per token", "active"),
+        ("routed-expert parameters", "experts"),
+    ]  # fmt: skip
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {Path(model).name or model}, compressed",
+        f"Made by trimoe {record['trimoe']} from `{model}`.",
+        NATIVE if plan["form"] == "native" else STOCK,
+        "## What was done",
+        "\n".join(f"- `{name}`: {_fields(fields)}" for name, fields in steps),
+        f"Calibration: {given['samples']} samples of {given['length']} tokens ({', '.join(given['domains'])}), seed {record['seed']}.",
+        _table(
+            ("layer", "experts before", "after", "mean rank, first / last projection"),
+            [(row["layer"], row["experts"], row["kept"], row["rank"] or "-") for row in plan["layers"]],
+        ),
+        "## Size",
+        _table(
+            ("", "before", "after", "share"),
+            [(name, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}") for name, key in sizes],
+        ),
+        "## Quality on held-out text",
+        _quality(record.get("evaluation")),
+        f"## Command\n\n```\n{record['command']}\n```\n",
     ]
-    table = "\n".join(f"| {name} | {a:,} | {b:,} | {b / a:.1%} |" for name, a, b in rows)
-    quality, given = record.get("evaluation"), record["calibration"]
-    return f"""---
-{head}---
+    return "\n\n".join(parts)
 
-# {skeleton.name}, compressed
 
-Made by trimoe {record["trimoe"]} from {skeleton.name}.
+def add_evaluation(folder: Path, report: dict[str, Any]) -> None:
+    """Put the numbers of an evaluation against the original into a finished folder's trimoe.json and README.md."""
+    record = json.loads((folder / "trimoe.json").read_text(encoding="utf-8"))
+    record["evaluation"] = report
+    write_text(folder / "trimoe.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "README.md", text(record))
 
-{load}
 
-## What was done
-
-{steps}
-
-Calibration: {given["samples"]} samples of {given["length"]} tokens ({", ".join(given["domains"])}), seed {record["seed"]}.
-
-## Size
-
-| | before | after | |
-| --- | ---: | ---: | ---: |
-{table}
-
-{_quality(quality) if quality else ""}## Command
-
-```
-{record["command"]}
-```
-"""
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _fields(step: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in step.items() if value is not None)
 
 
-def _quality(report: dict[str, Any]) -> str:
-    rows = "\n".join(
-        f"| {text['name']} | {text['against']['perplexity']:.3f} | {text['perplexity']:.3f} | {text['kl']:.4f} | {text['agreement']:.1%} |"
-        for text in report["texts"]
-    )
-    return f"""## Quality on held-out text
-
-| text | perplexity before | after | KL (nats/token) | top-1 agreement |
-| --- | ---: | ---: | ---: | ---: |
-{rows}
-
-Perplexity flatters compressed models; look at the KL and at what it generates, too.
-
-"""
+def _quality(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return "Not evaluated yet; `trimoe eval` on this folder adds the numbers here."
+    rows = [
+        (row["name"], f"{row['against']['perplexity']:.3f}", f"{row['perplexity']:.3f}", f"{row['kl']:.4f}", f"{row['agreement']:.1%}")
+        for row in report["texts"]
+    ]
+    table = _table(("text", "perplexity before", "after", "KL, nats/token", "top-1 agreement"), rows)
+    return f"{table}\n\nWindows of {report['length']} tokens, stride {report['stride']}. Perplexity flatters compressed models; look at the KL."

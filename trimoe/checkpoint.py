@@ -38,6 +38,7 @@ SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 BUILTIN = Path(__file__).parent / "builtin" / "models"
 # Everything beside the weights that makes a checkpoint usable: read by us, or carried over unchanged.
+# (On the hub, names with a folder in them are other formats of the same model.)
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
@@ -119,7 +120,7 @@ class Checkpoint:
     def side_files(self) -> list[Path]:
         """Tokenizer, generation config, licence and the like; not config.json, not the index, no code."""
         found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.name not in ("config.json", INDEX, "trimoe.json"))
+        return sorted(path for path in found if path.name not in ("config.json", "trimoe.json") and not path.name.endswith(".index.json"))
 
     @property
     def nbytes(self) -> int:
@@ -224,10 +225,11 @@ def _open_hub(name: str, *, weights: bool) -> Checkpoint:
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    patterns = [*SIDE_FILES, *(["*.safetensors"] if weights else [])]
     try:
-        folder = Path(hub.snapshot_download(name, allow_patterns=patterns))
-        if weights or (folder / SINGLE).exists():
+        folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES], ignore_patterns=["*/*"]))
+        if weights:
+            shards = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if (folder / INDEX).is_file() else [SINGLE]
+            folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, *shards], ignore_patterns=["*/*"]))
             return Checkpoint(name, folder, _read_headers(folder))
         metadata = hub.get_safetensors_metadata(name)
     except HFValidationError:

@@ -21,7 +21,7 @@ Texts = Annotated[
 Samples = Annotated[int | None, typer.Option(help="calibration samples")]
 Length = Annotated[int | None, typer.Option(help="tokens in a sample (cut to the model's context)")]
 Seed = Annotated[int, typer.Option(help="of every random choice")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="precision the layers run in: float32, bfloat16, float16 (the result keeps the source's)")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON")]
@@ -112,14 +112,15 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Perplexity on each text; KL and agreement against the original. Both models are streamed."""
     import trimoe
-    from trimoe import UserError, tables
+    from trimoe import UserError, card, tables
     from trimoe.checkpoint import Checkpoint
     from trimoe.compress import compute_dtype
     from trimoe.evaluate import origin
 
     _writable(json_file)
     reporter = _reporter(quiet)
-    if against is None and (found := origin(Path(folder))) is not None:
+    found = origin(Path(folder))
+    if against is None and found is not None:
         try:
             against = Checkpoint.open(found, weights=False).name
         except UserError as reason:
@@ -129,6 +130,8 @@ def evaluate(
         dtype=compute_dtype(dtype), reporter=reporter,
     )  # fmt: skip
     tables.evaluation(report)
+    if found is not None and against == found:
+        card.add_evaluation(Path(folder), report)
     _write_json(json_file, report)
 
 
@@ -139,11 +142,12 @@ def demo(
 ) -> None:  # fmt: skip
     """The main job on a built-in model: MoE-I2, evaluated before and after on held-out text."""
     import trimoe
-    from trimoe import tables
+    from trimoe import card, tables
 
     reporter = _reporter(quiet)
     result = trimoe.compress(model, "moe-i2", out, command=_command(), reporter=reporter)
     report = trimoe.evaluate(out, against=model, reporter=reporter)
+    card.add_evaluation(out, report)
     print(result.plan)
     tables.evaluation(report)
     print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")

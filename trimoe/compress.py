@@ -15,12 +15,13 @@ import torch
 from trimoe import card
 from trimoe import recipe as recipes
 from trimoe.calibration import Calibration, calibrate
+from trimoe.checkpoint import DTYPES
 from trimoe.decide import Run, decide
 from trimoe.errors import UserError
 from trimoe.gather import statistics
-from trimoe.journal import Journal
+from trimoe.journal import FOLDER, Journal
 from trimoe.layout import Layout
-from trimoe.methods import ExpertDrop
+from trimoe.methods import ExpertDrop, LowRank
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.plan import Plan, final_plan, human, plan
 from trimoe.progress import QUIET, Reporter
@@ -68,16 +69,22 @@ def compress(
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
     out = Path(out)
+    call = (
+        f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={list(changes)!r}, calibration={list(calibration)!r}, "
+        f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
+    )
     parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
     skeleton = Skeleton.of(str(model), compute_dtype(dtype))
     before = plan(skeleton, parsed)
     refuse_inside(out, skeleton)
     usable_device(device)
+    _refuse_narrow(parsed, skeleton)
     text = calibration_for(skeleton, parsed.calibration, seed, reporter)
     about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint}
     inputs = {"recipe": parsed.to_json(), **about, "dtype": dtype, "version": VERSION}
     finished = _finished(out, inputs)
     if finished is not None:
+        shutil.rmtree(out / FOLDER, ignore_errors=True)  # killed between the last file and tidying up
         reporter.say(f"{out} holds the finished result of this very command already.")
         return finished
     journal = Journal(out, inputs)
@@ -97,9 +104,9 @@ def compress(
             "trimoe": VERSION, "model": skeleton.name, "recipe": parsed.to_json(), "plan": final.to_json(),
             "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
             "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
-            "command": command or f"trimoe.compress({str(model)!r}, ...)", "seed": seed, "versions": versions(), "inputs": inputs,
+            "command": command or call, "seed": seed, "versions": versions(), "inputs": inputs,
         }  # fmt: skip
-        writer.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(skeleton, record, final)})
+        writer.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
         journal.close()
     reporter.say(f"Wrote {out}: {human(final.after.file_bytes)} of safetensors ({final.after.file_bytes / final.before.file_bytes:.1%}).")
     return Result(out, decisions, metrics, final)
@@ -171,9 +178,25 @@ def refuse_inside(out: Path, skeleton: Skeleton) -> None:
         raise UserError(f"The output folder {out} lies in the source model's folder; the source is never written to.")
 
 
+def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
+    """Factors, and matrices that stay dense beside them, are written from what was computed with."""
+    keys = [
+        key
+        for index, site in skeleton.sites.items()
+        for path in site.expert_paths()
+        for key in skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}")
+    ]
+    stored = {DTYPES[skeleton.checkpoint.tensors[key].dtype] for key in keys}
+    wider = [dtype for dtype in stored if torch.promote_types(dtype, skeleton.dtype) != skeleton.dtype]
+    if wider and any(isinstance(step, LowRank) for step in recipe.steps):
+        raise UserError(
+            f"low_rank in {skeleton.dtype} would round weights that {skeleton.name} keeps in {wider[0]}; leave --dtype at float32."
+        )
+
+
 def _check_disk(out: Path, wanted: int) -> None:
     existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in out.glob("*.safetensors*") if out.is_dir())
     if free < wanted:
         raise UserError(f"The result needs {human(wanted)} of disk at {existing}, which has {human(free)} free.")
 

@@ -96,7 +96,7 @@ def _decide_drops(
     )  # fmt: skip
     found: dict[int, search.Found] = {}
     for index, site in run.reporter.track(sites.items(), "Search", len(sites)):
-        found[index] = step.drop_sets(site, stats.layers[index], counts[index], protected.get(index, ()), run.seed)
+        found[index] = step.drop_sets(site, stats.layers[index], counts[index], protected.get(index, ()), run.seed, run.device)
     drops: dict[int, Drop] = {index: best.drops[0] for index, best in found.items()}
     metrics: dict[str, Any] = {"layers": _drop_metrics(run, step, sites, stats, found, counts, protected)}
     if sensitive is not None:
@@ -129,9 +129,11 @@ def _drop_menus(
     """Per layer the best nested set and its loss for every count, and how much the model minds: KL per squared relative loss."""
     menus, perturb = {}, {}
     for index, site in run.reporter.track(sites.items(), "Loss of every count", len(sites)):
-        loss = SubsetLoss(stats.layers[index])
+        loss = SubsetLoss(stats.layers[index], device=run.device)
         most = min(site.num_experts - step.floor(site, step.share(sites)), loss.max_drop)
-        menus[index] = search.greedy_path(loss, site.num_experts, most, site.rule.groups, _spare(site, protected.get(index, ())))
+        menus[index] = search.greedy_path(
+            loss, site.num_experts, most, site.rule.groups, _spare(step, site, most, protected.get(index, ()))
+        )
         probe = max((n for n in menus[index] if n <= max(uniform[index], site.rule.groups)), default=0)
         if probe:
             drop = menus[index][probe][0]
@@ -142,9 +144,9 @@ def _drop_menus(
     return menus, {i: measured.get(i, mean or 1.0) for i in sites}
 
 
-def _spare(site: Site, protected: Drop) -> Drop:
-    """Protected experts, unless so many are that the router's floor could not be reached without them."""
-    return protected if len(protected) <= site.rule.min_experts // site.rule.groups else ()
+def _spare(step: ExpertDrop, site: Site, most: int, protected: Drop) -> Drop:
+    """Protected experts, unless so many are that a layer could not lose `most` without them (the rule of `ExpertDrop.space`)."""
+    return step.space(site, most // site.rule.groups * site.rule.groups, protected).protected
 
 
 def _drop_metrics(
@@ -159,10 +161,10 @@ def _drop_metrics(
             "tokens_per_expert": layer["count_E"].tolist(),
         }  # fmt: skip
         if layer.search:
-            loss = SubsetLoss(layer)
+            loss = SubsetLoss(layer, device=run.device)
             row["leave_one_out"] = leave_one_out(layer).tolist()
             if counts[index] and counts[index] <= loss.max_drop:
-                space = search.Space(site.num_experts, counts[index], site.rule.groups)
+                space = step.space(site, counts[index], protected.get(index, ()))
                 mask = torch.zeros(len(best.drops), site.num_experts, dtype=torch.bool)
                 for place, drop in enumerate(best.drops):
                     mask[place, list(drop)] = True

@@ -29,6 +29,8 @@ class Journal:
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         begun = self.folder / "inputs.json"
+        if not begun.is_file() and [path.name for path in self.out.iterdir()] == [FOLDER]:
+            return  # killed before it had begun
         if not begun.is_file():
             raise UserError(f"The output folder {self.out} is not empty; give one that is empty or does not exist.")
         before = json.loads(begun.read_text(encoding="utf-8"))

@@ -214,8 +214,7 @@ class Shard:
 def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
     """The source's config.json with the new expert counts."""
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key != modeling_trimoe.KEY}
-    if skeleton.spec:
-        config.pop("auto_map", None)
+    config.pop("auto_map", None)  # the source's own code is not carried over; transformers has the family
     before = {index: site.num_experts for index, site in skeleton.sites.items()}
     after = {index: len(decisions[index].keep) if index in decisions else count for index, count in before.items()}
     field, text = skeleton.count_field, skeleton.config.get_text_config()
@@ -224,8 +223,10 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
     total = counts.pop() if uniform else skeleton.num_experts
     inner = next((key for key, value in config.items() if isinstance(value, dict) and field in value), None)
     holder: dict[str, object] = dict(config[inner]) if inner else config  # type: ignore[call-overload]
-    for name in hf.spellings(text, field):
+    for name in (*hf.spellings(text, field), *(other for other in hf.COUNT_NAMES if other in holder)):
         holder[name] = total
+    if skeleton.ignored_keys and "num_nextn_predict_layers" in holder:
+        holder["num_nextn_predict_layers"] = 0  # the multi-token prediction layers are among what is left out
     if inner:
         config[inner] = holder
     layers: dict[str, dict[str, object]] = {}

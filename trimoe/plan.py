@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimoe import budget
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.layout import Layout
 from trimoe.methods import ExpertDrop, LowRank
-from trimoe.methods.low_rank import MULTIPLE
+from trimoe.methods.low_rank import MULTIPLE, rank_share
 from trimoe.methods.method import Decisions, LayerDecision, decided_site, unchanged
 from trimoe.recipe import Recipe
 from trimoe.recipe import load as load_recipe
 from trimoe.skeleton import Site, Skeleton
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
+WIDEST = 4  # bytes of a weight, at most, when bounding what is still open
 IMPORTS = 700 << 20  # bytes of memory that Python, torch and transformers take themselves
 
 
@@ -128,17 +130,16 @@ def plan(
 
 def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_counts: bool) -> tuple[Decisions, int]:
     """Stand-in ranks of the right total, and by how many bytes the real ones may differ."""
-    import numpy as np
-
-    from trimoe import budget
-
     out, slack = {}, 0
     for index, site in sites.items():
         ranks = tuple(budget.uniform_ranks(site.num_experts, step.average(site), multiple=MULTIPLE, cap=step.cap(site)))
         out[index] = LayerDecision(keep=decisions[index].keep, in_ranks=ranks, out_ranks=ranks, merged=step.form == "dense")
         if step.form == "factored" and (open_counts or step.rank == "optimal"):
-            # every rank is a multiple of 8, and one such step in a layer is what rounding can move
-            slack += MULTIPLE * (site.first + 2 * site.hidden + site.width) * int(np.dtype("float64").itemsize)
+            # every rank is a multiple of 8, and one such step in a layer is what rounding can move; `optimal` spends the whole budget
+            slack += MULTIPLE * (site.first + 2 * site.hidden + site.width) * WIDEST
+            if step.rank == "optimal":
+                stand_in = rank_share(ranks, site.first, site.hidden) + rank_share(ranks, site.hidden, site.width)
+                slack += abs(step.parameters(site, site.num_experts) - stand_in) * WIDEST
     return out, slack
 
 
@@ -216,8 +217,6 @@ def _sizes(skeleton: Skeleton, layout: Layout, slack: int | None) -> Sizes:
 
 
 def _expert_parameters(skeleton: Skeleton, site: Site, decision: LayerDecision) -> int:
-    from trimoe.methods.low_rank import rank_share
-
     biases = sum(
         math.prod(tensor.shape[1:])
         for name, tensor in site.experts_of(skeleton.layers[site.layer]).named_parameters(recurse=False)

@@ -26,7 +26,7 @@ class Reporter:
     def say(self, message: str) -> None:
         """One line, unless quiet."""
         if self.mode != "quiet":
-            self.console.print(message, highlight=False, soft_wrap=True)
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def _bar(self, label: str, total: int) -> Iterator[Progress | None]:

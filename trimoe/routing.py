@@ -126,10 +126,10 @@ def identify(
         if (groups > 1 and (num_experts % groups or num_experts // groups < 2)) or (score == "sparsemixer" and top_k != 2):
             continue
         mine = rule.dense(logits.float(), bias_E)
-        scale = (truth.sum() / mine.sum()).item()
+        scale = (truth.double().sum() / mine.double().sum()).item()
         if scale != scale or not torch.allclose(mine * scale, truth, rtol=1e-4, atol=1e-5):
             continue
-        rule = RoutingRule(**{**rule.__dict__, "scale": round(scale, 4)})
+        rule = RoutingRule(**{**rule.__dict__, "scale": float(f"{scale:.6g}")})
         if all(_same_pruned(rule, logits, bias_E, keep, other, x_TH) for keep, other in pruned):
             return rule
     return None

@@ -46,8 +46,15 @@ def coactivation(stats: LayerStats) -> torch.Tensor:
 
 
 def leave_one_out(stats: LayerStats) -> torch.Tensor:
-    """Relative loss ||F(X) - F(X; E minus e)|| / ||F(X)|| with tokens re-routed (MoE-I2, arXiv 2411.01016, section 3.1)."""
-    return SubsetLoss(stats)(torch.eye(stats.num_experts, dtype=torch.bool))
+    """Relative loss ||F(X) - F(X; E minus e)|| / ||F(X)|| with tokens re-routed (MoE-I2, arXiv 2411.01016, section 3.1).
+
+    Where the router could not do without even one expert (a layer at its floor, or router groups that only lose together), what each
+    expert contributes stands in: sqrt(sum (g||y||)^2) / ||F(X)||.
+    """
+    loss = SubsetLoss(stats)
+    if loss.max_drop < 1:
+        return (stats["gate_norm_sq_E"] / stats["energy_EE"].sum().clamp_min(1e-30)).sqrt()
+    return loss(torch.eye(stats.num_experts, dtype=torch.bool))
 
 
 def weights(stats: LayerStats) -> torch.Tensor:

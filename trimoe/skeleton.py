@@ -211,13 +211,15 @@ class Skeleton:
         setattr(doubled.get_text_config(), self.count_field, 2 * self.num_experts)
         once = hf.decoder_layers(hf.build_meta(plain, self.dtype))[1] if self.spec else self.layers
         twice = hf.decoder_layers(hf.build_meta(doubled, self.dtype))[1]
-        rules: dict[type, RoutingRule] = {}
+        rules: dict[tuple[Any, ...], RoutingRule] = {}
         for index, (layer, bigger) in enumerate(zip(once, twice, strict=True)):
             axes = _grown(layer, bigger)
             if axes:
                 yield self._site(index, layer, bigger, axes, rules)
 
-    def _site(self, index: int, layer: nn.Module, bigger: nn.Module, axes: dict[str, int], rules: dict[type, RoutingRule]) -> Site:
+    def _site(
+        self, index: int, layer: nn.Module, bigger: nn.Module, axes: dict[str, int], rules: dict[tuple[Any, ...], RoutingRule]
+    ) -> Site:
         where = f"{self.name} ({self.config.model_type}), layer {index}"
         found = [path for path, module in layer.named_modules() if hf.is_decorated(module)]
         if len(found) != 1:
@@ -240,7 +242,7 @@ class Skeleton:
         first = modeling_trimoe.first_projection(module)
         entry = (self.spec or {}).get("layers", {}).get(str(index), {})
         biases = [p for p in axes if not p.startswith(experts + ".") and tensor_at(block, p).numel() == self.num_experts]
-        kind = type(block.get_submodule(routers[0]))
+        kind = _router_kind(block.get_submodule(routers[0]))
         counts = tuple(_grown_counts(block, bigger.get_submodule(block_path)))
         parts = dict(
             layer=index, block=block_path, router=routers[0], experts=experts, hidden=hidden, width=width,
@@ -291,6 +293,12 @@ class Skeleton:
         if rule is None:
             raise UserError(f"{where}: none of the known routing rules reproduces what its router computes; not supported yet.")
         return rule
+
+
+def _router_kind(router: nn.Module) -> tuple[Any, ...]:
+    """Routers of one class with the same settings follow the same rule (some families set top-k layer by layer)."""
+    settings = {name: value for name, value in vars(router).items() if isinstance(value, (int, float, str)) and "layer" not in name}
+    return (type(router), *sorted(settings.items()))
 
 
 def _call(shell: nn.Module, site: Site) -> routing.Router:

@@ -27,8 +27,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called 
 def usable_device(device: str) -> torch.device:
     """The device, or UserError if this machine cannot use it."""
     try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.ones(1, device=device, dtype=torch.float64).sum().item()  # double precision is needed, which not every device has
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(f"The device {device!r} cannot be used here ({str(error).splitlines()[0][:120]}).") from None
 
 

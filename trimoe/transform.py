@@ -24,7 +24,8 @@ def transform(run: Run, decisions: Decisions, writer: Writer) -> None:
     layers = len(run.skeleton.layers)
     writer.put(0)
     step = next((step for step in run.recipe.steps if isinstance(step, LowRank)), None)
-    if step is None or all(decision.in_ranks is None for decision in decisions.values()):
+    computed = [index + 1 for index, decision in decisions.items() if decision.in_ranks is not None]
+    if step is None or all(map(writer.done, computed)):
         for index in run.reporter.track(range(layers), "Write", layers):
             writer.put(index + 1)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -132,21 +133,32 @@ class ExpertDrop:
             raise UserError("expert_drop: the experts are factored already; drop experts before low_rank.")
         if self.receptive_field and self.search is None:
             raise UserError("expert_drop: receptive_field chooses among the sets a search finds; set search as well.")
+        field = self.receptive_field
+        if field and field.k**field.t > 1000:
+            raise UserError(
+                f"expert_drop: receptive_field k {field.k}, t {field.t} means {field.k**field.t:,} combinations; at most 1,000 are allowed."
+            )
+        if self.count is not None and self.counts != "uniform":
+            raise UserError(
+                f"expert_drop: count is how many go in every layer, so it wants counts: uniform, not {self.counts}; or give a ratio."
+            )
         if self.count is not None:
             for index, site in sites.items():
                 left = site.num_experts - self.count
                 if left < site.rule.min_experts or self.count % site.rule.groups:
                     raise UserError(self._floor(index, site, f"count {self.count}"))
         self.uniform(sites)
-        if isinstance(self.search, Exhaustive) and self.counts == "uniform":
+        if isinstance(self.search, Exhaustive):
             for index, dropped in self.uniform(sites).items():
-                self._space(sites[index], dropped, ()).check()
-                self._refuse_too_many(index, self._space(sites[index], dropped, ()))
+                self.space(sites[index], dropped, ()).check()
+                self._refuse_too_many(index, self.space(sites[index], dropped, ()))
 
     def uniform(self, sites: Mapping[int, Site]) -> dict[int, int]:
         """How many go in each layer if all lose alike; raises if the ratio cannot be had."""
+        if self.count is not None:
+            return dict.fromkeys(sites, self.count)
         total = self.total(sites)
-        room = sum(site.num_experts - site.rule.min_experts for site in sites.values())
+        room = sum(site.num_experts - self.floor(site, self.share(sites)) for site in sites.values())
         if total > room:
             tightest = min(sites, key=lambda index: sites[index].num_experts - sites[index].rule.min_experts)
             raise UserError(
@@ -223,8 +235,14 @@ class ExpertDrop:
         return left
 
     @staticmethod
-    def _space(site: Site, dropped: int, protected: Drop) -> find.Space:
-        return find.Space(site.num_experts, dropped, site.rule.groups, protected)
+    def space(site: Site, dropped: int, protected: Drop) -> find.Space:
+        """All sets of `dropped` experts; the protected ones are among them only if so many must go that there is no other way."""
+        space = find.Space(site.num_experts, dropped, site.rule.groups, protected)
+        try:
+            space.check()
+        except ValueError:
+            return replace(space, protected=())
+        return space
 
     def _refuse_too_many(self, index: int, space: find.Space) -> None:
         assert isinstance(self.search, Exhaustive)
@@ -234,19 +252,15 @@ class ExpertDrop:
                 f"{self.search.limit:,}; use search: genetic, or raise the limit."
             )
 
-    def drop_sets(self, site: Site, stats: LayerStats, dropped: int, protected: Drop, seed: int) -> find.Found:
+    def drop_sets(self, site: Site, stats: LayerStats, dropped: int, protected: Drop, seed: int, device: str = "cpu") -> find.Found:
         """The best sets of `dropped` experts of one layer, best first (k of them where a receptive field will choose)."""
-        space = self._space(site, dropped, protected)
-        try:
-            space.check()
-        except ValueError:  # so many must go that a super expert is among them
-            space = self._space(site, dropped, ())
+        space = self.space(site, dropped, protected)
         keep = self.receptive_field.k if self.receptive_field else 1
         if dropped == 0:
             return find.Found(drops=((),), losses=(0.0,), evaluations=0, history=())
         if self.search is None:
             return self._lowest(space, self.importance(stats, seed))
-        loss, seed = SubsetLoss(stats), seed * 1009 + site.layer
+        loss, seed = SubsetLoss(stats, device=device), (seed * 1009 + site.layer) % (1 << 63)
         if isinstance(self.search, Exhaustive):
             self._refuse_too_many(site.layer, space)
             return find.exhaustive(loss, space, keep=keep)
@@ -255,10 +269,11 @@ class ExpertDrop:
         if isinstance(self.search, Random):
             return find.random(loss, space, draws=max(self.search.draws, keep), seed=seed, keep=keep)
         start = find.greedy(loss, space, keep=keep)
-        return find.genetic(
+        found = find.genetic(
             loss, space, population=self.search.population, generations=self.search.generations, seed=seed, keep=keep,
-            max_evaluations=self.search.max_evaluations, start=start.drops,
+            max_evaluations=max(1, self.search.max_evaluations - start.evaluations), start=start.drops,
         )  # fmt: skip
+        return replace(found, evaluations=found.evaluations + start.evaluations)
 
     @staticmethod
     def _lowest(space: find.Space, value_E: torch.Tensor) -> find.Found:

@@ -77,8 +77,9 @@ class LowRank:
         return (1 - self.ratio) * _full_average(site)
 
     def cap(self, site: Site) -> int:
-        """The largest rank that still saves and that both matrices can have."""
-        largest = min(_full_average(site), site.hidden, site.width, site.first)
+        """The largest rank at which factors of either matrix still save."""
+        saving = min(site.first * site.hidden / (site.first + site.hidden), site.hidden * site.width / (site.hidden + site.width))
+        largest = min(saving, site.hidden, site.width, site.first)
         return max(MULTIPLE, int(largest) // MULTIPLE * MULTIPLE)
 
     def parameters(self, site: Site, count: int) -> int:
