@@ -71,6 +71,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=48)
     arguments.add_argument("--tokens", type=int, default=8192)
     arguments.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5])
+    arguments.add_argument("--only", nargs="*", help="of the methods, these")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--json")
     given = arguments.parse_args()
@@ -100,6 +101,8 @@ def main() -> None:
             "reap, global": ExpertDrop(ratio=ratio, score="reap", counts="global"),
         }  # fmt: skip
         for name, step in options.items():
+            if given.only and name not in given.only:
+                continue
             recipe = Recipe(steps=(step,), calibration=spec)
             run = Run(skeleton, recipe, batches, given.seed, "cpu", {}, QUIET)
             decisions, metrics = _decide_drops(run, Memory(), 0, step, dict(skeleton.sites), unchanged(skeleton.sites), stats)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import random_model
@@ -72,7 +73,7 @@ def main() -> None:
             pairs = zip(streamed(skeleton, batches), in_memory(model, batches), strict=True)
             difference = max(float((a - b).abs().max()) for a, b in pairs)
             times = take_turns(
-                {"streamed": lambda: streamed(skeleton, batches), "memory": lambda: in_memory(model, batches)}, given.rounds, given.clock
+                {"streamed": partial(streamed, skeleton, batches), "memory": partial(in_memory, model, batches)}, given.rounds, given.clock
             )
             middles = {name: middle(seconds) for name, seconds in times.items()}
             rows.append({
