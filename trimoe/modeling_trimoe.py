@@ -66,8 +66,8 @@ class FactoredExperts(nn.Module):
                 if name.endswith("_bias"):
                     self.register_parameter(name, bias)
         guard = "gate_up_proj" if experts.has_gate else "up_proj"
-        self.register_buffer(guard, torch.zeros(1, 2 if experts.has_gate else 1, 1, **like))
-        self.register_buffer("down_proj", torch.zeros(1, 1, 1, **like))
+        self.register_buffer(guard, torch.zeros(1, 4 if experts.has_gate else 2, 2, **like))
+        self.register_buffer("down_proj", torch.zeros(1, 2, 2, **like))
 
     def activate(self, first_SO: torch.Tensor) -> torch.Tensor:
         return self.source_class._apply_gate(self, first_SO) if self.has_gate else self.act_fn(first_SO)
