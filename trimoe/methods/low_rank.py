@@ -132,7 +132,7 @@ class LowRank:
                 for expert in range(site.num_experts):
                     spectrum = layer[f"{name}_spectrum_ER"][expert].clamp_min(0)
                     tail = torch.cat([spectrum, spectrum.new_zeros(1)]).flip(0).cumsum(0).flip(0) / spectrum.sum().clamp_min(1e-30)
-                    saving = rows * columns // (rows + columns)
+                    saving = (rows * columns - 1) // (rows + columns)  # a rank that costs as much as dense is no option
                     choices = list(range(0, min(saving, len(spectrum)) + 1, MULTIPLE))
                     costs = [rank * (rows + columns) for rank in choices] + [rows * columns]
                     losses = [float(tail[rank] * energy_E[expert]) for rank in choices] + [0.0]
