@@ -1,4 +1,4 @@
-"""Everything trimoe uses of transformers' internals, in one place. Works with transformers 5.21 to 5.23 (tested at both ends)."""
+"""Everything trimoe uses of transformers' internals, in one place. Written for transformers 5.21 to 5.23."""
 
 from __future__ import annotations
 
