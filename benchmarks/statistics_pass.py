@@ -17,6 +17,7 @@ import torch
 from alternate import common_options, middle, ratio, table, take_turns, write_json
 
 from trimoe import gather, hf, observe
+from trimoe.seen import Recorder
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
 
@@ -43,14 +44,16 @@ def experts_alone(skeleton: Skeleton, batch: torch.Tensor, other: str, rounds: i
     """Seconds of one layer's experts under trimoe's function and under `other`, for what the layer really gives them."""
     walk, site = LayerWalk(skeleton, [batch]), skeleton.sites[0]
     with walk.layer(0) as layer:
-        with gather.recorded_inputs(layer, site) as calls:
+        recorder = Recorder(batch.numel())
+        with recorder.attached(layer, site):
             walk.advance(0, layer)
+        seen = recorder.seen()
         experts = site.experts_of(layer)
         experts._trimoe_observer = Blind()
 
         def under(name: str) -> None:
             with hf.experts_implementation(layer, name):
-                experts(*calls[0])
+                experts(seen.x_TH, seen.index_TK, seen.weight_TK)
 
         return take_turns({"trimoe": lambda: under(observe.NAME), "other": lambda: under(other)}, rounds, clock)
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import nn
 
-from trimoe.gather import search_budget, search_rows, statistics
+from trimoe.errors import UserError
+from trimoe.gather import search_rows, statistics
 from trimoe.observe import masked, reach_order
 from trimoe.routing import RoutingRule, identify
 from trimoe.skeleton import Site, Skeleton, keep_experts
 from trimoe.stats import LayerStats
-from trimoe.subset import SubsetLoss
+from trimoe.subset import SubsetLoss, search_budget
 
 ALL = sorted(families.FAMILIES)
 RULES: dict[str, RoutingRule] = {
@@ -284,7 +285,9 @@ def test_search_budget_keeps_to_its_memory(family_folder: Callable[[str], Path])
     assert search_budget(sites, 4, 10**9, 1.0) == 2**30 // (each // 4)
     assert search_budget(grouped, 4, 10**9, 1.0) == 2**30 // each, "a grouped router's Gram holds all experts, whatever the reach"
     assert search_budget(sites, 99, 10**9, 1.0) == 2**30 // each
-    assert search_budget(sites, 8, 1000, 1e-9) == 16
+    assert search_budget(sites, 0, 1000, 1.0) == 0
+    with pytest.raises(UserError, match="set calibration"):
+        search_budget(sites, 8, 1000, 1e-9)
 
 
 # ---- finding the rule

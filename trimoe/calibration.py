@@ -35,9 +35,15 @@ class Calibration:
     domains: tuple[str, ...]
     fingerprint: str
 
-    def batches(self, tokens: int = 4096) -> list[torch.Tensor]:
-        """Samples in batches of about `tokens` tokens."""
-        return list(self.samples_NL.split(max(1, tokens // self.samples_NL.shape[1])))
+    def batches(self, device: str = "cpu") -> list[torch.Tensor]:
+        """Samples in batches of the size that suits the device."""
+        return in_batches(self.samples_NL, device)
+
+
+def in_batches(samples_NL: torch.Tensor, device: str) -> list[torch.Tensor]:
+    """Batches of about 2,048 tokens on a CPU, where more only takes memory, and of 16,384 elsewhere."""
+    tokens = 2048 if device == "cpu" else 16384
+    return list(samples_NL.split(max(1, tokens // samples_NL.shape[1])))
 
 
 def read_text(source: str, split: str = "calib") -> list[Text]:

@@ -51,6 +51,12 @@ def text(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def made_from(folder: Path) -> str | None:
+    """The model that a finished trimoe folder was made from, as it is recorded; None for other folders."""
+    path = folder / "trimoe.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None
+
+
 def add_evaluation(folder: Path, report: dict[str, Any]) -> None:
     """Put the numbers of an evaluation against the original into a finished folder's trimoe.json and README.md."""
     record = json.loads((folder / "trimoe.json").read_text(encoding="utf-8"))

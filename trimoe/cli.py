@@ -113,24 +113,23 @@ def evaluate(
     """Perplexity on each text; KL and agreement against the original. Both models are streamed."""
     import trimoe
     from trimoe import UserError, card, tables
-    from trimoe.checkpoint import Checkpoint
     from trimoe.compress import compute_dtype
     from trimoe.evaluate import origin
 
     _writable(json_file)
     reporter = _reporter(quiet)
-    found = origin(Path(folder))
-    if against is None and found is not None:
+    made_from = card.made_from(Path(folder))
+    if against is None and made_from is not None:
         try:
-            against = Checkpoint.open(found, weights=False).name
+            against = origin(Path(folder))
         except UserError as reason:
-            reporter.say(f"The model it was made from is not to be had, so it is evaluated alone: {reason}")
+            reporter.say(f"It is evaluated alone, not against the model it was made from: {reason}")
     report = trimoe.evaluate(
         folder, against=against, text=text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens, device=device,
         dtype=compute_dtype(dtype), reporter=reporter,
     )  # fmt: skip
     tables.evaluation(report)
-    if found is not None and against == found:
+    if made_from is not None and against is not None and (against == made_from or Path(against).resolve() == Path(made_from)):
         card.add_evaluation(Path(folder), report)
     _write_json(json_file, report)
 

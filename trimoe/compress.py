@@ -80,8 +80,8 @@ def compress(
     usable_device(device)
     _refuse_narrow(parsed, skeleton)
     text = calibration_for(skeleton, parsed.calibration, seed, reporter)
-    about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint}
-    inputs = {"recipe": parsed.to_json(), **about, "dtype": dtype, "version": VERSION}
+    about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
+    inputs = {"recipe": parsed.to_json(), **about, "version": VERSION}
     finished = _finished(out, inputs)
     if finished is not None:
         shutil.rmtree(out / FOLDER, ignore_errors=True)  # killed between the last file and tidying up
@@ -92,7 +92,7 @@ def compress(
     given = _given_stats(stats, about, skeleton, parsed)
     _check_disk(out, before.after.file_bytes)
     with journal:
-        run = Run(skeleton, parsed, text.batches(), seed, device, about, reporter)
+        run = Run(skeleton, parsed, text.batches(device), seed, device, about, reporter)
         decisions, metrics = unchanged(skeleton.sites), {}
         for number, step in enumerate(parsed.steps):
             decisions, metrics[f"{number}.{step.name}"] = decide(run, journal, number, step, decisions, given if number == 0 else None)
@@ -101,7 +101,7 @@ def compress(
         writer = Writer(Layout(skeleton, decisions), out)
         transform(run, decisions, writer)
         record = {
-            "trimoe": VERSION, "model": skeleton.name, "recipe": parsed.to_json(), "plan": final.to_json(),
+            "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
             "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
             "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
             "command": command or call, "seed": seed, "versions": versions(), "inputs": inputs,
@@ -125,14 +125,20 @@ def gather_statistics(
     if Path(out).exists():
         raise UserError(f"The statistics file {out} exists already; give another name.")
     text = calibration_for(skeleton, spec, seed, reporter)
-    about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed}
+    about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype}
     reach = max(site.num_experts for site in skeleton.sites.values())
     stats = statistics(
-        skeleton, text.batches(), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory, seed=seed,
+        skeleton, text.batches(device), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory, seed=seed,
         device=device, about=about, reporter=reporter,
     )  # fmt: skip
     stats.save(Path(out))
     return stats
+
+
+def _lasting(skeleton: Skeleton) -> str:
+    """The model's name as it can be opened from any folder: a hub id, builtin:NAME, or an absolute path."""
+    name = skeleton.name
+    return str(skeleton.checkpoint.folder.resolve()) if Path(name).expanduser().is_dir() else name
 
 
 # ---- input
@@ -220,7 +226,7 @@ def _given_stats(path: str | os.PathLike[str] | None, about: dict[str, Any], ske
     if path is None:
         return None
     stats = Stats.load(Path(path))
-    for what in ("model", "calibration"):
+    for what in ("model", "calibration", "dtype"):
         if stats.about.get(what) != about[what]:
             raise UserError(f"The statistics file {path} was made for another {what}; gather it again, or leave --stats out.")
     first = recipe.steps[0]

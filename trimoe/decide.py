@@ -58,7 +58,10 @@ def decide(
     return {int(i): LayerDecision.from_json(value) for i, value in known["decisions"].items()}, known["metrics"]
 
 
-def _stats_for(run: Run, journal: Journal, number: int, given: Stats | None, decisions: Decisions, reach: int, extra: Any = None) -> Stats:
+def _stats_for(
+    run: Run, journal: Journal, number: int, step: ExpertDrop | LowRank, sites: dict[int, Site], given: Stats | None, decisions: Decisions
+) -> Stats:
+    reach = step.reach(sites)
     if given is not None and reach:
         for index, layer in given.layers.items():
             have = layer.search["order_TM"].shape[1] if layer.search else 0
@@ -70,8 +73,8 @@ def _stats_for(run: Run, journal: Journal, number: int, given: Stats | None, dec
     if stats is None:
         stats = statistics(
             run.skeleton, run.batches, decisions=decisions, reach=reach, search_tokens=run.spec.search_tokens,
-            search_memory=run.spec.search_memory, seed=run.seed, device=run.device, extra=extra, about=run.about, reporter=run.reporter,
-            needs=frozenset() if extra is not None or reach == 0 else gather.ROUTING,
+            search_memory=run.spec.search_memory, seed=run.seed, device=run.device, about=run.about, reporter=run.reporter, needs=step.needs & gather.ROUTING,
+            extra=step.spectra if isinstance(step, LowRank) and "spectra" in step.needs else None,
         )  # fmt: skip
         journal.put_stats(f"stats-{number}", stats)
     return stats
@@ -81,11 +84,7 @@ def _decide_drops(
     run: Run, journal: Journal, number: int, step: ExpertDrop, sites: dict[int, Site], decisions: Decisions, given: Stats | None
 ) -> tuple[Decisions, dict[str, Any]]:
     uniform = step.uniform(sites)
-    widest = (
-        max(uniform.values()) if step.counts == "uniform" else max(s.num_experts - step.floor(s, step.share(sites)) for s in sites.values())
-    )
-    reach = max(site.rule.top_k for site in sites.values()) + max(1, widest) if "search" in step.needs else 0
-    stats = _stats_for(run, journal, number, given, decisions, reach)
+    stats = _stats_for(run, journal, number, step, sites, given, decisions)
     protected = super_experts(stats.layers) if step.protect_super_experts else {}
     menus = sensitive = None
     if step.counts == "optimal":
@@ -102,8 +101,8 @@ def _decide_drops(
     if sensitive is not None:
         metrics["sensitivity"] = {str(i): value for i, value in sensitive.items()}
     if step.receptive_field is not None:
-        branches = step.receptive_field.k**step.receptive_field.t
-        few = affordable(run.batches, branches, next(iter(sites.values())).hidden, run.spec.search_memory)
+        k, t = step.receptive_field.k, step.receptive_field.t
+        few = affordable(run.skeleton, run.batches, k ** (t - 1) + 2, run.device)
         chosen = receptive_field.choose(
             run.skeleton,
             few,
@@ -138,7 +137,7 @@ def _drop_menus(
         if probe:
             drop = menus[index][probe][0]
             perturb[index] = lambda layer, at, drop=drop: masked(layer, at, drop)
-    few = affordable(run.batches, len(sites), next(iter(sites.values())).hidden, run.spec.search_memory)
+    few = affordable(run.skeleton, run.batches, len(sites), run.device)
     measured = sensitivity(run.skeleton, few, perturb, decisions=decisions, device=run.device, reporter=run.reporter).weights()
     mean = sum(measured.values()) / max(1, len(measured))
     return menus, {i: measured.get(i, mean or 1.0) for i in sites}
@@ -184,11 +183,10 @@ def _decide_ranks(
     """Importance is measured again, on the model as the earlier steps leave it."""
     if not step.needs:
         return step.decide(sites, decisions, {}), {}
-    reach = max(site.rule.top_k for site in sites.values()) + 1 if "search" in step.needs else 0
-    stats = _stats_for(run, journal, number, given, decisions, reach, extra=step.spectra if "spectra" in step.needs else None)
+    stats = _stats_for(run, journal, number, step, sites, given, decisions)
     sensitive = None
     if "sensitivity" in step.needs:
-        few = affordable(run.batches, len(sites), next(iter(sites.values())).hidden, run.spec.search_memory)
+        few = affordable(run.skeleton, run.batches, len(sites), run.device)
         sensitive = sensitivity(
             run.skeleton, few, dict.fromkeys(sites, shrunk), decisions=decisions, device=run.device, reporter=run.reporter
         ).weights()

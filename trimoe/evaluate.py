@@ -159,6 +159,13 @@ def _summary(entry: Windows, sums: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def origin(folder: Path) -> str | None:
-    """The model that a finished trimoe folder was made from."""
+    """The model that a finished trimoe folder was made from; None for other folders. Raises UserError where it is no longer to be had
+    or is not the same any more."""
     path = folder / "trimoe.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    source = Checkpoint.open(record["model"])
+    if source.fingerprint != record["inputs"]["model"]:
+        raise UserError(f"{source.name} has changed since {folder} was made from it.")
+    return source.name

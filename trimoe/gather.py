@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from trimoe.methods.low_rank import Seen
 from trimoe.methods.method import Decisions, decided_site
 from trimoe.modeling_trimoe import first_projection
 from trimoe.observe import Observer
 from trimoe.progress import QUIET, Reporter
+from trimoe.seen import Recorder, Seen
 from trimoe.skeleton import Site, Skeleton, keep_experts
 from trimoe.stats import LayerStats, Stats
 from trimoe.stream import LayerWalk
+from trimoe.subset import search_budget
 
 ROUTING = frozenset({"channels", "cosines"})
 Extra = Callable[[nn.Module, Site, Seen, LayerStats], None]
@@ -31,21 +32,6 @@ def prune_layer(layer: nn.Module, site: Site, decisions: Decisions | None) -> Si
     return decided_site(site, decision)
 
 
-@contextmanager
-def recorded_inputs(layer: nn.Module, site: Site) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    """What the experts of `layer` are called with while it runs: (hidden [T, H], indices [T, k], weights [T, k]) per call."""
-    calls: list[tuple[torch.Tensor, ...]] = []
-
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(tuple((*args, *kwargs.values())[:3]))
-
-    handle = site.experts_of(layer).register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
 def search_rows(batches: Sequence[torch.Tensor], wanted: int, seed: int) -> list[torch.Tensor]:
     """A seeded subset of `wanted` token positions, as flattened rows of each batch."""
     sizes = [batch.numel() for batch in batches]
@@ -55,12 +41,6 @@ def search_rows(batches: Sequence[torch.Tensor], wanted: int, seed: int) -> list
         rows.append(chosen[(chosen >= start) & (chosen < start + size)] - start)
         start += size
     return rows
-
-
-def search_budget(sites: Sequence[Site], reach: int, tokens: int, memory: float) -> int:
-    """How many search tokens fit: each keeps a Gram of `reach` x `reach` float32 in every MoE layer, in `memory` GiB together."""
-    each = sum(4 * min(reach, site.num_experts) ** 2 if site.rule.ordered else 4 * site.num_experts**2 for site in sites)
-    return max(16, min(tokens, int(memory * 2**30 / each)))
 
 
 @torch.no_grad()
@@ -86,7 +66,12 @@ def statistics(
     """
     stats = Stats(about or {})
     walk = LayerWalk(skeleton, batches, device=device)
-    wanted = search_budget(list(skeleton.sites.values()), reach, search_tokens, search_memory) if reach else 0
+    wanted = search_budget(list(skeleton.sites.values()), reach, search_tokens, search_memory)
+    tokens = sum(batch.numel() for batch in batches)
+    if wanted < min(search_tokens, tokens) and reach:
+        reporter.say(
+            f"Searching on {wanted:,} of {min(search_tokens, tokens):,} tokens, which is what search_memory {search_memory} GiB holds."
+        )
     rows = [r.to(walk.device) for r in search_rows(batches, wanted, seed)]
     for index in reporter.track(range(len(walk)), "Statistics", len(walk)):
         with walk.layer(index) as layer:
@@ -98,23 +83,25 @@ def statistics(
             experts = site.experts_of(layer)
             layer_stats.sums["weight_score_E"] = weight_scores(experts)
             observer = Observer(site, layer_stats, needs, reach=min(reach, site.num_experts))
-            with observer.attached(layer), recorded_inputs(layer, site) as calls:
+            recorder = Recorder(tokens)
+            with observer.attached(layer), recorder.attached(layer, site) if extra is not None else nullcontext():
                 for batch in range(len(walk.batches)):
                     observer.rows = rows[batch] if reach else None
                     walk.hidden[batch] = walk.step(index, layer, walk.hidden[batch], batch)
-                    if extra is None:
-                        calls.clear()
             if extra is not None:
-                extra(experts, site, Seen(*(torch.cat(parts) for parts in zip(*calls, strict=True))), layer_stats)
+                extra(experts, site, recorder.seen(), layer_stats)
             layer_stats.to_cpu()
     return stats
 
 
 def weight_scores(experts: Any) -> torch.Tensor:
-    """mean |w| / rms(w) over all weights of each expert, [E] float64."""
+    """mean |w| / rms(w) over all weights of each expert, [E] float64. Rows are summed in float32, rows among each other in float64."""
     mats = (first_projection(experts), experts.down_proj)
-    rows = []
-    for expert in zip(*mats, strict=True):
-        flat = torch.cat([w.flatten().float() for w in expert])
-        rows.append(flat.abs().mean(dtype=torch.float64) / flat.square().mean(dtype=torch.float64).sqrt().clamp_min(1e-30))
-    return torch.stack(rows).cpu()
+    weights = sum(w[0].numel() for w in mats)
+    absolute_E, square_E = (
+        torch.stack([
+            torch.linalg.vector_norm(w, ord=order, dim=-1, dtype=torch.float32).double().pow(order).sum(-1) for w in mats
+        ]).sum(0)
+        for order in (1, 2)
+    )  # fmt: skip
+    return ((absolute_E / weights) / (square_E / weights).sqrt().clamp_min(1e-30)).cpu()

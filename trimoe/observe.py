@@ -1,7 +1,7 @@
 """Our experts function and hooks: they feed statistics while a decoder layer runs, and re-route tokens as if experts were gone.
 
 One function, driven by the layout flags that transformers' decorator sets, serves every dispatched architecture. Letters as in stats.py;
-S = T k routed (token, expert) pairs sorted by expert.
+S = T k routed (token, expert) pairs, or those of one expert.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from trimoe import hf
 from trimoe.modeling_trimoe import first_projection
 from trimoe.skeleton import Site
-from trimoe.stats import LayerStats
+from trimoe.stats import MAXIMA, LayerStats
 
 NAME = "trimoe_observe"
 CHUNK = 1 << 23  # elements of a temporary that may be held at once (32 MiB of float32)
@@ -38,27 +38,31 @@ def run_expert(module: Any, expert: int, x_SH: torch.Tensor) -> tuple[torch.Tens
     return h_SI, y_SH
 
 
+def by_expert(index_TK: torch.Tensor, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(expert, where it stands in `index_TK`, flattened) for every expert that stands there. One wait for the device."""
+    index_S = index_TK.reshape(-1)
+    order_S = index_S.argsort(stable=True)
+    start = 0
+    for expert, end in enumerate(torch.bincount(index_S, minlength=count).cumsum(0).tolist()):
+        if end > start:
+            yield expert, order_S[start:end]
+        start = end
+
+
 def observed_experts(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """Runs each expert on its routed tokens and shows everything to the observer attached to the module."""
     observer: Observer = self._trimoe_observer
-    num_tokens, top_k = top_k_index.shape
-    order_S = top_k_index.reshape(-1).argsort(stable=True)
-    ends = torch.bincount(top_k_index.reshape(-1), minlength=self.num_experts).cumsum(0).tolist()
-    x_SH = hidden_states[order_S // top_k]
-    gate_S = top_k_weights.reshape(-1)[order_S].float()
-    y_SH = torch.empty_like(x_SH)
-    start = 0
-    for expert, end in enumerate(ends):
-        if end > start:
-            h, y = run_expert(self, expert, x_SH[start:end])
-            y_SH[start:end] = y
-            observer.see_expert(expert, x_SH[start:end], h, gate_S[start:end])
-        start = end
-    back_S = torch.empty_like(order_S)
-    back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-    weighted_TKH = (y_SH * gate_S.to(y_SH.dtype).unsqueeze(-1))[back_S].view(num_tokens, top_k, -1)
-    observer.see_outputs(self, hidden_states, top_k_index, y_SH, gate_S, ends, weighted_TKH)
-    return weighted_TKH.sum(1).to(hidden_states.dtype)
+    top_k = top_k_index.shape[-1]
+    gate_TK = top_k_weights.float()
+    y_SH = hidden_states.new_empty(top_k_index.numel(), hidden_states.shape[-1])
+    for expert, pairs in by_expert(top_k_index, self.num_experts):
+        x = hidden_states[pairs // top_k]
+        h, y = run_expert(self, expert, x)
+        y_SH[pairs] = y
+        observer.see_expert(expert, x, h, y, gate_TK.view(-1)[pairs])
+    y_TKH = y_SH.view(-1, top_k, y_SH.shape[-1])
+    observer.see_outputs(self, hidden_states, top_k_index, y_TKH, gate_TK)
+    return torch.bmm(gate_TK.to(y_TKH.dtype).unsqueeze(1), y_TKH).squeeze(1)
 
 
 hf.register_experts(NAME, observed_experts)
@@ -75,6 +79,7 @@ class Observer:
         self.site, self.stats, self.needs, self.reach = site, stats, needs, reach
         self.rows: torch.Tensor | None = None
         self.logits_TE: torch.Tensor | None = None
+        self.searched: list[dict[str, torch.Tensor]] = []
 
     @contextmanager
     def attached(self, layer: nn.Module) -> Iterator[None]:
@@ -90,6 +95,8 @@ class Observer:
         try:
             with hf.experts_implementation(layer, NAME):
                 yield
+            for name in list(self.searched[0]) if self.searched else []:
+                self.stats.search[name] = torch.cat([part.pop(name) for part in self.searched])
         finally:
             del experts._trimoe_observer
             for handle in handles:
@@ -98,45 +105,49 @@ class Observer:
     def _see_router(self, module: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         self.logits_TE = output[0].float()
 
-    def see_expert(self, expert: int, x_SH: torch.Tensor, h_SI: torch.Tensor, gate_S: torch.Tensor) -> None:
-        if "channels" not in self.needs:
-            return
-        weights_2S = torch.stack([torch.ones_like(gate_S), gate_S.square()])
-        for name, width, value in (("x", "H", x_SH), ("h", "I", h_SI)):
-            plain, weighted = weights_2S @ value.float().square()
-            self._at(f"{name}_sq_E{width}", expert, plain)
-            self._at(f"g{name}_sq_E{width}", expert, weighted)
+    def see_expert(self, expert: int, x_SH: torch.Tensor, h_SI: torch.Tensor, y_SH: torch.Tensor, gate_S: torch.Tensor) -> None:
+        """One expert's routed tokens of one batch: its inputs, the inputs of its last projection, its outputs and their weights."""
+        smallest, largest = torch.aminmax(y_SH)
+        self._at("max_abs_E", expert, torch.maximum(largest, -smallest))
+        self._at("mean_output_EH", expert, y_SH.sum(0, dtype=torch.float32))
+        if "channels" in self.needs:
+            weights_2S = torch.stack([torch.ones_like(gate_S), gate_S.square()])
+            for name, width, value in (("x", "H", x_SH), ("h", "I", h_SI)):
+                plain, weighted = weights_2S @ value.float().square()
+                self._at(f"{name}_sq_E{width}", expert, plain)
+                self._at(f"g{name}_sq_E{width}", expert, weighted)
 
     def _at(self, name: str, expert: int, value: torch.Tensor) -> None:
-        """Add to one expert's row."""
+        """Add to one expert's row (or take the maximum, for maxima)."""
         if name not in self.stats.sums:
             self.stats.sums[name] = torch.zeros(self.site.num_experts, *value.shape, dtype=torch.float64, device=value.device)
-        self.stats.sums[name][expert] += value
+        row = self.stats.sums[name][expert]
+        if name in MAXIMA:
+            row.copy_(torch.maximum(row, value.double()))
+        else:
+            row += value
 
     def see_outputs(
-        self, module: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, y_SH: torch.Tensor, gate_S: torch.Tensor, ends: list[int],
-        weighted_TKH: torch.Tensor,
-    ) -> None:  # fmt: skip
-        stats, count = self.stats, self.site.num_experts
-        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        self, module: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, y_TKH: torch.Tensor, gate_TK: torch.Tensor
+    ) -> None:
+        """All outputs of one batch, token by token: counts, norms, and the energy <g y, g' y'> that each pair of experts shares."""
+        stats, count, device = self.stats, self.site.num_experts, y_TKH.device
+        y_TKH = y_TKH.float()
+        pair_TKK = torch.bmm(y_TKH, y_TKH.transpose(1, 2)).double()
+        norm_TK = pair_TKK.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+        gate_TK = gate_TK.double()
         stats.add("tokens", float(len(x_TH)))
-        stats.add("count_E", torch.tensor(sizes))
-        norm_S = torch.linalg.vector_norm(y_SH, dim=-1, dtype=torch.float32)
-        largest_S = torch.maximum(y_SH.amax(-1), -y_SH.amin(-1)).float() if len(y_SH) else norm_S
-        ids_S = torch.repeat_interleave(torch.arange(count, device=y_SH.device), torch.tensor(sizes, device=y_SH.device))
-        zeros = torch.zeros(count, dtype=torch.float64, device=y_SH.device)
-        for name, value in (
-            ("gate_sum_E", gate_S), ("norm_sum_E", norm_S), ("gate_norm_sum_E", gate_S * norm_S), ("gate_norm_sq_E", (gate_S * norm_S) ** 2)
+        zeros_E = torch.zeros(count, dtype=torch.float64, device=device)
+        for name, value_TK in (
+            ("count_E", torch.ones_like(norm_TK)), ("gate_sum_E", gate_TK), ("norm_sum_E", norm_TK), ("gate_norm_sum_E", gate_TK * norm_TK),
+            ("gate_norm_sq_E", (gate_TK * norm_TK) ** 2),
         ):  # fmt: skip
-            stats.add(name, zeros.index_add(0, ids_S, value.double()).cpu())
-        stats.add("max_abs_E", zeros.scatter_reduce(0, ids_S, largest_S.double(), "amax").cpu())
-        rows = [part.sum(0) if len(part) else part.new_zeros(part.shape[1:]) for part in y_SH.float().split(sizes)]
-        stats.add("mean_output_EH", torch.stack(rows).double().cpu())
-        pair_TKK = torch.bmm(weighted_TKH, weighted_TKH.transpose(1, 2)).double()
-        cell_TKK = index_TK.unsqueeze(2) * count + index_TK.unsqueeze(1)
-        square = torch.zeros(count * count, dtype=torch.float64, device=y_SH.device)
-        stats.add("energy_EE", square.index_add(0, cell_TKK.flatten(), pair_TKK.flatten()).view(count, count).cpu())
-        stats.add("coactivation_EE", torch.bincount(cell_TKK.flatten(), minlength=count * count).view(count, count).cpu())
+            stats.add(name, zeros_E.index_add(0, index_TK.flatten(), value_TK.flatten()))
+        cell_S = (index_TK.unsqueeze(2) * count + index_TK.unsqueeze(1)).flatten()
+        square = torch.zeros(count * count, dtype=torch.float64, device=device)
+        energy_TKK = pair_TKK * gate_TK.unsqueeze(2) * gate_TK.unsqueeze(1)
+        stats.add("energy_EE", square.index_add(0, cell_S, energy_TKK.flatten()).view(count, count))
+        stats.add("coactivation_EE", torch.bincount(cell_S, minlength=count * count).view(count, count))
         if self.rows is not None and len(self.rows):
             assert self.logits_TE is not None
             self._see_search(module, x_TH[self.rows], self.logits_TE.reshape(-1, self.logits_TE.shape[-1])[self.rows])
@@ -146,16 +157,14 @@ class Observer:
         rule, hidden = self.site.rule, x_TH.shape[-1]
         order_TM = reach_order(rule, logits_TE, self.stats.bias_E, self.reach)
         reach = order_TM.shape[1]
-        grams = []
-        for x, order in zip(x_TH.split(size := max(1, CHUNK // (reach * hidden))), order_TM.split(size), strict=True):
-            y_TMH = x.new_empty(len(x), reach, hidden)
-            for expert in range(self.site.num_experts):
-                tokens, places = (order == expert).nonzero(as_tuple=True)
-                if len(tokens):
-                    y_TMH[tokens, places] = run_expert(module, expert, x[tokens])[1]
-            y_TMH = y_TMH.float()
-            grams.append(torch.bmm(y_TMH, y_TMH.transpose(1, 2)))
-        self.stats.add_search(logits_TE=logits_TE.cpu(), order_TM=order_TM.cpu(), gram_TMM=torch.cat(grams).cpu())
+        size = max(1, CHUNK * (1 if x_TH.device.type == "cpu" else 32) // (reach * hidden))
+        for x, order, logits in zip(x_TH.split(size), order_TM.split(size), logits_TE.split(size), strict=True):
+            y_SH = x.new_empty(order.numel(), hidden)
+            for expert, pairs in by_expert(order, self.site.num_experts):
+                y_SH[pairs] = run_expert(module, expert, x[pairs // reach])[1]
+            y_TMH = y_SH.view(-1, reach, hidden).float()
+            gram_TMM = torch.bmm(y_TMH, y_TMH.transpose(1, 2))
+            self.searched.append({"logits_TE": logits.cpu(), "order_TM": order.cpu(), "gram_TMM": gram_TMM.cpu()})
 
 
 def reach_order(rule: Any, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, reach: int) -> torch.Tensor:
@@ -189,10 +198,11 @@ class _Cosines:
     def _layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         out = output[0] if isinstance(output, tuple) else output
         given = args[0] if args else kwargs["hidden_states"]
-        for name, a, b in (
-            ("sublayer_cosine", self.before_norm, out), ("output_cosine", self.before_norm, self.block_output), ("block_cosine", given, out)
-        ):  # fmt: skip
-            self.stats.add(name, F.cosine_similarity(a.float(), b.float().reshape(a.shape), dim=-1).double().sum().cpu())
+        before, block, given, out = (x.reshape(-1, x.shape[-1]).float() for x in (self.before_norm, self.block_output, given, out))
+        norm = {id(x): torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-8) for x in (before, block, given, out)}
+        for name, a, b in (("sublayer_cosine", before, out), ("output_cosine", before, block), ("block_cosine", given, out)):
+            dot_T = torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
+            self.stats.add(name, (dot_T / (norm[id(a)] * norm[id(b)])).double().sum())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from trimoe.methods.method import Decisions, LayerDecision, decided_site, unchan
 from trimoe.recipe import Recipe
 from trimoe.recipe import load as load_recipe
 from trimoe.skeleton import Site, Skeleton
+from trimoe.subset import gram_bytes, search_budget
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 WIDEST = 4  # bytes of a weight, at most, when bounding what is still open
@@ -110,6 +111,7 @@ def plan(
     decisions, sites, slack, open_counts = unchanged(skeleton.sites), dict(skeleton.sites), 0, False
     for step in parsed.steps:
         step.shape(sites, decisions)
+        _search_memory(step, sites, parsed)
         if isinstance(step, ExpertDrop):
             counts = step.uniform(sites)
             open_counts = open_counts or step.counts != "uniform"
@@ -149,6 +151,12 @@ def _header_slack(layout: Layout) -> int:
     return 24 * entries + 4096
 
 
+def _search_memory(step: ExpertDrop | LowRank, sites: dict[int, Site], recipe: Recipe) -> int:
+    """Bytes that a step's search tokens take, at most; raises if too few of them would fit."""
+    every, spec = list(sites.values()), recipe.calibration
+    return search_budget(every, step.reach(sites), spec.search_tokens, spec.search_memory) * gram_bytes(every, step.reach(sites))
+
+
 def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens: int) -> Plan:
     """After all decisions: exact."""
     layout = Layout(skeleton, decisions)
@@ -182,10 +190,9 @@ def describe(skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool
         else f"yes, where it supports {kind} (one expert count everywhere)"
     )
     loads = dict.fromkeys(ENGINES, others) | {"transformers": "yes, with import trimoe or trust_remote_code=True" if native else "yes"}
-    itemsize = skeleton.dtype.itemsize
-    largest = max(sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in keys) for keys in skeleton.keys_by_layer) * itemsize
-    hidden = next(iter(skeleton.sites.values())).hidden * tokens * itemsize
-    peak = int(2.5 * largest + 2 * hidden + IMPORTS)
+    hidden = next(iter(skeleton.sites.values())).hidden * tokens * skeleton.dtype.itemsize
+    search = max(_search_memory(step, dict(skeleton.sites), recipe) for step in recipe.steps)
+    peak = int(2.5 * skeleton.largest_layer + 2 * hidden + search + IMPORTS)
     extra = (
         [f"{len(skeleton.ignored_keys)} tensors that transformers does not use (such as {skeleton.ignored_keys[0]}) are left out."]
         if skeleton.ignored_keys

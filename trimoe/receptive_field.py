@@ -6,17 +6,19 @@ and compared with the original model's hidden states at the block's end. Prefixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from trimoe.gather import prune_layer
 from trimoe.methods.expert_drop import Drop, ReceptiveField
 from trimoe.methods.method import Decisions
 from trimoe.observe import masked
 from trimoe.progress import QUIET, Reporter
-from trimoe.skeleton import Skeleton
+from trimoe.skeleton import Site, Skeleton
 from trimoe.stream import LayerWalk
 
 
@@ -52,43 +54,52 @@ def choose(
     model's; `layerwise`: it starts from the original's.
     """
     walk = LayerWalk(skeleton, batches, device=device)
-    pruned = list(walk.hidden)
-    branches = [_Branch((), (), pruned)]
-    layers: list[int] = []
+    branches = [_Branch((), (), list(walk.hidden))]
     chosen: dict[int, Drop] = {}
     blocks: list[dict[str, object]] = []
+    layers: list[int] = []
     last = max(candidates, default=-1)
     for index in reporter.track(range(len(walk)), "Receptive field", len(walk)):
         with walk.layer(index) as layer:
-            grown = []
             site = skeleton.sites.get(index)
             if site is not None:
                 site = prune_layer(layer, site, decisions)
-            options = list(candidates[index][: field.k]) if index in candidates else [None]
-            for branch in branches:
-                for place, drop in enumerate(options):
-                    if drop is None or site is None:
-                        out = [walk.step(index, layer, h, b) for b, h in enumerate(branch.hidden)]
-                        grown.append(_Branch(branch.drops, branch.places, out))
-                        continue
-                    with masked(layer, site, drop):
-                        out = [walk.step(index, layer, h, b) for b, h in enumerate(branch.hidden)]
-                    grown.append(_Branch((*branch.drops, drop), (*branch.places, place), out))
-            branches = grown
             walk.advance(index, layer)
-        if index in candidates:
+            if site is None or index not in candidates:
+                for branch in branches:
+                    branch.hidden = [walk.step(index, layer, h, b) for b, h in enumerate(branch.hidden)]
+                continue
             layers.append(index)
-        if layers and (len(layers) == field.t or index == last):
-            errors = [_distance(branch.hidden, walk.hidden) for branch in branches]
-            best = min(range(len(branches)), key=errors.__getitem__)
-            chosen |= dict(zip(layers, branches[best].drops, strict=True))
-            blocks.append({"layers": layers, "places": list(branches[best].places), "error": errors[best], "error_of_first": errors[0]})
-            start = branches[best].hidden if field.mode == "progressive" else list(walk.hidden)
-            branches, layers = [_Branch((), (), start)], []
+            grown = _grown(walk, index, layer, site, branches, candidates[index][: field.k])
+            if len(layers) < field.t and index != last:
+                branches = list(grown)
+                continue
+            errors: list[float] = []
+            best = branches[0]
+            for branch in grown:  # of all that end here, only the best so far is kept
+                error = _distance(branch.hidden, walk.hidden)
+                best = branch if error < min(errors, default=math.inf) else best
+                errors.append(error)
+        chosen |= dict(zip(layers, best.drops, strict=True))
+        blocks.append({"layers": layers, "places": list(best.places), "error": min(errors), "error_of_first": errors[0]})
+        start = best.hidden if field.mode == "progressive" else list(walk.hidden)
+        branches, layers = [_Branch((), (), start)], []
     return Chosen(chosen, blocks)
+
+
+def _grown(
+    walk: LayerWalk, index: int, layer: nn.Module, site: Site, branches: Sequence[_Branch], options: Sequence[Drop]
+) -> Iterator[_Branch]:
+    """Every branch carried through the layer under each of its options, one after the other."""
+    for branch in branches:
+        for place, drop in enumerate(options):
+            with masked(layer, site, drop):
+                out = [walk.step(index, layer, hidden, batch) for batch, hidden in enumerate(branch.hidden)]
+            yield _Branch((*branch.drops, drop), (*branch.places, place), out)
 
 
 def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     """Frobenius distance over all tokens, relative to the original."""
-    off = torch.stack([(x - y).double().square().sum() for x, y in zip(a, b, strict=True)]).sum()
-    return float((off / torch.stack([y.double().square().sum() for y in b]).sum().clamp_min(1e-30)).sqrt())
+    off = torch.stack([torch.linalg.vector_norm(x - y, dim=-1).double().square().sum() for x, y in zip(a, b, strict=True)]).sum()
+    whole = torch.stack([torch.linalg.vector_norm(y, dim=-1).double().square().sum() for y in b]).sum()
+    return float((off / whole.clamp_min(1e-30)).sqrt())

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from trimoe.calibration import in_batches
 from trimoe.gather import prune_layer
 from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
@@ -20,6 +20,8 @@ from trimoe.skeleton import Site, Skeleton
 from trimoe.stream import LayerWalk
 
 Perturb = Callable[[nn.Module, Site], AbstractContextManager[None]]
+SAMPLES = 24  # what layers are measured on, where memory allows
+FLOOR = 96 << 20  # bytes
 SHRINK = 0.3  # share of the routed output taken away where no experts are to be masked
 
 
@@ -47,13 +49,16 @@ def shrunk(layer: nn.Module, site: Site) -> Iterator[None]:
         handle.remove()
 
 
-def affordable(batches: Sequence[torch.Tensor], branches: int, hidden: int, memory: float) -> list[torch.Tensor]:
-    """As many samples, evenly spread over the calibration set, as `branches` copies of their hidden states fit in `memory` GiB."""
+def affordable(skeleton: Skeleton, batches: Sequence[torch.Tensor], branches: int, device: str = "cpu") -> list[torch.Tensor]:
+    """Samples, evenly spread over the calibration set: at most SAMPLES, and so many that `branches` copies of their hidden states take
+    no more memory than half a decoder layer or FLOOR bytes, whichever is more; at least one."""
     samples = torch.cat(list(batches))
-    fits = int(memory * 2**30 / (4 * hidden * samples.shape[1] * (branches + 2)))
-    count = max(1, min(len(samples), fits, 24))
+    room = max(FLOOR, skeleton.largest_layer // 2)
+    hidden = next(iter(skeleton.sites.values())).hidden
+    fits = room // (skeleton.dtype.itemsize * hidden * samples.shape[1] * (branches + 2))
+    count = max(1, min(len(samples), fits, SAMPLES))
     rows = torch.linspace(0, len(samples) - 1, count).round().long()
-    return list(samples[rows].split(max(1, 4096 // samples.shape[1])))
+    return in_batches(samples[rows], device)
 
 
 @torch.no_grad()
@@ -78,14 +83,18 @@ def sensitivity(
             for branch in branches.values():
                 for batch, hidden in enumerate(branch):
                     branch[batch] = walk.step(index, layer, hidden, batch)
-            if site is not None and index in perturb:
-                with perturb[index](layer, site), _outputs(layer, site) as wrong:
-                    branches[index] = [walk.step(index, layer, hidden, batch) for batch, hidden in enumerate(walk.hidden)]
-                with _outputs(layer, site) as right:
-                    walk.advance(index, layer)
-                error[index] = float((_energy(wrong, right) / _energy(right, None).clamp_min(1e-30)).sqrt())
-            else:
+            if site is None or index not in perturb:
                 walk.advance(index, layer)
+                continue
+            branches[index], off, whole = [], 0.0, 0.0
+            for batch, hidden in enumerate(walk.hidden):
+                with perturb[index](layer, site), _output(layer, site) as wrong:
+                    branches[index].append(walk.step(index, layer, hidden, batch))
+                with _output(layer, site) as right:
+                    walk.hidden[batch] = walk.step(index, layer, hidden, batch)
+                off += float((wrong[0] - right[0]).double().square().sum())
+                whole += float(right[0].double().square().sum())
+            error[index] = (off / max(whole, 1e-30)) ** 0.5
     total = dict.fromkeys(branches, 0.0)
     tokens = 0
     with walk.head() as head:
@@ -99,19 +108,11 @@ def sensitivity(
 
 
 @contextmanager
-def _outputs(layer: nn.Module, site: Site) -> Iterator[list[torch.Tensor]]:
+def _output(layer: nn.Module, site: Site) -> Iterator[list[torch.Tensor]]:
+    """A list that what the layer's experts give is put into."""
     seen: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        seen.append(output)
-
-    handle = site.experts_of(layer).register_forward_hook(keep)
+    handle = site.experts_of(layer).register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         yield seen
     finally:
         handle.remove()
-
-
-def _energy(a: list[torch.Tensor], b: list[torch.Tensor] | None) -> torch.Tensor:
-    pairs = zip(a, b, strict=True) if b is not None else ((x, torch.zeros((), dtype=x.dtype, device=x.device)) for x in a)
-    return torch.stack([(x - y).double().square().sum() for x, y in pairs]).sum()

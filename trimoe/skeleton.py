@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,6 +110,12 @@ class Skeleton:
     @property
     def name(self) -> str:
         return self.checkpoint.name
+
+    @cached_property
+    def largest_layer(self) -> int:
+        """Bytes of the largest decoder layer in the dtype that it is computed in."""
+        tensors = self.checkpoint.tensors
+        return max(sum(math.prod(tensors[key].shape) for key in keys) for keys in self.keys_by_layer) * self.dtype.itemsize
 
     @cached_property
     def count_field(self) -> str:

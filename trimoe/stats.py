@@ -46,7 +46,7 @@ class LayerStats:
 
     def add(self, name: str, value: torch.Tensor | float) -> None:
         """Add one batch's sum (or take the maximum, for maxima), in float64."""
-        value = torch.as_tensor(value, dtype=torch.float64)
+        value = torch.as_tensor(value).double()
         if name not in self.sums:
             self.sums[name] = value.clone()
         elif name in OF_WEIGHTS:
@@ -54,17 +54,14 @@ class LayerStats:
         elif name in MAXIMA:
             torch.maximum(self.sums[name], value, out=self.sums[name])
         else:
-            self.sums[name] += value
-
-    def add_search(self, **tensors: torch.Tensor) -> None:
-        for name, tensor in tensors.items():
-            self.search[name] = torch.cat([self.search[name], tensor]) if name in self.search else tensor
+            self.sums[name] += value.to(self.sums[name].device)
 
     def merge(self, other: LayerStats) -> None:
         """Take in the statistics of other tokens of the same layer."""
         for name, value in other.sums.items():
             self.add(name, value)
-        self.add_search(**other.search)
+        for name, tensor in other.search.items():
+            self.search[name] = torch.cat([self.search[name], tensor]) if name in self.search else tensor
 
     def to_cpu(self) -> None:
         self.sums = {name: value.cpu() for name, value in self.sums.items()}

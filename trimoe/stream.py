@@ -1,8 +1,8 @@
 """The layer walk, written once: any model, one decoder layer in memory at a time.
 
 Weights come from the checkpoint through transformers' own loader; masks, rope tables and everything else a layer is called with come
-from one weightless pass in which every decoder layer is a probe that returns its input. Peak memory is one layer (twice while it is
-being fused) plus the hidden states.
+from one weightless pass in which every decoder layer is a probe that returns its input. Peak memory is twice a layer (while its experts are
+being stacked) plus the hidden states.
 """
 
 from __future__ import annotations
@@ -95,24 +95,26 @@ class LayerWalk:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights; a copy that may be changed freely and is gone afterwards."""
         layers, pristine = self.skeleton.layers, self.skeleton.layers[index]
-        layers[index] = deepcopy(pristine)
+        layers[index] = own = deepcopy(pristine)
         try:
-            self._put(self._read(index))
-            yield layers[index]
+            for keys in self._portions(index):
+                self._put(self.skeleton.checkpoint.read_together(keys))
+            yield own
         finally:
             layers[index] = pristine
+            _to_meta(own)  # whoever still holds the module holds no weights
             _give_back()
 
-    def _read(self, index: int) -> dict[str, torch.Tensor]:
-        """A layer's tensors; those that are about to be fused share one piece of memory, so that it can go as a whole."""
-        skeleton = self.skeleton
-        site, keys = skeleton.sites.get(index), skeleton.keys_by_layer[index]
-        paths = site.expert_paths() if site is not None else []
-        together = (
-            {key for path in paths for key in skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}")} if site else set()
-        )
-        tensors = {key: skeleton.checkpoint.read(key) for key in keys if key not in together}
-        return tensors | skeleton.checkpoint.read_together([key for key in keys if key in together])
+    def _portions(self, index: int) -> list[list[str]]:
+        """A layer's keys, those of one stacked expert tensor at a time: stacking takes a tensor's memory three times over."""
+        skeleton, site = self.skeleton, self.skeleton.sites.get(index)
+        keys = skeleton.keys_by_layer[index]
+        if site is None:
+            return [keys]
+        paths = [path for path in site.expert_paths() if not path.endswith("_bias")]
+        stacked = [skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}") for path in paths]
+        taken = {key for part in stacked for key in part}
+        return [[key for key in keys if key not in taken], *(part for part in stacked if part)]
 
     # ---- calls
 

@@ -12,12 +12,37 @@ Letters: T search tokens, P candidates, E experts, M experts in reach, R positio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from trimoe.errors import UserError
+from trimoe.skeleton import Site
 from trimoe.stats import LayerStats
 
+FEWEST = 16  # search tokens
 TINY = 1e-12  # probability left to the survivors below which it is computed anew
 CHUNK = 1 << 22  # elements of a temporary: small enough to stay near the cache, large enough to keep the kernels busy
+
+
+def search_budget(sites: Sequence[Site], reach: int, tokens: int, memory: float) -> int:
+    """How many search tokens fit: each keeps a Gram of `reach` x `reach` float32 in every MoE layer, in `memory` GiB together. Raises
+    UserError where they would be too few to search by."""
+    if not reach:
+        return 0
+    each = gram_bytes(sites, reach)
+    fits = int(memory * 2**30 / each)
+    if fits < FEWEST:
+        raise UserError(
+            f"search_memory {memory} GiB holds the expert products of {fits} search tokens, and {FEWEST} are the least to search by; "
+            f"set calibration.search_memory to {each * FEWEST / 2**30:.2g} or more."
+        )
+    return min(tokens, fits)
+
+
+def gram_bytes(sites: Sequence[Site], reach: int) -> int:
+    """Bytes that one search token takes in all MoE layers together."""
+    return sum(4 * (min(reach, site.num_experts) if site.rule.ordered else site.num_experts) ** 2 for site in sites)
 
 
 class SubsetLoss:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from trimoe.decide import Run
-from trimoe.gather import prune_layer, recorded_inputs
+from trimoe.gather import prune_layer
 from trimoe.methods import LowRank
-from trimoe.methods.low_rank import Seen
 from trimoe.methods.method import Decisions
+from trimoe.seen import Recorder
 from trimoe.skeleton import tensor_at
 from trimoe.stream import LayerWalk
 from trimoe.write import Writer
@@ -40,10 +40,10 @@ def transform(run: Run, decisions: Decisions, writer: Writer) -> None:
                 writer.put(index + 1)
                 continue
             site = prune_layer(layer, site, decisions)
-            with recorded_inputs(layer, site) as calls:
+            recorder = Recorder(sum(batch.numel() for batch in run.batches))
+            with recorder.attached(layer, site):
                 walk.advance(index, layer)
-            seen = Seen(*(torch.cat(parts) for parts in zip(*calls, strict=True)))
-            calls.clear()
-            new = step.transform(site.experts_of(layer), site, decisions[index], seen)
+            new = step.transform(site.experts_of(layer), site, decisions[index], recorder.seen())
             made = {name: tensor_at(new, name).detach() for name in writer.layout.made(index)}
             writer.put(index + 1, writer.layout.disk_form(index, made))
+            del recorder, new, made  # not beside the next layer

@@ -113,6 +113,18 @@ class ExpertDrop:
         exact = self.search is not None or self.score == "leave_one_out" or self.counts in ("importance", "optimal")
         return frozenset({"search"} if exact else set())
 
+    def reach(self, sites: Mapping[int, Site]) -> int:
+        """Among how many of a token's best experts the Gram is wanted: k + the most that a layer may lose; 0 if none is."""
+        if "search" not in self.needs:
+            return 0
+        share = self.share(sites)
+        widest = (
+            max(self.uniform(sites).values())
+            if self.counts == "uniform"
+            else max(site.num_experts - self.floor(site, share) for site in sites.values())
+        )
+        return max(site.rule.top_k for site in sites.values()) + max(1, widest)
+
     def total(self, sites: Mapping[int, Site]) -> int:
         """How many experts go in all: the nearest count to the ratio that every layer's router groups allow."""
         step = max(site.rule.groups for site in sites.values())

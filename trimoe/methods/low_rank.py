@@ -23,14 +23,12 @@ from trimoe.errors import UserError
 from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.modeling_trimoe import DENSE, FactoredExperts, first_projection
 from trimoe.observe import run_expert
+from trimoe.seen import DAMP, Given, Seen, damped
 from trimoe.skeleton import Site
 from trimoe.stats import LayerStats
 
 MULTIPLE = 8  # ranks: grouped matrix products want strides in multiples of 16 bytes
-DAMP = 1e-4  # of the mean diagonal, added to second moments
-RIDGE = 0.03  # the same, where the last projection is refitted
-POOL_TOKENS = 2048  # tokens of a layer that stand for all
-POOL_WEIGHT = 256  # tokens that the pool counts as beside an expert's own
+RIDGE = 0.03  # of the mean diagonal, added to second moments where the last projection is refitted
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -61,6 +59,10 @@ class LowRank:
         return frozenset({"uniform": set(), "importance": {"search"}, "optimal": {"spectra", "sensitivity"}}[self.rank])
 
     # ---- on paper
+
+    def reach(self, sites: Mapping[int, Site]) -> int:
+        """Among how many of a token's best experts the Gram is wanted, 0 if none is."""
+        return max(site.rule.top_k for site in sites.values()) + 1 if "search" in self.needs else 0
 
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
         if any(site.factored or decisions[index].in_ranks for index, site in sites.items()):
@@ -191,45 +193,6 @@ class LowRank:
 
 
 @plain_dataclass
-class Seen:
-    """What one MoE block was given: inputs x_TH and routing index_TK, weight_TK of all calibration tokens."""
-
-    x_TH: torch.Tensor
-    index_TK: torch.Tensor
-    weight_TK: torch.Tensor
-
-    def of(self, expert: int) -> Given:
-        """What one expert was given, and the layer's pool: every so-many-th token, routed to it or not."""
-        tokens, places = (self.index_TK == expert).nonzero(as_tuple=True)
-        pool = self.x_TH[:: max(1, len(self.x_TH) // POOL_TOKENS)]
-        return Given(self.x_TH[tokens], self.weight_TK[tokens, places].float(), pool)
-
-
-@plain_dataclass
-class Given:
-    """Inputs x_SH of an expert's routed tokens with their weights gate_S, and pool_PH from the whole layer."""
-
-    x_SH: torch.Tensor
-    gate_S: torch.Tensor
-    pool_PH: torch.Tensor
-
-    def moment(self, x_SN: torch.Tensor, pool_PN: torch.Tensor) -> torch.Tensor:
-        """The damped second moment to whiten by; see `blended`."""
-        return _damped(self.blended(x_SN, x_SN, pool_PN, pool_PN), DAMP)
-
-    def blended(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pool_a: torch.Tensor, pool_b: torch.Tensor) -> torch.Tensor:
-        """(n C + n0 C_pool) / (n + n0), float64: C = sum g^2 a b^T / sum g^2 over the expert's n tokens (weighted as they count in the
-        layer's output), C_pool the plain mean of a b^T over the pool. An expert that saw few tokens leans on the layer."""
-        count = len(self.gate_S)
-        pooled = (pool_a.float().T @ pool_b.float()).double() / len(pool_a)
-        if not count:
-            return pooled
-        square_S = self.gate_S.square()
-        own = ((a_SM.float() * square_S.unsqueeze(1)).T @ b_SN.float()).double() / square_S.double().sum().clamp_min(1e-12)
-        return (count * own + POOL_WEIGHT * pooled) / (count + POOL_WEIGHT)
-
-
-@plain_dataclass
 class Cut:
     """W ~ u_mr @ v_rn, or the whole matrix where the decision is to leave it dense."""
 
@@ -246,11 +209,6 @@ def matrices(experts: Any, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(W_in [O, H], W_out [H, I]) of one expert in output-by-input orientation."""
     w_in, w_out = first_projection(experts)[expert], experts.down_proj[expert]
     return (w_in.mT, w_out.mT) if experts.is_transposed else (w_in, w_out)
-
-
-def _damped(moment: torch.Tensor, share: float) -> torch.Tensor:
-    diagonal = moment.diagonal()
-    return moment + torch.diag_embed((share * diagonal.mean() + 1e-12).expand_as(diagonal))
 
 
 def factor(w_mn: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut:
@@ -288,7 +246,7 @@ def _refit(experts: Any, expert: int, given: Given, cut_in: Cut, w_out: torch.Te
     cross = given.blended(old[0], new[0], old[1], new[1])
     ridge = torch.diag_embed((RIDGE * moment.diagonal().mean() + 1e-12).expand(len(moment)))
     target = torch.linalg.solve(moment + ridge, (w_out.double() @ (cross + ridge)).T).T
-    return target.to(w_out.dtype), _damped(moment, DAMP)
+    return target.to(w_out.dtype), damped(moment, DAMP)
 
 
 def _activate(experts: Any, expert: int, first_SO: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,174 @@
+"""Measurements that walk the model, against the same measured in memory: receptive field, sensitivity, evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import product
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from typer.testing import CliRunner
+
+import trimoe
+from trimoe import cli, receptive_field
+from trimoe.calibration import load_tokenizer
+from trimoe.evaluate import windows
+from trimoe.methods.expert_drop import ReceptiveField
+from trimoe.observe import masked
+from trimoe.sensitivity import FLOOR, SAMPLES, affordable, sensitivity, shrunk
+from trimoe.skeleton import Skeleton
+
+WALKED = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
+BATCHES = [torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+SETS = [(0, 4), (1, 5), (2, 6)]  # one from each half: allowed with two router groups as well
+
+
+def outputs(layers: nn.ModuleList, model: nn.Module, index: int) -> torch.Tensor:
+    """What decoder layer `index` gives for all batches."""
+    seen: list[torch.Tensor] = []
+    handle = layers[index].register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        for batch in BATCHES:
+            model(batch)
+    handle.remove()
+    return torch.cat([part.flatten() for part in seen])
+
+
+@pytest.mark.parametrize("family", WALKED)
+@pytest.mark.parametrize("mode", ["progressive", "layerwise"])
+def test_receptive_field_finds_the_best_combination(family: str, mode: str, family_folder: Callable[[str], Path]) -> None:
+    skeleton = Skeleton.of(str(family_folder(family)))
+    model = families.build(family)
+    layers: Sequence[nn.Module] = model.get_submodule(skeleton.prefix)  # type: ignore[assignment]
+    moe = list(skeleton.sites)
+    field = ReceptiveField(k=3, t=2, mode=mode)
+    chosen = receptive_field.choose(skeleton, BATCHES, dict.fromkeys(moe, SETS), field)
+    blocks = [moe[start : start + 2] for start in range(0, len(moe), 2)]
+    assert [block["layers"] for block in chosen.blocks] == blocks
+    before: dict[int, tuple[int, ...]] = {}
+    for block, said in zip(blocks, chosen.blocks, strict=True):
+        truth = outputs(layers, model, block[-1])  # type: ignore[arg-type]
+        error = {}
+        for places in product(range(3), repeat=len(block)):
+            drops = {**before, **dict(zip(block, (SETS[p] for p in places), strict=True))}
+            with ExitStack() as stack:
+                for index, drop in drops.items():
+                    stack.enter_context(masked(layers[index], skeleton.sites[index], drop))
+                found = outputs(layers, model, block[-1])  # type: ignore[arg-type]
+            error[places] = float((found - truth).norm() / truth.norm())
+        best = min(error, key=error.__getitem__)
+        assert said["error"] == pytest.approx(error[best], rel=1e-4)
+        assert said["error_of_first"] == pytest.approx(error[(0,) * len(block)], rel=1e-4)
+        assert error[tuple(said["places"])] == pytest.approx(error[best], rel=1e-4)  # type: ignore[arg-type]
+        assert [chosen.drops[i] for i in block] == [SETS[p] for p in said["places"]]  # type: ignore[attr-defined]
+        if mode == "progressive":
+            before |= {i: chosen.drops[i] for i in block}
+
+
+@pytest.mark.parametrize("family", WALKED)
+def test_sensitivity_equals_perturbing_in_memory(family: str, family_folder: Callable[[str], Path]) -> None:
+    skeleton = Skeleton.of(str(family_folder(family)))
+    model = families.build(family)
+    layers: Sequence[nn.Module] = model.get_submodule(skeleton.prefix)  # type: ignore[assignment]
+    first, *others = skeleton.sites
+    perturb = {first: lambda layer, site: masked(layer, site, SETS[0]), **dict.fromkeys(others, shrunk)}
+    measured = sensitivity(skeleton, BATCHES, perturb)
+
+    @torch.no_grad()
+    def log_p() -> torch.Tensor:
+        return torch.cat([model(batch).logits.double().log_softmax(-1).flatten(0, 1) for batch in BATCHES])
+
+    truth = log_p()
+    for index in skeleton.sites:
+        site, layer = skeleton.sites[index], layers[index]
+        with perturb[index](layer, site):
+            wrong = log_p()
+        kl = float((truth.exp() * (truth - wrong)).sum(-1).mean())
+        assert measured.kl[index] == pytest.approx(kl, rel=2e-3, abs=1e-7)
+        if index != first:
+            assert measured.loss[index] == pytest.approx(0.3, rel=1e-4), "shrunk takes exactly its share"
+    assert set(measured.weights()) == set(skeleton.sites)
+    assert all(value > 0 for value in measured.weights().values())
+
+
+def test_affordable_keeps_to_its_memory(family_folder: Callable[[str], Path]) -> None:
+    skeleton = Skeleton.of(str(family_folder("mixtral")))
+    batches = [torch.zeros(50, 4096, dtype=torch.int64)]
+    for branches in (3, 30, 300):
+        count = sum(len(batch) for batch in affordable(skeleton, batches, branches))
+        assert 1 <= count <= SAMPLES
+        assert count == 1 or 4 * 32 * 4096 * count * (branches + 2) <= FLOOR
+    assert sum(len(batch) for batch in affordable(skeleton, batches, 3)) == SAMPLES
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), length=st.integers(2, 12), data=st.data())
+def test_windows_score_every_token_once(lengths: list[int], length: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, length))
+    documents = [torch.arange(n) + 100 * number for number, n in enumerate(lengths)]
+    if max(lengths) < 2:
+        with pytest.raises(trimoe.UserError, match="no document of at least 2 tokens"):
+            windows("text", documents, length, stride, 10**9)
+        return
+    made = windows("text", documents, length, stride, 10**9)
+    scored = []
+    for ids, mask, owner in zip(made.ids_NL, made.scored_NL, made.document_N, strict=True):
+        places = mask.nonzero()[:, 0].tolist()
+        assert places, "a window that scores nothing"
+        assert max(places) < length - 1
+        scored += [int(ids[place + 1]) for place in places]
+        first = int(ids[0]) - 100 * int(owner)
+        if first:  # not a document's first window: what it scores has at least length - stride tokens before it
+            assert min(places) + 1 >= min(length - stride, length - 1)
+    assert sorted(scored) == sorted(int(token) for document in documents for token in document[1:])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_evaluate_equals_the_model_itself(family: str, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    folder = family_folder(family)
+    trimoe.compress(folder, {"steps": [{"expert_drop": {"count": 2, "counts": "uniform", "score": "frequency"}}]}, tmp_path / "out",
+                    calibration=[str(text_file)], samples=4, length=32)  # fmt: skip
+    report = trimoe.evaluate(tmp_path / "out", against=str(folder), text=[str(text_file)], length=32, stride=16, tokens=500)
+    (row,) = report["texts"]
+    ids = torch.tensor(load_tokenizer(Skeleton.of(str(folder)).checkpoint).encode(text_file.read_text()))
+    student, teacher = trimoe.load(tmp_path / "out"), trimoe.load(str(folder))
+    entry = windows("letters", [ids], 32, 16, 500)
+    with torch.no_grad():
+        log_q, log_p = (model(entry.ids_NL).logits.double().log_softmax(-1) for model in (student, teacher))
+    mask, target = entry.scored_NL, entry.ids_NL.roll(-1, 1)
+    for log, said in ((log_q, row["perplexity"]), (log_p, row["against"]["perplexity"])):
+        nll = -log.gather(-1, target.unsqueeze(-1)).squeeze(-1)[mask]
+        assert said == pytest.approx(math.exp(float(nll.mean())), rel=1e-4)
+    assert row["tokens"] == int(mask.sum())
+    assert row["kl"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1)[mask].mean()), rel=1e-3)
+    assert row["agreement"] == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1))[mask].double().mean()), abs=2e-3)
+
+
+def test_eval_compares_with_the_origin_only_while_it_is_the_same(
+    family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, elsewhere = tmp_path / "source", tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(family_folder("mixtral"), source)
+    monkeypatch.chdir(tmp_path)
+    trimoe.compress("source", {"steps": [{"expert_drop": {"count": 2, "counts": "uniform", "score": "frequency"}}]}, out,
+                    calibration=[str(text_file)], samples=4, length=32)  # fmt: skip
+    monkeypatch.chdir(elsewhere)
+    command = ["eval", str(out), "--text", str(text_file), "--length", "32", "--tokens", "100"]
+    first = CliRunner().invoke(cli.app, command)
+    assert first.exit_code == 0, first.output
+    assert "evaluation" in json.loads((out / "trimoe.json").read_text())
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    second = CliRunner().invoke(cli.app, command)
+    assert second.exit_code == 0
+    assert "has changed since" in second.output

@@ -1,0 +1,96 @@
+"""What an MoE block's experts were given over all calibration tokens, for methods that fit weights to their inputs.
+
+Letters: T tokens, k chosen experts per token, S routed tokens of one expert, P tokens of the pool, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimoe.skeleton import Site
+
+POOL_TOKENS = 2048  # tokens of a layer that stand for all
+POOL_WEIGHT = 256  # tokens that the pool counts as beside an expert's own
+DAMP = 1e-4  # of the mean diagonal, added to second moments
+
+
+@dataclass
+class Seen:
+    """What one MoE block's experts were given: inputs x_TH and routing index_TK, weight_TK of all calibration tokens."""
+
+    x_TH: torch.Tensor
+    index_TK: torch.Tensor
+    weight_TK: torch.Tensor
+
+    def of(self, expert: int) -> Given:
+        """What one expert was given, and the layer's pool: every so-many-th token, routed to it or not."""
+        tokens, places = (self.index_TK == expert).nonzero(as_tuple=True)
+        pool = self.x_TH[:: max(1, len(self.x_TH) // POOL_TOKENS)]
+        return Given(self.x_TH[tokens], self.weight_TK[tokens, places].float(), pool)
+
+
+@dataclass
+class Given:
+    """Inputs x_SH of an expert's routed tokens with their weights gate_S, and pool_PH from the whole layer."""
+
+    x_SH: torch.Tensor
+    gate_S: torch.Tensor
+    pool_PH: torch.Tensor
+
+    def moment(self, x_SN: torch.Tensor, pool_PN: torch.Tensor) -> torch.Tensor:
+        """The damped second moment to whiten by; see `blended`."""
+        return damped(self.blended(x_SN, x_SN, pool_PN, pool_PN), DAMP)
+
+    def blended(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pool_a: torch.Tensor, pool_b: torch.Tensor) -> torch.Tensor:
+        """(n C + n0 C_pool) / (n + n0), float64: C = sum g^2 a b^T / sum g^2 over the expert's n tokens (weighted as they count in the
+        layer's output), C_pool the plain mean of a b^T over the pool. An expert that saw few tokens leans on the layer."""
+        count = len(self.gate_S)
+        pooled = (pool_a.float().T @ pool_b.float()).double() / len(pool_a)
+        if not count:
+            return pooled
+        square_S = self.gate_S.square()
+        own = ((a_SM.float() * square_S.unsqueeze(1)).T @ b_SN.float()).double() / square_S.double().sum().clamp_min(1e-12)
+        return (count * own + POOL_WEIGHT * pooled) / (count + POOL_WEIGHT)
+
+
+def damped(moment: torch.Tensor, share: float) -> torch.Tensor:
+    """`moment` with `share` of its mean diagonal added to the diagonal."""
+    diagonal = moment.diagonal()
+    return moment + torch.diag_embed((share * diagonal.mean() + 1e-12).expand_as(diagonal))
+
+
+class Recorder:
+    """Keeps, in one piece of memory, what a layer's experts are called with while `attached`; `tokens` is how many there will be."""
+
+    def __init__(self, tokens: int):
+        self.tokens, self.count = tokens, 0
+        self.held: list[torch.Tensor] = []
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, *kwargs.values())[:3]
+        if not self.held:
+            self.held = [part.new_empty(self.tokens, part.shape[-1]) for part in given]
+        end = self.count + len(given[0])
+        for whole, part in zip(self.held, given, strict=True):
+            whole[self.count : end] = part
+        self.count = end
+
+    @contextmanager
+    def attached(self, layer: nn.Module, site: Site) -> Iterator[None]:
+        handle = site.experts_of(layer).register_forward_pre_hook(self._see, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def seen(self) -> Seen:
+        """All that was recorded; raises RuntimeError if it is not all of the tokens."""
+        if self.count != self.tokens:
+            raise RuntimeError(f"{self.count} tokens came by the experts, {self.tokens} were expected")
+        return Seen(*self.held)
