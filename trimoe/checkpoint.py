@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from trimoe.errors import UserError
+from trimoe.packing import BITS, PARTS, Packed, packed_columns, unpack
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -58,10 +59,16 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """A folder of safetensors, or the headers of one on the hub."""
+    """A folder of safetensors, or the headers of one on the hub.
+
+    Matrices in packed integers (compressed-tensors `pack-quantized`) appear in `tensors` as the dense ones they stand for, under the
+    names those would have, and are read as such; `packed(key)` gives the integers. `stored` is what really lies in the files.
+    """
 
     def __init__(self, name: str, folder: Path, tensors: dict[str, TensorInfo]):
-        self.name, self.folder, self.tensors = name, folder, tensors
+        self.name, self.folder, self.stored = name, folder, tensors
+        self.scheme = _packed_scheme(name, self.config)
+        self.tensors = tensors if self.scheme is None else _dense_view(name, tensors, *self.scheme)
 
     @classmethod
     def open(cls, model: str | os.PathLike[str], *, weights: bool = True) -> Checkpoint:
@@ -99,10 +106,27 @@ class Checkpoint:
         for key, size in zip(keys, aligned, strict=True):
             info = self.tensors[key]
             piece = buffer[start : start + info.nbytes]
-            self._fill(piece, key, info)
+            if key in self.stored:
+                self._fill(piece, key, info)
+            else:
+                piece.view(DTYPES[info.dtype]).view(info.shape).copy_(self.packed(key).dense())
             out[key] = piece.view(DTYPES[info.dtype]).view(info.shape)
             start += size
         return out
+
+    def packed(self, key: str) -> Packed:
+        """The integers and scales that the matrix `key` is stored as."""
+        assert self.scheme is not None
+        bits, group = self.scheme
+        parts = {}
+        for part in PARTS[:2]:
+            info = self.stored[f"{key.removesuffix('weight')}{part}"]
+            raw = torch.empty(info.nbytes, dtype=torch.uint8)
+            self._fill(raw, key, info)
+            parts[part] = raw.view(DTYPES[info.dtype]).view(info.shape)
+        columns = self.tensors[key].shape[1]
+        scale_OG = parts["weight_scale"]
+        return Packed(unpack(parts["weight_packed"], bits, columns), scale_OG, bits, columns // scale_OG.shape[1])
 
     def _fill(self, piece: torch.Tensor, key: str, info: TensorInfo) -> None:
         view, done = piece.numpy().data, 0
@@ -115,7 +139,7 @@ class Checkpoint:
                 done += count
 
     def files(self) -> list[str]:
-        return sorted({info.file for info in self.tensors.values()})
+        return sorted({info.file for info in self.stored.values()})
 
     def side_files(self) -> list[Path]:
         """Tokenizer, generation config, licence and the like; not config.json, not the index, no code."""
@@ -125,20 +149,62 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, headers not counted."""
-        return sum(info.nbytes for info in self.tensors.values())
+        return sum(info.nbytes for info in self.stored.values())
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the configuration, every header entry and a sample of every shard's bytes (its ends)."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for key in sorted(self.tensors):
-            digest.update(f"{key}{self.tensors[key]}".encode())
+        for key in sorted(self.stored):
+            digest.update(f"{key}{self.stored[key]}".encode())
         for file in self.files():
             with open(self.folder / file, "rb") as stream:
                 digest.update(stream.read(1 << 16))
                 stream.seek(max(0, os.path.getsize(self.folder / file) - (1 << 16)))
                 digest.update(stream.read())
         return digest.hexdigest()[:32]
+
+
+def _packed_scheme(name: str, config: dict[str, Any]) -> tuple[int, int] | None:
+    """(bits, group) of a `pack-quantized` checkpoint, None of one that is not quantised. Other ways of quantising are refused."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    method, form = quantization.get("quant_method"), quantization.get("format")
+    weights = [group.get("weights") or {} for group in (quantization.get("config_groups") or {}).values()]
+    same = len({(w.get("num_bits"), w.get("group_size")) for w in weights}) == 1
+    if method != "compressed-tensors" or form != "pack-quantized" or not same or not weights[0].get("symmetric"):
+        raise UserError(
+            f"{name} is already quantised ({method}{f', {form}' if form else ''}); of quantised checkpoints only compressed-tensors' symmetric "
+            "pack-quantized ones can be read. Give the bf16, fp16 or fp32 checkpoint it was made from."
+        )
+    bits, group = weights[0].get("num_bits"), weights[0].get("group_size")
+    if bits not in BITS or type(group) is not int or group < 1:
+        raise UserError(
+            f"{name} is quantised to {bits!r} bits in groups of {group!r}; {' and '.join(map(str, BITS))} bits in groups can be read."
+        )
+    return bits, group
+
+
+def _dense_view(name: str, stored: dict[str, TensorInfo], bits: int, group: int) -> dict[str, TensorInfo]:
+    """`stored` with each packed matrix under its dense name, shape and the scales' dtype."""
+    out: dict[str, TensorInfo] = {}
+    for key, info in stored.items():
+        base, _, part = key.rpartition(".")
+        if part in PARTS[1:] and f"{base}.{PARTS[0]}" in stored:
+            continue
+        if part != PARTS[0]:
+            out[key] = info
+            continue
+        scale = stored.get(f"{base}.{PARTS[1]}")
+        if scale is None or len(info.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != info.shape[0] or info.dtype != "I32":
+            raise UserError(f"{name}: {key} has no fitting {PARTS[1]} beside it.")
+        columns = scale.shape[1] * group
+        if packed_columns(columns, bits) != info.shape[1]:
+            raise UserError(f"{name}: {key} of shape {list(info.shape)} does not hold {scale.shape[1]} groups of {group} in {bits} bits.")
+        shape = (info.shape[0], columns)
+        out[f"{base}.weight"] = TensorInfo(info.file, scale.dtype, shape, 0, math.prod(shape) * DTYPES[scale.dtype].itemsize)
+    return out
 
 
 def read_json(path: Path) -> dict[str, Any]:

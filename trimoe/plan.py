@@ -108,6 +108,8 @@ def plan(
     """Before any statistics: exact where the recipe fixes the result, an interval where decisions will."""
     parsed = load_recipe(recipe, changes)
     skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, weights=False)
+    if skeleton.checkpoint.scheme is not None:
+        raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
     decisions, sites, slack, open_counts = unchanged(skeleton.sites), dict(skeleton.sites), 0, False
     for step in parsed.steps:
         step.shape(sites, decisions)

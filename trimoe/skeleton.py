@@ -183,9 +183,6 @@ class Skeleton:
         name, kind = self.name, self.config.model_type
         if hf.causal_lm_class(self.config) is None:
             raise UserError(f"{name} ({kind}) is not a decoder-only language model that transformers' AutoModelForCausalLM knows.")
-        if getattr(self.config, "quantization_config", None):
-            method = self.checkpoint.config.get("quantization_config", {}).get("quant_method", "?")
-            raise UserError(f"{name} is already quantised ({method}); give the bf16, fp16 or fp32 checkpoint it was made from.")
         layers = getattr(self.config.get_text_config(), "num_hidden_layers", None)
         if not isinstance(layers, int) or not 1 <= layers <= 1000:
             raise UserError(f"{name}: config.json says num_hidden_layers = {layers!r}; 1 to 1000 is allowed.")
