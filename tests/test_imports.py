@@ -18,6 +18,11 @@ FORBIDDEN = {
     "search": {"stream", "methods", "gather", "observe", "stats"},
     "scores": {"stream", "methods", "gather", "observe"},
     "plan": {"stream", "gather", "write", "decide", "transform"},
+    "traffic": {"stream", "methods", "gather", "compress"},
+    "running": {"stream", "methods", "gather", "compress"},
+    "benchmark": {"methods", "gather", "compress", "decide", "transform", "write"},
+    "quantization": {"stream", "methods", "gather", "observe", "skeleton"},
+    "packing": {"stream", "methods", "gather", "observe", "skeleton", "checkpoint"},
     "checkpoint": {"skeleton", "stream", "methods", "hf"},
 }
 

@@ -38,7 +38,10 @@ def test_built_in_recipes_load_and_round_trip(name: str, tmp_path: Path) -> None
 
 
 def test_built_in_recipes_say_what_they_are_named_for() -> None:
-    assert recipe.names() == ["low-rank", "moe-i2", "moe-i2-prune-only", "naee"]
+    assert recipe.names() == [
+        "block-drop", "block-drop-int4", "expert-drop", "expert-drop-int4", "layer-drop", "layer-drop-int4", "low-rank", "moe-i2",
+        "moe-i2-prune-only", "naee", "slim-int4", "slim-int8",
+    ]  # fmt: skip
     both = load("moe-i2").steps
     assert [type(step) for step in both] == [ExpertDrop, LowRank]
     assert both[0] == load("moe-i2-prune-only").steps[0]
@@ -107,10 +110,13 @@ def test_set_changes_choices_and_removes_them() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "steps must be a list of at least one of: expert_drop, low_rank."),
+        ({}, "steps must be a list of at least one of: expert_drop, layer_drop, block_drop, low_rank, quantize."),
         ({"steps": []}, "steps must be a list"),
         ({"steps": "expert_drop"}, "steps must be a list"),
-        ({"steps": [{"expertdrop": {}}]}, "steps.0 is 'expertdrop'; a step is one of: expert_drop, low_rank."),
+        (
+            {"steps": [{"expertdrop": {}}]},
+            "steps.0 is 'expertdrop'; a step is one of: expert_drop, layer_drop, block_drop, low_rank, quantize.",
+        ),
         ({"steps": [{}]}, "steps.0 is 'nothing'"),
         ({"steps": [{"expert_drop": {}, "low_rank": {}}]}, "a step is one of"),
         ({"steps": [{"expert_drop": 0.5}]}, "steps.0.expert_drop is 0.5; a mapping is expected."),
@@ -185,7 +191,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     path.write_text("- expert_drop", encoding="utf-8")
     with pytest.raises(UserError, match="holds a list; a mapping with steps is expected"):
         load(path)
-    with pytest.raises(UserError, match=r"no built-in recipe 'moe-i3' \(did you mean moe-i2\?\).*there are: low-rank, moe-i2"):
+    with pytest.raises(UserError, match=r"no built-in recipe 'moe-i3' \(did you mean moe-i2\?\).*there are: block-drop, "):
         load("moe-i3")
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "absent.yaml")

@@ -141,10 +141,9 @@ def reference(seen: Seen) -> dict[str, torch.Tensor]:
     up, down = (seen.module.gate_up_proj if seen.module.has_gate else seen.module.up_proj), seen.module.down_proj
     weights_EN = torch.cat([up.flatten(1), down.flatten(1)], 1).detach().double()
     want["weight_score_E"] = weights_EN.abs().mean(1) / weights_EN.square().mean(1).sqrt()
-    source, out, given = seen.all("before_norm"), seen.all("layer_out"), seen.all("layer_in")
+    source, out = seen.all("before_norm"), seen.all("layer_out")
     want["sublayer_cosine"] = cosine_similarity(source, out, dim=-1).sum()
     want["output_cosine"] = cosine_similarity(source, seen.all("block"), dim=-1).sum()
-    want["block_cosine"] = cosine_similarity(given, out, dim=-1).sum()
     return want
 
 
@@ -186,6 +185,27 @@ def test_every_sum_is_its_definition(family: str, gathered: Gathered) -> None:
         total = seen[index].all("routed").square().sum()
         torch.testing.assert_close(layer["energy_EE"].sum(), total, rtol=1e-5, atol=0)
         assert layer.output_norm == pytest.approx(float(total.sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_block_cosines_of_every_layer(family: str, gathered: Gathered) -> None:
+    """Dense layers included: cos(in, out) from transformers' own hidden states."""
+    skeleton, stats = gathered(family)
+    model, got = families.build(family), {}
+    for index, layer in enumerate(model.get_submodule(skeleton.prefix)):
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output, seen=seen: seen.append((args[0] if args else kwargs["hidden_states"], first(output))),
+            with_kwargs=True,
+        )
+        got[index] = seen
+    with torch.no_grad():
+        for batch in token_batches():
+            model(batch)
+    assert list(stats.blocks) == list(got)
+    for index, seen in got.items():
+        want = sum(cosine_similarity(a.double(), b.double(), dim=-1).sum() for a, b in seen)
+        assert stats.blocks[index].tolist() == pytest.approx([float(want), 76.0], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", [family for family in ALL if family != "minimax"])

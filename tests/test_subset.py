@@ -160,7 +160,7 @@ def layer_of(rule: RoutingRule, logits_TE: torch.Tensor, y_TEH: torch.Tensor, bi
     layer = LayerStats(0, rule, bias_E=bias_E)
     order_TM = reach_order(rule, logits_TE, bias_E, reach)
     y_TMH = y_TEH.gather(1, order_TM.unsqueeze(-1).expand(-1, -1, y_TEH.shape[-1]))
-    layer.add_search(logits_TE=logits_TE, order_TM=order_TM, gram_TMM=y_TMH @ y_TMH.mT)
+    layer.search |= dict(logits_TE=logits_TE, order_TM=order_TM, gram_TMM=y_TMH @ y_TMH.mT)
     return layer
 
 

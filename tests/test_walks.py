@@ -24,8 +24,9 @@ from trimoe.calibration import load_tokenizer
 from trimoe.evaluate import windows
 from trimoe.methods.expert_drop import ReceptiveField
 from trimoe.observe import masked
-from trimoe.sensitivity import FLOOR, SAMPLES, affordable, sensitivity, shrunk
+from trimoe.sensitivity import sensitivity, shrunk
 from trimoe.skeleton import Skeleton
+from trimoe.variants import FLOOR, SAMPLES, affordable
 
 WALKED = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 BATCHES = [torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]

@@ -5,8 +5,10 @@ plan = trimoe.plan(model, recipe)               # sizes before and after; str(pl
 result = trimoe.compress(model, recipe, out)    # .decisions .metrics .plan; also DIR/trimoe.json
 model = trimoe.load(out)
 trimoe.evaluate(out, against=model)
+trimoe.bench(out, against=model)                # speed and memory, in turns
 """
 
+from trimoe.benchmark import bench
 from trimoe.compress import Result, compress, gather_statistics
 from trimoe.errors import UserError
 from trimoe.evaluate import evaluate
@@ -15,6 +17,19 @@ from trimoe.loading import load, register
 from trimoe.plan import Plan, plan
 from trimoe.version import VERSION as __version__
 
-__all__ = ["Plan", "Result", "UserError", "__version__", "compress", "evaluate", "gather_statistics", "inspect", "load", "plan", "register"]
+__all__ = [
+    "Plan",
+    "Result",
+    "UserError",
+    "__version__",
+    "bench",
+    "compress",
+    "evaluate",
+    "gather_statistics",
+    "inspect",
+    "load",
+    "plan",
+    "register",
+]
 
 register()

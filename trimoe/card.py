@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from trimoe.tables import traffic_cells
 from trimoe.write import write_text
 
 NATIVE = """Layers of this checkpoint differ in shape. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
@@ -44,6 +45,7 @@ def text(record: dict[str, Any]) -> str:
             ("", "before", "after", "share"),
             [(name, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}") for name, key in sizes],
         ),
+        *_traffic(record.get("evaluation")),
         "## Quality on held-out text",
         _quality(record.get("evaluation")),
         f"## Command\n\n```\n{record['command']}\n```\n",
@@ -72,6 +74,16 @@ def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 def _fields(step: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in step.items() if value is not None)
+
+
+def _traffic(report: dict[str, Any] | None) -> list[str]:
+    """All-to-all traffic, once an evaluation has counted it."""
+    if report is None or "traffic" not in report:  # evaluated by a trimoe that did not count it
+        return []
+    head = ("ranks", "bytes per token before", "after", "saving", "imbalance before (mean / worst layer)", "after")
+    found = [(number, [seen["against"], seen["model"]]) for number, seen in report["traffic"]["ways"].items()]
+    table = _table(head, [(number, *traffic_cells(models)) for number, models in found if any(models)])
+    return [f"What all-to-all dispatch and combine would send under expert parallelism (hidden states in bf16, all MoE layers):\n\n{table}"]
 
 
 def _quality(report: dict[str, Any] | None) -> str:

@@ -117,7 +117,7 @@ class Checkpoint:
     def packed(self, key: str) -> Packed:
         """The integers and scales that the matrix `key` is stored as."""
         assert self.scheme is not None
-        bits, group = self.scheme
+        bits, _ = self.scheme
         parts = {}
         for part in PARTS[:2]:
             info = self.stored[f"{key.removesuffix('weight')}{part}"]

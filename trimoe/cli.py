@@ -135,6 +135,31 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    folder: Model,
+    against: Annotated[str | None, typer.Option(help="the model to compare with, measured in turns")] = None,
+    prompt: Annotated[int, typer.Option(help="tokens in the prompt")] = 128,
+    generate: Annotated[int, typer.Option(help="new tokens")] = 64,
+    batch: Annotated[int, typer.Option(help="prompts at once")] = 1,
+    rounds: Annotated[int, typer.Option(help="measurements of each model")] = 5,
+    backend: Annotated[str, typer.Option(help="how packed experts run: auto, int8-dynamic, int4-weight-only ...")] = "auto",
+    device: Device = "cpu", dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: each checkpoint's own")] = "auto",
+    json_file: JsonFile = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Tokens per second, time to the first token and memory, here; against another model in turns."""
+    import trimoe
+    from trimoe import tables
+
+    _writable(json_file)
+    report = trimoe.bench(
+        folder, against, prompt=prompt, generate=generate, batch=batch, rounds=rounds, device=device, dtype=dtype, backend=backend,
+        reporter=_reporter(quiet),
+    )  # fmt: skip
+    tables.bench(report)
+    _write_json(json_file, report)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")] = Path("demo-mini-mixtral"),
     model: Annotated[str, typer.Option(help="which built-in model")] = "builtin:mini-mixtral", quiet: Quiet = False,

@@ -99,7 +99,9 @@ def compress(
         final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
         _check_disk(out, final.after.file_bytes)
         writer = Writer(Layout(skeleton, decisions), out)
-        transform(run, decisions, writer)
+        done = transform(run, decisions, writer, journal)
+        if done:
+            metrics["quantize"] = done
         record = {
             "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
             "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from trimoe import gather, receptive_field, search
+from trimoe import depth, gather, parts, receptive_field, search
 from trimoe.errors import UserError
 from trimoe.gather import statistics
 from trimoe.journal import Journal
-from trimoe.methods import ExpertDrop, LowRank
+from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step
 from trimoe.methods.expert_drop import Drop
-from trimoe.methods.method import Decisions, LayerDecision, decided_site
+from trimoe.methods.method import Decisions, LayerDecision, decided_sites
 from trimoe.observe import masked
 from trimoe.progress import Reporter
 from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.scores import leave_one_out, super_experts
-from trimoe.sensitivity import affordable, sensitivity, shrunk
+from trimoe.sensitivity import sensitivity, shrunk
 from trimoe.skeleton import Site, Skeleton
 from trimoe.stats import Stats
 from trimoe.subset import SubsetLoss
+from trimoe.variants import affordable, divergence, skipped, without_moe
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,28 @@ class Run:
 
 
 def decide(
-    run: Run, journal: Journal, number: int, step: ExpertDrop | LowRank, decisions: Decisions, given: Stats | None
+    run: Run, journal: Journal, number: int, step: Step, decisions: Decisions, given: Stats | None
 ) -> tuple[Decisions, dict[str, Any]]:
     """One step's decisions, from the journal if they were taken already."""
     known = journal.get(f"decisions-{number}")
     if known is None:
-        sites = {i: decided_site(site, decisions[i]) for i, site in run.skeleton.sites.items()}
+        sites = decided_sites(run.skeleton.sites, decisions)
         if isinstance(step, ExpertDrop):
             decided, metrics = _decide_drops(run, journal, number, step, sites, decisions, given)
-        else:
+        elif isinstance(step, Quantize):
+            decided, metrics = step.decide(sites, decisions), {}
+        elif isinstance(step, LowRank):
             decided, metrics = _decide_ranks(run, journal, number, step, sites, decisions, given)
+        else:
+            decided, metrics = _decide_depth(run, journal, number, step, sites, decisions, given)
+        decided = {**decisions, **decided}
         known = json.loads(json.dumps({"decisions": {str(i): d.to_json() for i, d in decided.items()}, "metrics": metrics}))
         journal.put(f"decisions-{number}", known)
     return {int(i): LayerDecision.from_json(value) for i, value in known["decisions"].items()}, known["metrics"]
 
 
 def _stats_for(
-    run: Run, journal: Journal, number: int, step: ExpertDrop | LowRank, sites: dict[int, Site], given: Stats | None, decisions: Decisions
+    run: Run, journal: Journal, number: int, step: Step, sites: dict[int, Site], given: Stats | None, decisions: Decisions
 ) -> Stats:
     reach = step.reach(sites)
     if given is not None and reach:
@@ -196,3 +202,46 @@ def _decide_ranks(
         "sensitivity": None if sensitive is None else {str(i): value for i, value in sensitive.items()},
     }
     return decided, metrics
+
+
+def _decide_depth(
+    run: Run, journal: Journal, number: int, step: LayerDrop | BlockDrop, sites: dict[int, Site], decisions: Decisions, given: Stats | None
+) -> tuple[Decisions, dict[str, Any]]:
+    """The most similar parts; or of a shortlist twice as long, one after the other, what costs the least KL at the end."""
+    stats = _stats_for(run, journal, number, step, sites, given, decisions)
+    layers = gather.survivors(run.skeleton, decisions)
+    blocks = depth.droppable_blocks(run.skeleton) if isinstance(step, BlockDrop) or step.blocks else []
+    candidates = step.candidates(list(sites), [index for index in blocks if index in layers])
+    similar, total = step.similarity(candidates, stats), step.total(list(sites), layers)
+    chosen = parts.pick(similar, total, threshold=step.threshold, consecutive=step.choose == "consecutive", mixed=step.blocks)
+    metrics: dict[str, Any] = {"similarity": {f"{kind} {index}": value for (kind, index), value in similar.items()}}
+    if step.rerank == "kl" and total is not None:
+        shortlist = sorted(similar, key=lambda part: (-similar[part], -part[1]))[: 2 * len(chosen) + 2]
+        chosen, metrics["rerank"] = _rerank(run, decisions, shortlist, total, mixed=step.blocks)
+    metrics["dropped"] = [f"{kind} {index}" for kind, index in chosen]
+    return {index: replace(decisions.get(index, LayerDecision()), gone=kind) for kind, index in chosen}, metrics
+
+
+def _rerank(
+    run: Run, decisions: Decisions, shortlist: list[parts.Part], total: int, *, mixed: bool
+) -> tuple[list[parts.Part], list[dict[str, Any]]]:
+    """Greedy: each time the part that, with those already chosen, costs the least KL (per sub-layer, in a mixture) against the model as
+    `decisions` leave it."""
+    few = affordable(run.skeleton, run.batches, len(shortlist) + 1, run.device)
+    chosen: list[parts.Part] = []
+    rounds: list[dict[str, Any]] = []
+    before = 0.0
+    while True:
+        grown = {part: new for part in shortlist if (new := parts.add(chosen, part, total, mixed=mixed)) != chosen}
+        if not grown:
+            return chosen, rounds
+        versions = {part: {index: skipped if kind == "block" else without_moe for kind, index in new} for part, new in grown.items()}
+        kl = divergence(
+            run.skeleton, few, {**versions, None: {}}, None, decisions=decisions, device=run.device, reporter=run.reporter,
+            label=f"Rerank, {len(chosen)} dropped",
+        )  # fmt: skip
+        costs = {part: (kl[part] - before) / parts.cost(part, chosen, mixed=mixed) for part in grown}
+        best = min(costs, key=lambda part: (costs[part], -part[1]))
+        rounds.append({"kl": {f"{kind} {index}": kl[kind, index] for kind, index in grown}, "dropped": f"{best[0]} {best[1]}"})
+        chosen, before = grown[best], kl[best]
+        shortlist = [part for part in shortlist if part != best]

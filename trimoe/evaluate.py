@@ -1,4 +1,5 @@
-"""How good a checkpoint is: strided perplexity per text, and KL and top-1 agreement against the original. Reads folders only.
+"""How good a checkpoint is: strided perplexity per text, and KL and top-1 agreement against the original; and what its routing would
+send under expert parallelism (traffic.py). Reads folders only.
 
 Both models are streamed layer by layer, so neither has to fit in memory; hidden states of the evaluated tokens do.
 """
@@ -22,6 +23,7 @@ from trimoe.errors import UserError
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk, usable_device
+from trimoe.traffic import ITEMSIZE, WAYS, Traffic
 
 BATCH_TOKENS = 4096
 
@@ -96,10 +98,11 @@ def evaluate(
     texts = [part for source in text for part in read_text(source, "eval")]
     sets = [windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens) for part in texts]
     ids = torch.cat([entry.ids_NL for entry in sets])
+    scored_NL = torch.cat([entry.scored_NL for entry in sets])
     batches = list(ids.split(max(1, BATCH_TOKENS // length)))
-    student = _final_hidden(skeleton, batches, device, f"Run {skeleton.name}", reporter)
-    teacher = _final_hidden(other, batches, device, f"Run {other.name}", reporter) if other is not None else None
-    rows = _compare(student, teacher, torch.cat([entry.scored_NL for entry in sets]), reporter)
+    student, sent = _final_hidden(skeleton, batches, scored_NL, device, reporter)
+    teacher, against_sent = _final_hidden(other, batches, scored_NL, device, reporter) if other is not None else (None, None)
+    rows = _compare(student, teacher, scored_NL, reporter)
     report: dict[str, Any] = {
         "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride, "texts": [],
     }  # fmt: skip
@@ -110,15 +113,26 @@ def evaluate(
         report["texts"].append(_summary(entry, part))
     if other is not None:
         report["mean_kl"] = sum(row["kl"] for row in report["texts"]) / len(report["texts"])
+    report["traffic"] = _traffic(sent, against_sent, skeleton.config.get_text_config().hidden_size)
     return report
 
 
-def _final_hidden(skeleton: Skeleton, batches: list[torch.Tensor], device: str, label: str, reporter: Reporter) -> LayerWalk:
-    walk = LayerWalk(skeleton, batches, device=device)
-    for index in reporter.track(range(len(walk)), label, len(walk)):
-        with walk.layer(index) as layer:
+def _final_hidden(
+    skeleton: Skeleton, batches: list[torch.Tensor], scored_NL: torch.Tensor, device: str, reporter: Reporter
+) -> tuple[LayerWalk, Traffic]:
+    """A walk at its end, and what its routers decided for the scored positions: each token once, and never padding."""
+    walk, traffic = LayerWalk(skeleton, batches, device=device), Traffic()
+    counted = scored_NL.to(walk.device).split([len(batch) for batch in batches])
+    for index in reporter.track(range(len(walk)), f"Run {skeleton.name}", len(walk)):
+        with walk.layer(index) as layer, traffic.watching(layer, skeleton.sites.get(index), counted):
             walk.advance(index, layer)
-    return walk
+    return walk, traffic
+
+
+def _traffic(sent: Traffic, against: Traffic | None, hidden: int) -> dict[str, Any]:
+    models = {"model": sent} | ({"against": against} if against is not None else {})
+    ways = {str(number): {name: traffic.report(number) for name, traffic in models.items()} for number in WAYS}
+    return {"hidden_bytes": hidden * ITEMSIZE, "ways": ways}
 
 
 def _compare(student: LayerWalk, teacher: LayerWalk | None, scored_NL: torch.Tensor, reporter: Reporter) -> dict[str, torch.Tensor]:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from trimoe.methods.method import Decisions, decided_site
-from trimoe.modeling_trimoe import first_projection
+from trimoe.modeling_trimoe import drop_block, first_projection
 from trimoe.observe import Observer
 from trimoe.progress import QUIET, Reporter
+from trimoe.residual import dropped_entry
 from trimoe.seen import Recorder, Seen
 from trimoe.skeleton import Site, Skeleton, keep_experts
 from trimoe.stats import LayerStats, Stats
@@ -23,13 +24,30 @@ ROUTING = frozenset({"channels", "cosines"})
 Extra = Callable[[nn.Module, Site, Seen, LayerStats], None]
 
 
-def prune_layer(layer: nn.Module, site: Site, decisions: Decisions | None) -> Site:
-    """Apply an expert-drop decision to a loaded layer; returns the site as it is then."""
-    decision = decisions.get(site.layer) if decisions else None
-    if decision is None or len(decision.keep) == site.num_experts:
+def survivors(skeleton: Skeleton, decisions: Decisions | None) -> list[int]:
+    """Decoder layers that are not dropped whole."""
+    gone = {index for index, decision in (decisions or {}).items() if decision.gone == "block"}
+    return [index for index in range(len(skeleton.layers)) if index not in gone]
+
+
+def prune_layer(skeleton: Skeleton, index: int, layer: nn.Module, decisions: Decisions | None) -> Site | None:
+    """Apply what was decided about experts and the MoE block to a loaded layer; returns the site as it is then, None where there is no
+    MoE block (any more)."""
+    site, decision = skeleton.sites.get(index), (decisions or {}).get(index)
+    if site is None or decision is None:
         return site
-    keep_experts(site.block_of(layer), site, decision.keep)
+    if decision.gone == "moe":
+        drop_moe(skeleton, index, layer)
+        return None
+    if len(decision.keep) < site.num_experts:
+        keep_experts(site.block_of(layer), site, decision.keep)
     return decided_site(site, decision)
+
+
+def drop_moe(skeleton: Skeleton, index: int, layer: nn.Module) -> None:
+    """Take the MoE block and its norm out of a loaded layer."""
+    site = skeleton.sites[index]
+    drop_block(layer, site.block, **dropped_entry(skeleton, index))
 
 
 def search_rows(batches: Sequence[torch.Tensor], wanted: int, seed: int) -> list[torch.Tensor]:
@@ -73,12 +91,15 @@ def statistics(
             f"Searching on {wanted:,} of {min(search_tokens, tokens):,} tokens, which is what search_memory {search_memory} GiB holds."
         )
     rows = [r.to(walk.device) for r in search_rows(batches, wanted, seed)]
-    for index in reporter.track(range(len(walk)), "Statistics", len(walk)):
+    left = survivors(skeleton, decisions)
+    for index in reporter.track(left, "Statistics", len(left)):
         with walk.layer(index) as layer:
-            if index not in skeleton.sites:
-                walk.advance(index, layer)
+            site = prune_layer(skeleton, index, layer, decisions)
+            if site is None:
+                for batch, hidden in enumerate(walk.hidden):
+                    walk.hidden[batch] = walk.step(index, layer, hidden, batch)
+                    stats.see_block(index, hidden, walk.hidden[batch])
                 continue
-            site = prune_layer(layer, skeleton.sites[index], decisions)
             layer_stats = stats.layers[index] = LayerStats(index, site.rule)
             experts = site.experts_of(layer)
             layer_stats.sums["weight_score_E"] = weight_scores(experts)
@@ -87,7 +108,8 @@ def statistics(
             with observer.attached(layer), recorder.attached(layer, site) if extra is not None else nullcontext():
                 for batch in range(len(walk.batches)):
                     observer.rows = rows[batch] if reach else None
-                    walk.hidden[batch] = walk.step(index, layer, walk.hidden[batch], batch)
+                    hidden, walk.hidden[batch] = walk.hidden[batch], walk.step(index, layer, walk.hidden[batch], batch)
+                    stats.see_block(index, hidden, walk.hidden[batch])
             if extra is not None:
                 extra(experts, site, recorder.seen(), layer_stats)
             layer_stats.to_cpu()

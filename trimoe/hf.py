@@ -45,6 +45,11 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise UserError(f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {reason}") from None
 
 
+def config_from(values: Mapping[str, Any], like: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration of the class of `like` from JSON values."""
+    return type(like).from_dict(copy.deepcopy(dict(values)))
+
+
 def canonical(config: PreTrainedConfig, names: tuple[str, ...]) -> str | None:
     """The field of this configuration class that really holds one of `names`."""
     for name in names:

@@ -7,16 +7,21 @@ expert is found by sending tensors filled with expert numbers through transforme
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
-from trimoe import hf, modeling_trimoe
+from trimoe import depth, hf, modeling_trimoe, residual
 from trimoe.checkpoint import DTYPES, header_bytes
 from trimoe.errors import UserError
-from trimoe.methods.method import Decisions
+from trimoe.methods.method import Decisions, LayerDecision
+from trimoe.methods.quantize import QuantizedLayer
+from trimoe.packing import PARTS, Packed, packed_columns, unpack
 from trimoe.skeleton import Site, Skeleton, tensor_at
 
 MAX_SHARD = 4 << 30  # bytes of tensors in one file, unless a single layer is larger
@@ -25,7 +30,7 @@ MAX_SHARD = 4 << 30  # bytes of tensors in one file, unless a single layer is la
 @dataclass(frozen=True)
 class Entry:
     """One tensor of the output. `source`: the checkpoint key it is copied from, with rows `keep` along `axis` if those are set;
-    without a source it is made by a transformation."""
+    without a source it is made by a transformation, or is all `zeros`. `stands_for`: parameters, where they are not its numbers."""
 
     key: str
     dtype: str
@@ -33,6 +38,12 @@ class Entry:
     source: str | None = None
     axis: int | None = None
     keep: tuple[int, ...] = ()
+    zeros: bool = False
+    stands_for: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape) if self.stands_for is None else self.stands_for
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +64,7 @@ class Layout:
 
     def __init__(self, skeleton: Skeleton, decisions: Decisions):
         self.skeleton, self.decisions = skeleton, decisions
+        self.place = {index: new for new, index in enumerate(depth.kept_layers(skeleton, decisions))}  # old number -> new number
         self.groups = [self._copies(skeleton.outer_keys), *(self._layer(index) for index in range(len(skeleton.layers)))]
 
     # ---- what is in a layer
@@ -62,27 +74,126 @@ class Layout:
         return [Entry(key, tensors[key].dtype, tensors[key].shape, source=key) for key in keys]
 
     def _layer(self, index: int) -> list[Entry]:
+        """A decoder layer's entries under its new number; none if it is dropped."""
+        if index not in self.place:
+            return []
+        return [replace(entry, key=self._renumbered(entry.key, index)) for entry in self._entries(index)]
+
+    def _entries(self, index: int) -> list[Entry]:
         keys, site = self.skeleton.keys_by_layer[index], self.skeleton.sites.get(index)
         decision = self.decisions.get(index)
-        if site is None or decision is None or (len(decision.keep) == site.num_experts and decision.in_ranks is None):
+        if site is None or decision is None:
+            return self._copies(keys)
+        if decision.gone == "moe":
+            return self._without_block(index, site)
+        if len(decision.keep) == site.num_experts and decision.in_ranks is None and decision.bits is None:
             return self._copies(keys)
         replaced: set[str] = set()
         entries: list[Entry] = []
         for path in site.expert_axes:
-            found, old = self._disk_expert(index, site, path)
+            found, old = self.disk_expert(index, site, path)
             replaced |= old
-            if path.startswith(site.experts + ".") and decision.in_ranks is not None and not path.endswith("_bias"):
-                continue
-            entries += self._kept(found, decision.keep)
-        if decision.in_ranks is not None:
+            weight = path.startswith(site.experts + ".") and not path.endswith("_bias")
+            if weight and decision.bits is not None:
+                entries += self._packed(index, found, decision)
+            elif not (weight and decision.in_ranks is not None):
+                entries += self._kept(found, decision.keep)
+        if decision.in_ranks is not None and decision.bits is None:
             dtype = self.expert_dtype(index, site)
-            entries += [Entry(key, dtype, tuple(tensor.shape)) for key, tensor in self.disk_form(index, self.made(index)).items()]
+            entries += [Entry(key, dtype, tuple(tensor.shape)) for key, tensor in self._named(index, self.made(index)).items()]
         return self._copies([key for key in keys if key not in replaced]) + entries
+
+    def _packed(self, index: int, found: DiskExpert, decision: LayerDecision) -> list[Entry]:
+        """Integers, scales and shape of every surviving expert's matrices. Raises UserError where experts are not matrices on disk."""
+        assert decision.bits is not None and decision.group is not None
+        if not found.whole or any(not key.endswith(".weight") for keys in found.whole for key in keys):
+            raise UserError(
+                f"quantize: {self.skeleton.name} keeps the experts of layer {index} stacked in one tensor ({found.key or found.whole[0][0]}), "
+                "which the compressed-tensors format has no place for; not supported yet."
+            )
+        entries = []
+        for entry in self._kept(found, decision.keep):
+            base, (rows, columns) = entry.key.removesuffix("weight"), entry.shape
+            shapes = ((rows, packed_columns(columns, decision.bits)), (rows, columns // decision.group), (2,))
+            for part, dtype, shape, count in zip(PARTS, ("I32", entry.dtype, "I64"), shapes, (rows * columns, 0, 0), strict=True):
+                entries.append(Entry(base + part, dtype, shape, stands_for=count))
+        return entries
+
+    def packed_form(self, index: int, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
+        """The tensors of `_packed` under the output's keys: integers and scales go the way that the matrices themselves would."""
+        out: dict[str, torch.Tensor] = {}
+        site, stacked = self.skeleton.sites[index], {"first": layer.first, "last": layer.last}
+        paths = {"last" if path.endswith("down_proj") else "first": path for path in site.expert_paths() if not path.endswith("_bias")}
+        for which, path in paths.items():
+            name = path.removeprefix(site.experts + ".")
+            integers = self.disk_form(index, {name: torch.stack([packed.q_OI for packed in stacked[which]])})
+            scales = self.disk_form(index, {name: torch.stack([packed.scale_OG for packed in stacked[which]])})
+            for key, q_OI in integers.items():
+                one = stacked[which][0]
+                packed = Packed(q_OI, scales[key], one.bits, one.group)
+                out |= {key.removesuffix("weight") + part: tensor for part, tensor in packed.tensors().items()}
+        return out
+
+    def read_back(self, index: int, out: Path) -> dict[str, torch.Tensor]:
+        """A written layer's experts, dense, under the names that the source would have for them."""
+        decision = self.decisions[index]
+        assert decision.bits is not None
+        shard = next(shard for shard in self.shards if index + 1 in shard.groups)
+        names = dict(zip((e.key for e in self.groups[index + 1]), (e.key for e in self._entries(index)), strict=True))
+        dense = {}
+        with safe_open(out / shard.name, "pt") as file:
+            for key, name in names.items():
+                if key.endswith("." + PARTS[0]):
+                    base = key.removesuffix(PARTS[0])
+                    scale_OG = file.get_tensor(base + PARTS[1])
+                    columns = int(file.get_tensor(base + PARTS[2])[1])
+                    q_OI = unpack(file.get_tensor(key), decision.bits, columns)
+                    dense[name.removesuffix(PARTS[0]) + "weight"] = Packed(
+                        q_OI, scale_OG, decision.bits, columns // scale_OG.shape[1]
+                    ).dense()
+        return dense
+
+    @property
+    def quantized_share(self) -> float:
+        """Expert weights held as integers, of all expert weights that are left."""
+        packed = sum(entry.parameters for group in self.groups for entry in group if entry.key.endswith("." + PARTS[0]))
+        whole = 0
+        for index, site in self.skeleton.sites.items():
+            decision = self.decisions[index]
+            if decision.gone is None:
+                whole += len(decision.keep) * (site.first * site.hidden + site.hidden * site.width)
+        return packed / whole
+
+    def _without_block(self, index: int, site: Site) -> list[Entry]:
+        """All but the MoE block: a dense MLP of zeros in its place where stock code can build one, the guard elsewhere."""
+        prefix = f"{self.skeleton.layer_name(index)}.{site.block}."
+        inside = {k for name, keys in self.skeleton.conversion.source_of.items() if name.startswith(prefix) for k in keys}
+        dtype, shapes = self.expert_dtype(index, site), depth.zero_block(self.skeleton, index)
+        if shapes is None:
+            entry = residual.dropped_entry(self.skeleton, index)
+            norm = f"{self.skeleton.layer_name(index)}.{entry['norm']}."
+            inside |= {k for name, keys in self.skeleton.conversion.source_of.items() if name.startswith(norm) for k in keys}
+            shapes = {entry["guard"]: (2, 2)}
+        empty = {f"{prefix}{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        disk = hf.to_disk_format(self.skeleton.model, empty, self.skeleton.conversion)
+        rest = self._copies([key for key in self.skeleton.keys_by_layer[index] if key not in inside])
+        return rest + [Entry(key, dtype, tuple(tensor.shape), zeros=True) for key, tensor in disk.items()]
+
+    def _renumbered(self, key: str, index: int) -> str:
+        """`key` with the layer's new number: the first number in every known format's keys is the decoder layer's."""
+        if self.place[index] == index:
+            return key
+        parts = key.split(".")
+        at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+        if at is None or int(parts[at]) != index:
+            raise UserError(f"block_drop: the layer's number could not be found in the checkpoint's key {key!r}; not supported yet.")
+        parts[at] = str(self.place[index])
+        return ".".join(parts)
 
     def parameter(self, index: int, site: Site, path: str) -> str:
         return f"{self.skeleton.layer_name(index)}.{site.block}.{path}"
 
-    def _disk_expert(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
+    def disk_expert(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
         """Send expert numbers through the reverse conversion and see where they come out."""
         name, axis = self.parameter(index, site, path), site.expert_axes[path]
         whole = tensor_at(site.block_of(self.skeleton.layers[index]), path)
@@ -130,7 +241,10 @@ class Layout:
         return {name: tensor.to("meta") for name, tensor in factored.state_dict().items() if not name.endswith("_bias")}
 
     def disk_form(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors named as in the experts module, under the checkpoint's keys."""
+        """Tensors named as in the experts module, under the output's keys."""
+        return {self._renumbered(key, index): tensor for key, tensor in self._named(index, tensors).items()}
+
+    def _named(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         site = self.skeleton.sites[index]
         named = {self.parameter(index, site, f"{site.experts}.{name}"): tensor for name, tensor in tensors.items()}
         return hf.to_disk_format(self.skeleton.model, named, self.skeleton.conversion)
@@ -212,33 +326,48 @@ class Shard:
 
 
 def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
-    """The source's config.json with the new expert counts."""
+    """The source's config.json with the new expert counts and layers. Raises UserError where it cannot describe what is left."""
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key != modeling_trimoe.KEY}
     config.pop("auto_map", None)  # the source's own code is not carried over; transformers has the family
-    before = {index: site.num_experts for index, site in skeleton.sites.items()}
-    after = {index: len(decisions[index].keep) if index in decisions else count for index, count in before.items()}
+    kept = depth.kept_layers(skeleton, decisions)
+    place = {index: new for new, index in enumerate(kept)}
+    emptied = [index for index in kept if index in decisions and decisions[index].gone == "moe"]
+    left = {index: site for index, site in skeleton.sites.items() if index in place and index not in emptied}
+    after = {index: len(decisions[index].keep) if index in decisions else site.num_experts for index, site in left.items()}
     field, text = skeleton.count_field, skeleton.config.get_text_config()
     counts = set(after.values())
-    uniform = len(counts) == 1
-    total = counts.pop() if uniform else skeleton.num_experts
-    inner = next((key for key, value in config.items() if isinstance(value, dict) and field in value), None)
-    holder: dict[str, object] = dict(config[inner]) if inner else config  # type: ignore[call-overload]
+    total = counts.pop() if len(counts) == 1 else skeleton.num_experts
+    inner = depth.inner_key(config, field)
+    holder: dict[str, object] = dict(config[inner]) if inner else config  # type: ignore[arg-type]
+    if len(kept) < len(skeleton.layers):
+        holder = depth.renumbered(depth.explicit(skeleton, holder), kept, len(skeleton.layers))
     for name in (*hf.spellings(text, field), *(other for other in hf.COUNT_NAMES if other in holder)):
         holder[name] = total
     if skeleton.ignored_keys and "num_nextn_predict_layers" in holder:
         holder["num_nextn_predict_layers"] = 0  # the multi-token prediction layers are among what is left out
-    if inner:
-        config[inner] = holder
+    dense = [index for index in emptied if depth.zero_block(skeleton, index) is not None]
+    if dense:
+        holder |= depth.dense_form(skeleton, []) or {}
+        holder["mlp_only_layers"] = sorted({place[i] for i in (*(text.mlp_only_layers or ()), *dense) if i in place})
+    config = {**config, inner: holder} if inner else holder
+    _check_depth(skeleton, config, kept, emptied)
     layers: dict[str, dict[str, object]] = {}
-    for index in skeleton.sites:
-        decision = decisions.get(index)
-        entry: dict[str, object] = {}
-        if after[index] != total:
-            entry["num_experts"] = after[index]
-        if decision is not None and decision.factored:
-            entry |= {"in_ranks": list(decision.in_ranks or ()), "out_ranks": list(decision.out_ranks or ())}
-        if entry:
-            layers[str(index)] = entry
+    for index in kept:
+        entry = dict((skeleton.spec or {}).get("layers", {}).get(str(index), {}))
+        if index in emptied and index not in dense:
+            entry = {"dropped": residual.dropped_entry(skeleton, index)}
+        elif index in left:
+            entry.pop("num_experts", None)
+            if after[index] != total:
+                entry["num_experts"] = after[index]
+            decision = decisions.get(index)
+            if decision is not None and decision.factored:
+                entry |= {"in_ranks": list(decision.in_ranks or ()), "out_ranks": list(decision.out_ranks or ())}
+        if entry and index not in dense:
+            layers[str(place[index])] = entry
+    bits = {(decision.bits, decision.group) for decision in decisions.values() if decision.bits is not None and decision.gone is None}
+    if bits:
+        config["quantization_config"] = quantization_config(skeleton, *bits.pop())  # type: ignore[arg-type]
     if layers:
         site = next(iter(skeleton.sites.values()))
         config[modeling_trimoe.KEY] = {
@@ -247,3 +376,45 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
         architecture = modeling_trimoe.stock_class(skeleton.config).__name__
         config["auto_map"] = {"AutoModelForCausalLM": f"modeling_trimoe.{architecture}"}
     return config
+
+
+def quantization_config(skeleton: Skeleton, bits: int, group: int) -> dict[str, object]:
+    """compressed-tensors: every Linear but those listed, which are all that are no routed experts, by the names on disk and in modules."""
+    experts = {
+        key for index, site in skeleton.sites.items() for path in site.expert_paths()
+        for key in skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}")
+    }  # fmt: skip
+    modules = [f"{name}.weight" for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    matrices = [key for key, info in skeleton.checkpoint.tensors.items() if key not in experts and len(info.shape) == 2]
+    names = {key.removesuffix(".weight") for key in (*modules, *matrices) if key.endswith(".weight")}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "ignore": sorted({_anywhere(name) for name in names}),
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "input_activations": None, "output_activations": None,
+            "weights": {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "dynamic": False},
+        }},
+    }  # fmt: skip
+
+
+def _anywhere(name: str) -> str:
+    """A module's name as a pattern that fits it in every decoder layer."""
+    parts = name.split(".")
+    at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+    return name if at is None else "re:.*" + re.escape("." + ".".join(parts[at + 1 :])) + "$"
+
+
+def _check_depth(skeleton: Skeleton, config: dict[str, object], kept: Sequence[int], emptied: Sequence[int]) -> None:
+    """Only where layers were dropped: with the old expert counts put back, the new configuration must give the old layers."""
+    if len(kept) == len(skeleton.layers) and not emptied:
+        return
+    field = skeleton.count_field
+    inner = depth.inner_key(config, field)
+    holder: dict[str, object] = dict(config[inner]) if inner else dict(config)  # type: ignore[call-overload]
+    for name in (*hf.spellings(skeleton.config.get_text_config(), field), *(other for other in hf.COUNT_NAMES if other in holder)):
+        holder[name] = skeleton.num_experts
+    whole = {**config, inner: holder} if inner else holder
+    reason = depth.difference(skeleton, whole, kept, emptied)
+    if reason is not None:
+        gone = sorted(set(range(len(skeleton.layers))) - set(kept))
+        raise UserError(f"Without {f'decoder layers {gone}' if gone else f'the MoE blocks of layers {list(emptied)}'}, {reason}.")

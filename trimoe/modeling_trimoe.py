@@ -8,7 +8,8 @@ works without trimoe. `config.moe_compression` says which layers differ from the
 
     {"version": 1, "block": "mlp", "experts": "experts", "count_field": "num_local_experts",
      "layers": {"3": {"num_experts": 5},
-                "4": {"num_experts": 5, "in_ranks": [16, 24, ...], "out_ranks": [16, -1, ...]}}}   (-1: this matrix stays dense)
+                "4": {"num_experts": 5, "in_ranks": [16, 24, ...], "out_ranks": [16, -1, ...]},   (-1: this matrix stays dense)
+                "5": {"dropped": {"guard": "gate.weight", "norm": "post_attention_layernorm", "pair": false}}}}
 
 Letters: T tokens, k experts per token, E experts, H hidden size, I expert width, O the width of the first projection (2I if gated).
 """
@@ -140,6 +141,34 @@ class FactoredExperts(nn.Module):
         return up, getattr(self, "down_proj_bias", None)
 
 
+class NoBlock(nn.Module):
+    """In the place of a dropped MoE block: adds nothing to the residual stream. `pair`: the block's caller wants (hidden, None).
+
+    Its one buffer, under the name of the router's weight and of another shape, is the guard (see FactoredExperts).
+    """
+
+    def __init__(self, guard: str, pair: bool):
+        super().__init__()
+        self.pair = pair
+        owner, _, leaf = guard.rpartition(".")
+        inner: nn.Module = self
+        for part in owner.split(".") if owner else ():
+            inner.add_module(part, nn.Module())
+            inner = getattr(inner, part)
+        inner.register_buffer(leaf, torch.zeros(2, 2))
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.pair else zeros
+
+
+def drop_block(layer: nn.Module, block: str, guard: str, norm: str, pair: bool) -> None:
+    """Take a MoE block and the norm before it out of a decoder layer."""
+    parent, _, leaf = block.rpartition(".")
+    setattr(layer.get_submodule(parent), leaf, NoBlock(guard, pair))
+    setattr(layer, norm, nn.Identity())
+
+
 def _apply(x: torch.Tensor, matrix: tuple, width: int) -> torch.Tensor:
     v, u, w = matrix
     if w is not None:
@@ -164,6 +193,9 @@ def reshape(model: PreTrainedModel) -> None:
     donors: dict[int, nn.ModuleList] = {}
     for index, entry in spec["layers"].items():
         layer = layers[int(index)]
+        if "dropped" in entry:
+            drop_block(layer, spec["block"], **entry["dropped"])
+            continue
         count = entry.get("num_experts")
         if count is not None:
             if count not in donors:

@@ -12,30 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from trimoe import hf
-from trimoe.modeling_trimoe import first_projection
+from trimoe.expert import run_expert
 from trimoe.skeleton import Site
-from trimoe.stats import MAXIMA, LayerStats
+from trimoe.stats import MAXIMA, LayerStats, similarity
 
 NAME = "trimoe_observe"
 CHUNK = 1 << 23  # elements of a temporary that may be held at once (32 MiB of float32)
-
-
-def run_expert(module: Any, expert: int, x_SH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h, y): the input of the last projection [S, I] and the output [S, H] of one expert, in any layout."""
-    up, down = first_projection(module)[expert], module.down_proj[expert]
-    first = x_SH @ up if module.is_transposed else F.linear(x_SH, up)
-    if module.has_bias:
-        first = first + getattr(module, "gate_up_proj_bias" if module.has_gate else "up_proj_bias")[expert]
-    h_SI = module._apply_gate(first) if module.has_gate else module.act_fn(first)
-    y_SH = h_SI @ down if module.is_transposed else F.linear(h_SI, down)
-    if module.has_bias:
-        y_SH = y_SH + module.down_proj_bias[expert]
-    if getattr(module, "has_post_expert_norm", False):
-        y_SH = module.post_expert_norm(y_SH)
-    return h_SI, y_SH
 
 
 def by_expert(index_TK: torch.Tensor, count: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -176,14 +160,14 @@ def reach_order(rule: Any, logits_TE: torch.Tensor, bias_E: torch.Tensor | None,
 
 
 class _Cosines:
-    """Sums of cosines between a layer's (and its MoE sub-layer's) input and output, in float32."""
+    """Sums of cosines between a MoE sub-layer's input and its output, with and without the residual, in float32."""
 
     def __init__(self, stats: LayerStats, layer: nn.Module, block: nn.Module):
         self.stats = stats
         self.before_norm = self.block_output = torch.empty(0)
         self.latest: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.handles = [child.register_forward_hook(self._child) for child in layer.children() if child is not block]
-        self.handles += [block.register_forward_hook(self._block), layer.register_forward_hook(self._layer, with_kwargs=True)]
+        self.handles += [block.register_forward_hook(self._block), layer.register_forward_hook(self._layer)]
 
     def _child(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(output, torch.Tensor) and isinstance(args[0], torch.Tensor) and output.shape == args[0].shape:
@@ -195,14 +179,11 @@ class _Cosines:
         self.before_norm, self.block_output = (source or [args[0]])[-1], output[0] if isinstance(output, tuple) else output
         self.latest.clear()
 
-    def _layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         out = output[0] if isinstance(output, tuple) else output
-        given = args[0] if args else kwargs["hidden_states"]
-        before, block, given, out = (x.reshape(-1, x.shape[-1]).float() for x in (self.before_norm, self.block_output, given, out))
-        norm = {id(x): torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-8) for x in (before, block, given, out)}
-        for name, a, b in (("sublayer_cosine", before, out), ("output_cosine", before, block), ("block_cosine", given, out)):
-            dot_T = torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
-            self.stats.add(name, (dot_T / (norm[id(a)] * norm[id(b)])).double().sum())
+        before, block, out = (x.reshape(-1, x.shape[-1]).float() for x in (self.before_norm, self.block_output, out))
+        self.stats.add("sublayer_cosine", similarity(before, out).double().sum())
+        self.stats.add("output_cosine", similarity(before, block).double().sum())
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def packed_columns(columns: int, bits: int) -> int:
 
 def pack(q_OI: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 [O, I] -> int32 [O, ceil(I bits / 32)]; the first value lies in the lowest bits."""
-    rows, columns = q_OI.shape
+    columns = q_OI.shape[1]
     fields = (q_OI.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     fields = torch.nn.functional.pad(fields, (0, packed_columns(columns, bits) * (32 // bits) - columns))
     if bits == 4:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trimoe import budget
+from trimoe import budget, depth, parts, residual
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.layout import Layout
-from trimoe.methods import ExpertDrop, LowRank
+from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step
 from trimoe.methods.low_rank import MULTIPLE, rank_share
-from trimoe.methods.method import Decisions, LayerDecision, decided_site, unchanged
+from trimoe.methods.method import Decisions, LayerDecision, decided_sites, unchanged
 from trimoe.recipe import Recipe
 from trimoe.recipe import load as load_recipe
 from trimoe.skeleton import Site, Skeleton
@@ -83,6 +83,7 @@ class Plan:
         rows = [
             f"    {row['layer']:>5}  {row['experts']:>3} -> {row['kept'] if row['kept'] is not None else '?':>3}"
             + (f"  rank {row['rank']}" if row.get("rank") is not None else "")
+            + {None: "", "moe": "  MoE sub-layer dropped", "block": "  layer dropped"}[row.get("gone")]
             for row in self.layers
         ]
         return "\n".join([*lines, "  layer  experts", *rows, *(f"  warning: {warning}" for warning in self.warnings)])
@@ -110,26 +111,80 @@ def plan(
     skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, weights=False)
     if skeleton.checkpoint.scheme is not None:
         raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
-    decisions, sites, slack, open_counts = unchanged(skeleton.sites), dict(skeleton.sites), 0, False
-    for step in parsed.steps:
-        step.shape(sites, decisions)
-        _search_memory(step, sites, parsed)
-        if isinstance(step, ExpertDrop):
-            counts = step.uniform(sites)
-            open_counts = open_counts or step.counts != "uniform"
-            decisions = {i: LayerDecision(keep=decisions[i].keep[: len(decisions[i].keep) - counts[i]]) for i in sites}
-            sites = {i: decided_site(site, decisions[i]) for i, site in sites.items()}
-        elif isinstance(step, LowRank):
-            decisions, more = _on_paper(step, sites, decisions, open_counts)
-            slack += more
-    layout = Layout(skeleton, decisions)
-    closed = not open_counts and not any(isinstance(step, LowRank) and step.rank == "optimal" for step in parsed.steps)
-    native = layout.native or open_counts
+    most, least = _Paper(skeleton, parsed, largest=False), _Paper(skeleton, parsed, largest=True)
+    layout = Layout(skeleton, most.decisions)
+    smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
+    native = layout.native or smaller.native or most.open_counts
     _check_target(parsed, native, skeleton)
     return describe(
-        skeleton, layout, parsed, native=native, slack=None if closed else slack + _header_slack(layout), kept_known=not open_counts,
+        skeleton, layout, parsed, native=native, kept_known=not (most.open_counts or most.open_depth),
+        slack=most.slack + _header_slack(layout) if most.open_bytes else None, least_bytes=smaller.nbytes,
         tokens=(samples or parsed.calibration.samples) * min(length or parsed.calibration.length, skeleton.context),
     )  # fmt: skip
+
+
+class _Paper:
+    """A recipe's steps on paper: stand-in decisions of the right sizes, every user error that can be found without a weight, and what is
+    still open. Where it is open which layers are dropped, those of the fewest bytes are (or the most, for `largest`)."""
+
+    def __init__(self, skeleton: Skeleton, recipe: Recipe, *, largest: bool):
+        self.skeleton, self.largest = skeleton, largest
+        self.decisions: Decisions = unchanged(skeleton.sites)
+        self.slack, self.open_counts, self.open_ranks, self.open_depth = 0, False, False, False
+        for step in recipe.steps:
+            sites = decided_sites(skeleton.sites, self.decisions)
+            if not isinstance(step, Quantize) and any(decision.bits for decision in self.decisions.values()):
+                raise UserError(f"{step.name}: the experts are integers by then; quantize comes last.")
+            step.shape(sites, self.decisions)
+            _search_memory(step, sites, recipe)
+            if isinstance(step, ExpertDrop):
+                counts = step.uniform(sites)
+                self.open_counts = self.open_counts or step.counts != "uniform"
+                new = {i: LayerDecision(keep=self.decisions[i].keep[: len(self.decisions[i].keep) - counts[i]]) for i in sites}
+            elif isinstance(step, LowRank):
+                new, more = _on_paper(step, sites, self.decisions, self.open_counts)
+                self.slack += more
+                self.open_ranks = self.open_ranks or step.rank == "optimal"
+            elif isinstance(step, Quantize):
+                new = step.decide(sites, self.decisions)
+            else:
+                new = self._without(step, sites)
+                self.open_depth = True
+            self.decisions = {**self.decisions, **new}
+
+    @property
+    def open_bytes(self) -> bool:
+        return self.open_counts or self.open_ranks or self.open_depth
+
+    def _without(self, step: LayerDrop | BlockDrop, sites: dict[int, Site]) -> Decisions:
+        """Which layers go is open; here those that weigh least or most."""
+        layers = depth.kept_layers(self.skeleton, self.decisions)
+        whole = isinstance(step, BlockDrop) or step.blocks
+        blocks = [i for i in depth.droppable_blocks(self.skeleton) if i in layers] if whole else []
+        if isinstance(step, LayerDrop):
+            for index in sites:
+                residual.dropped_entry(self.skeleton, index)  # raises where dropping is not the identity
+        total = step.total(list(sites), layers)
+        weights = {part: self._weight(part) for part in step.candidates(list(sites), blocks)}
+        order = sorted(weights, key=lambda part: weights[part] / parts.cost(part, (), mixed=step.blocks), reverse=self.largest)
+        if not order:
+            raise UserError(f"{step.name}: there is no layer left that could be dropped.")
+        if total is None:
+            chosen = order[:-1] if self.largest else []
+        else:
+            chosen = []
+            for part in order:
+                chosen = parts.add(chosen, part, total, mixed=step.blocks)
+        return {index: replace(self.decisions.get(index, LayerDecision()), gone=kind) for kind, index in chosen}
+
+    def _weight(self, part: parts.Part) -> int:
+        """Bytes that go with a part."""
+        kind, index = part
+        inside = self.skeleton.keys_by_layer[index]
+        if kind == "moe":
+            prefix = f"{self.skeleton.layer_name(index)}.{self.skeleton.sites[index].block}."
+            inside = [k for name, keys in self.skeleton.conversion.source_of.items() if name.startswith(prefix) for k in keys]
+        return sum(self.skeleton.checkpoint.tensors[key].nbytes for key in inside)
 
 
 def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_counts: bool) -> tuple[Decisions, int]:
@@ -153,7 +208,7 @@ def _header_slack(layout: Layout) -> int:
     return 24 * entries + 4096
 
 
-def _search_memory(step: ExpertDrop | LowRank, sites: dict[int, Site], recipe: Recipe) -> int:
+def _search_memory(step: Step, sites: dict[int, Site], recipe: Recipe) -> int:
     """Bytes that a step's search tokens take, at most; raises if too few of them would fit."""
     every, spec = list(sites.values()), recipe.calibration
     return search_budget(every, step.reach(sites), spec.search_tokens, spec.search_memory) * gram_bytes(every, step.reach(sites))
@@ -169,27 +224,39 @@ def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens:
 def _check_target(recipe: Recipe, native: bool, skeleton: Skeleton) -> None:
     if native and recipe.target != "transformers":
         raise UserError(
-            f"The recipe's target is {recipe.target}, but different expert counts per layer and factored experts load in transformers only; "
-            "use counts: uniform with a ratio that removes equally many everywhere and low_rank form: dense, or target: transformers."
+            f"The recipe's target is {recipe.target}, but different expert counts per layer, factored experts and, in this family, dropped MoE "
+            "sub-layers load in transformers only; use counts: uniform with a ratio that removes equally many everywhere, low_rank form: "
+            "dense and block_drop, or target: transformers."
         )
 
 
-def describe(skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, slack: int | None, kept_known: bool, tokens: int) -> Plan:
-    """The plan of a layout; `slack` bytes either way where decisions are open (None: exact)."""
+def describe(
+    skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, slack: int | None, kept_known: bool, tokens: int,
+    least_bytes: int | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of a layout; `slack` bytes either way where decisions are open (None: exact), `least_bytes` of the smallest that it may be."""
     before_layout = Layout(skeleton, unchanged(skeleton.sites))
-    before, after = _sizes(skeleton, before_layout, None), _sizes(skeleton, layout, slack)
+    before, after = _sizes(skeleton, before_layout, None), _sizes(skeleton, layout, slack, least_bytes)
     rows = []
     for index, site in skeleton.sites.items():
         decision = layout.decisions[index]
         rank: Any = None
         if decision.in_ranks is not None:
             rank = "?" if slack is not None else _mean(decision.in_ranks) + " / " + _mean(decision.out_ranks or ())
-        rows.append({"layer": index, "experts": site.num_experts, "kept": len(decision.keep) if kept_known else None, "rank": rank})
+        kept = 0 if decision.gone else len(decision.keep)
+        rows.append(
+            {"layer": index, "experts": site.num_experts, "kept": kept if kept_known else None, "rank": rank,
+             "gone": decision.gone if kept_known else None}
+        )  # fmt: skip
+    if kept_known:
+        rows += [
+            {"layer": index, "experts": 0, "kept": 0, "rank": None, "gone": decision.gone}
+            for index, decision in layout.decisions.items() if index not in skeleton.sites
+        ]  # fmt: skip
+        rows.sort(key=lambda row: row["layer"])
     kind = skeleton.config.model_type
     others = (
-        "no (experts differ from layer to layer or are factored)"
-        if native
-        else f"yes, where it supports {kind} (one expert count everywhere)"
+        "no (layers differ in form, or experts are factored)" if native else f"yes, where it supports {kind} (one expert count everywhere)"
     )
     loads = dict.fromkeys(ENGINES, others) | {"transformers": "yes, with import trimoe or trust_remote_code=True" if native else "yes"}
     hidden = next(iter(skeleton.sites.values())).hidden * tokens * skeleton.dtype.itemsize
@@ -213,16 +280,18 @@ def _mean(ranks: Sequence[int]) -> str:
     return text + (f" ({dense} dense)" if dense else "")
 
 
-def _sizes(skeleton: Skeleton, layout: Layout, slack: int | None) -> Sizes:
-    parameters = sum(math.prod(entry.shape) for group in layout.groups for entry in group)
+def _sizes(skeleton: Skeleton, layout: Layout, slack: int | None, least_bytes: int | None = None) -> Sizes:
+    parameters = sum(entry.parameters for group in layout.groups for entry in group)
     experts = inactive = 0
     for index, site in skeleton.sites.items():
         decision = layout.decisions[index]
+        if decision.gone is not None:
+            continue
         here = _expert_parameters(skeleton, site, decision)
         experts += here
         inactive += here - round(here * min(1.0, site.rule.top_k / len(decision.keep)))
-    more, less = (0, 0) if slack is None else (slack, slack)
-    return Sizes(parameters, parameters - inactive, experts, layout.nbytes + more, layout.nbytes - less)
+    low = layout.nbytes if least_bytes is None else least_bytes
+    return Sizes(parameters, parameters - inactive, experts, layout.nbytes + (slack or 0), low - (slack or 0))
 
 
 def _expert_parameters(skeleton: Skeleton, site: Site, decision: LayerDecision) -> int:

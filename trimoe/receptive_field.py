@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trimoe.gather import prune_layer
+from trimoe.gather import prune_layer, survivors
 from trimoe.methods.expert_drop import Drop, ReceptiveField
 from trimoe.methods.method import Decisions
 from trimoe.observe import masked
@@ -59,11 +59,10 @@ def choose(
     blocks: list[dict[str, object]] = []
     layers: list[int] = []
     last = max(candidates, default=-1)
-    for index in reporter.track(range(len(walk)), "Receptive field", len(walk)):
+    left = survivors(skeleton, decisions)
+    for index in reporter.track(left, "Receptive field", len(left)):
         with walk.layer(index) as layer:
-            site = skeleton.sites.get(index)
-            if site is not None:
-                site = prune_layer(layer, site, decisions)
+            site = prune_layer(skeleton, index, layer, decisions)
             walk.advance(index, layer)
             if site is None or index not in candidates:
                 for branch in branches:

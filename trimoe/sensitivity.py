@@ -5,24 +5,21 @@ One streamed pass serves all layers: at each MoE layer a branch leaves the unper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from trimoe.calibration import in_batches
-from trimoe.gather import prune_layer
 from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Site, Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.variants import Change, divergence
 
-Perturb = Callable[[nn.Module, Site], AbstractContextManager[None]]
-SAMPLES = 24  # what layers are measured on, where memory allows
-FLOOR = 96 << 20  # bytes
 SHRINK = 0.3  # share of the routed output taken away where no experts are to be masked
+ORIGINAL = -1
 
 
 @dataclass(frozen=True)
@@ -49,70 +46,67 @@ def shrunk(layer: nn.Module, site: Site) -> Iterator[None]:
         handle.remove()
 
 
-def affordable(skeleton: Skeleton, batches: Sequence[torch.Tensor], branches: int, device: str = "cpu") -> list[torch.Tensor]:
-    """Samples, evenly spread over the calibration set: at most SAMPLES, and so many that `branches` copies of their hidden states take
-    no more memory than half a decoder layer or FLOOR bytes, whichever is more; at least one."""
-    samples = torch.cat(list(batches))
-    room = max(FLOOR, skeleton.largest_layer // 2)
-    hidden = next(iter(skeleton.sites.values())).hidden
-    fits = room // (skeleton.dtype.itemsize * hidden * samples.shape[1] * (branches + 2))
-    count = max(1, min(len(samples), fits, SAMPLES))
-    rows = torch.linspace(0, len(samples) - 1, count).round().long()
-    return in_batches(samples[rows], device)
-
-
-@torch.no_grad()
 def sensitivity(
     skeleton: Skeleton,
     batches: Sequence[torch.Tensor],
-    perturb: Mapping[int, Perturb],
+    perturb: Mapping[int, Any],
     *,
     decisions: Decisions | None = None,
     device: str = "cpu",
     reporter: Reporter = QUIET,
 ) -> Sensitivity:
-    """Perturb the MoE layers of `perturb` one at a time in the model that `decisions` leave, and measure what comes out at the end."""
-    walk = LayerWalk(skeleton, batches, device=device)
-    branches: dict[int, list[torch.Tensor]] = {}
-    error: dict[int, float] = {}
-    for index in reporter.track(range(len(walk)), "Sensitivity", len(walk)):
-        with walk.layer(index) as layer:
-            site = skeleton.sites.get(index)
-            if site is not None:
-                site = prune_layer(layer, site, decisions)
-            for branch in branches.values():
-                for batch, hidden in enumerate(branch):
-                    branch[batch] = walk.step(index, layer, hidden, batch)
-            if site is None or index not in perturb:
-                walk.advance(index, layer)
-                continue
-            branches[index], off, whole = [], 0.0, 0.0
-            for batch, hidden in enumerate(walk.hidden):
-                with perturb[index](layer, site), _output(layer, site) as wrong:
-                    branches[index].append(walk.step(index, layer, hidden, batch))
-                with _output(layer, site) as right:
-                    walk.hidden[batch] = walk.step(index, layer, hidden, batch)
-                off += float((wrong[0] - right[0]).double().square().sum())
-                whole += float(right[0].double().square().sum())
-            error[index] = (off / max(whole, 1e-30)) ** 0.5
-    total = dict.fromkeys(branches, 0.0)
-    tokens = 0
-    with walk.head() as head:
-        for batch, hidden in enumerate(walk.hidden):
-            log_p = head(hidden, batch).float().log_softmax(-1)
-            tokens += log_p.shape[0] * log_p.shape[1]
-            for index, branch in branches.items():
-                log_q = head(branch[batch], batch).float().log_softmax(-1)
-                total[index] += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-    return Sensitivity({i: value / tokens for i, value in total.items()}, error)
+    """Perturb the MoE layers of `perturb` one at a time in the model that `decisions` leave, and measure what comes out at the end.
+    `perturb[i]`: (layer, site) -> context manager that holds while layer i runs wrong."""
+    probes = {index: _Probe(change) for index, change in perturb.items()}
+    right: dict[int, Change] = {index: probe.right for index, probe in probes.items()}
+    wrong: dict[int, Change] = {index: probe.wrong for index, probe in probes.items()}
+    versions = {ORIGINAL: right}
+    for index in probes:  # watched up to the layer that goes wrong, on its own from there
+        versions[index] = {i: change for i, change in right.items() if i < index} | {index: wrong[index]}
+    kl = divergence(skeleton, batches, versions, ORIGINAL, decisions=decisions, device=device, label="Sensitivity", reporter=reporter)
+    return Sensitivity(kl, {index: probe.error for index, probe in probes.items()})
+
+
+class _Probe:
+    """Two versions of one layer, right and wrong, and how far apart its experts' outputs are in them."""
+
+    def __init__(self, change: Any):
+        self.change, self.error = change, 0.0
+        self.outputs: dict[str, list[torch.Tensor]] = {"right": [], "wrong": []}
+        # bound methods are made anew at every access; versions share streams by identity
+        self.right, self.wrong = self._watched("right"), self._watched("wrong")
+
+    def _watched(self, which: str) -> Change:
+        @contextmanager
+        def run(layer: nn.Module, site: Site | None) -> Iterator[None]:
+            assert site is not None
+            seen = self.outputs[which]
+            if which == "wrong":
+                with self.change(layer, site), _output(layer, site, seen):
+                    yield
+            else:
+                with _output(layer, site, seen):
+                    yield
+            self._compare()
+
+        return run
+
+    def _compare(self) -> None:
+        """Once both versions ran: error = ||wrong - right|| / ||right|| over all batches; the outputs are let go."""
+        wrong, right = self.outputs["wrong"], self.outputs["right"]
+        if len(wrong) == len(right):
+            off = torch.stack([(a - b).double().square().sum() for a, b in zip(wrong, right, strict=True)]).sum()
+            whole = torch.stack([b.double().square().sum() for b in right]).sum()
+            self.error = float((off / whole.clamp_min(1e-30)).sqrt())
+            wrong.clear()
+            right.clear()
 
 
 @contextmanager
-def _output(layer: nn.Module, site: Site) -> Iterator[list[torch.Tensor]]:
-    """A list that what the layer's experts give is put into."""
-    seen: list[torch.Tensor] = []
+def _output(layer: nn.Module, site: Site, seen: list[torch.Tensor]) -> Iterator[None]:
+    """Adds what the layer's experts give to `seen`."""
     handle = site.experts_of(layer).register_forward_hook(lambda module, args, output: seen.append(output))
     try:
-        yield seen
+        yield
     finally:
         handle.remove()

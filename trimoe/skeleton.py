@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -89,6 +89,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
         self.checkpoint, self.dtype = checkpoint, dtype
+        self._found: dict[Hashable, Any] = {}
         self.config = hf.load_config(checkpoint.folder)
         self.spec = getattr(self.config, modeling_trimoe.KEY, None)
         self._refuse_what_cannot_be_built()
@@ -164,6 +165,12 @@ class Skeleton:
     def _order(self) -> dict[str, int]:
         return {key: place for place, key in enumerate(self.checkpoint.tensors)}
 
+    def remembered(self, what: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of `make()`, made once for this model: what is found by building or running hollow models is not found twice."""
+        if what not in self._found:
+            self._found[what] = make()
+        return self._found[what]
+
     def source_keys(self, parameter: str) -> list[str]:
         """The checkpoint keys that make one parameter (full name)."""
         return self.conversion.source_of.get(parameter, [])
@@ -218,7 +225,7 @@ class Skeleton:
         rules: dict[tuple[Any, ...], RoutingRule] = {}
         for index, (layer, bigger) in enumerate(zip(once, twice, strict=True)):
             axes = _grown(layer, bigger)
-            if axes:
+            if axes and "dropped" not in (self.spec or {}).get("layers", {}).get(str(index), {}):
                 yield self._site(index, layer, bigger, axes, rules)
 
     def _site(

@@ -19,10 +19,17 @@ from safetensors.torch import save_file
 from trimoe.errors import UserError
 from trimoe.routing import RoutingRule
 
-FORMAT = "trimoe-stats-1"
+FORMAT = "trimoe-stats-2"
 MAXIMA = frozenset({"max_abs_E"})
 OF_WEIGHTS = frozenset({"weight_score_E", "in_spectrum_ER", "out_spectrum_ER"})  # belong to the weights, not to tokens: kept as they are
+BLOCK = "block_cosine"
 SEARCH = ("logits_TE", "order_TM", "gram_TMM")
+
+
+def similarity(a_TH: torch.Tensor, b_TH: torch.Tensor) -> torch.Tensor:
+    """Cosine of each pair of rows, [T]."""
+    norm_T = torch.linalg.vector_norm(a_TH, dim=-1) * torch.linalg.vector_norm(b_TH, dim=-1)
+    return torch.bmm(a_TH.unsqueeze(1), b_TH.unsqueeze(2)).flatten() / norm_T.clamp_min(1e-16)
 
 
 @dataclass(eq=False)
@@ -33,7 +40,7 @@ class LayerStats:
     outputs     norm_sum_E (sum ||y||), gate_norm_sum_E (sum g||y||), gate_norm_sq_E (sum (g||y||)^2), max_abs_E (largest |y|),
                 mean_output_EH (sum of y), energy_EE (sum g g' <y, y'>; its total is ||F(X)||^2)
     channels    x_sq_EH, gx_sq_EH, h_sq_EI, gh_sq_EI: per-channel sums of squares of both expert inputs, plain and weighted by g
-    cosines     sublayer_cosine, output_cosine, block_cosine: sums over tokens of cos(x, x+MoE), cos(x, MoE), cos(block in, block out)
+    cosines     sublayer_cosine, output_cosine: sums over tokens of cos(x, x + MoE) and cos(x, MoE)
     weights     weight_score_E (mean |w| / rms(w)); spectra (low rank): in_spectrum_ER, out_spectrum_ER, squared singular values
     and for the search tokens (subsampled, seeded): logits_TE, order_TM (each token's M best experts), gram_TMM (<y_a, y_b> among them).
     """
@@ -86,8 +93,17 @@ class Stats:
 
     about: dict[str, Any]
     layers: dict[int, LayerStats] = field(default_factory=dict)
+    blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # every decoder layer: [sum over tokens of cos(in, out), tokens]
+
+    def see_block(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """One batch's hidden states before and after decoder layer `index`, [..., H]."""
+        before, after = (x.reshape(-1, x.shape[-1]).float() for x in (before, after))
+        cosine_T = similarity(before, after)
+        self.blocks[index] = self.blocks.get(index, 0) + torch.stack([cosine_T.double().sum(), cosine_T.new_tensor(len(cosine_T)).double()])
 
     def merge(self, other: Stats) -> None:
+        for index, sums in other.blocks.items():
+            self.blocks[index] = self.blocks.get(index, 0) + sums
         for index, layer in other.layers.items():
             if index in self.layers:
                 self.layers[index].merge(layer)
@@ -103,6 +119,7 @@ class Stats:
                 named["bias_E"] = layer.bias_E
             tensors |= {f"{index}.{name}": tensor.cpu().contiguous() for name, tensor in named.items()}
             rules[str(index)] = layer.rule.__dict__
+        tensors |= {f"{index}.{BLOCK}": sums.cpu() for index, sums in self.blocks.items()}
         head = {"format": FORMAT, "about": json.dumps(self.about), "rules": json.dumps(rules)}
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + ".part")
@@ -129,6 +146,9 @@ class Stats:
             raise UserError(f"{path} is a damaged statistics file: its description cannot be read.") from None
         for key, tensor in tensors.items():
             index, _, name = key.partition(".")
+            if name == BLOCK:
+                stats.blocks[int(index)] = tensor
+                continue
             layer = stats.layers[int(index)]
             if name == "bias_E":
                 layer.bias_E = tensor

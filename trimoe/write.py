@@ -48,7 +48,9 @@ class Writer:
         _, file, offsets = self._open
         for entry in self.layout.groups[group]:
             file.seek(offsets[entry.key])
-            if entry.source is not None:
+            if entry.zeros:
+                file.write(bytes(entry.nbytes))
+            elif entry.source is not None:
                 self._copy(entry, file)
             else:
                 assert made is not None, entry.key

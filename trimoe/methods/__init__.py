@@ -1,7 +1,10 @@
 """The methods, registered by listing: one file each, one line here."""
 
+from trimoe.methods.block_drop import BlockDrop
 from trimoe.methods.expert_drop import ExpertDrop
+from trimoe.methods.layer_drop import LayerDrop
 from trimoe.methods.low_rank import LowRank
+from trimoe.methods.quantize import Quantize
 
-Step = ExpertDrop | LowRank
-METHODS: dict[str, type[Step]] = {method.name: method for method in (ExpertDrop, LowRank)}
+Step = ExpertDrop | LayerDrop | BlockDrop | LowRank | Quantize
+METHODS: dict[str, type[Step]] = {method.name: method for method in (ExpertDrop, LayerDrop, BlockDrop, LowRank, Quantize)}

@@ -302,4 +302,5 @@ class ExpertDrop:
         return {
             index: LayerDecision(keep=tuple(expert for place, expert in enumerate(decision.keep) if place not in set(drops.get(index, ()))))
             for index, decision in decisions.items()
+            if decision.gone is None
         }

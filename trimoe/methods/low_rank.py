@@ -20,9 +20,9 @@ from torch import nn
 
 from trimoe import budget, knapsack, scores
 from trimoe.errors import UserError
+from trimoe.expert import activate, matrices, run_expert
 from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.modeling_trimoe import DENSE, FactoredExperts, first_projection
-from trimoe.observe import run_expert
 from trimoe.seen import DAMP, Given, Seen, damped
 from trimoe.skeleton import Site
 from trimoe.stats import LayerStats
@@ -205,12 +205,6 @@ class Cut:
         return self.whole if self.whole is not None else self.u_mr @ self.v_rn  # type: ignore[operator]
 
 
-def matrices(experts: Any, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W_in [O, H], W_out [H, I]) of one expert in output-by-input orientation."""
-    w_in, w_out = first_projection(experts)[expert], experts.down_proj[expert]
-    return (w_in.mT, w_out.mT) if experts.is_transposed else (w_in, w_out)
-
-
 def factor(w_mn: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut:
     """The best rank-r approximation of W under ||(W - UV) S||_F, C = S S^T: U = Q_r, V = Q_r^T W, Q the left singular vectors of W S."""
     if rank == DENSE:
@@ -241,18 +235,12 @@ def _refit(experts: Any, expert: int, given: Given, cut_in: Cut, w_out: torch.Te
     old, new = [], []
     for x in (given.x_SH, given.pool_PH):
         old.append(run_expert(experts, expert, x)[0])
-        new.append(_activate(experts, expert, x @ cut_in.product.T))
+        new.append(activate(experts, expert, x @ cut_in.product.T))
     moment = given.blended(new[0], new[0], new[1], new[1])
     cross = given.blended(old[0], new[0], old[1], new[1])
     ridge = torch.diag_embed((RIDGE * moment.diagonal().mean() + 1e-12).expand(len(moment)))
     target = torch.linalg.solve(moment + ridge, (w_out.double() @ (cross + ridge)).T).T
     return target.to(w_out.dtype), damped(moment, DAMP)
-
-
-def _activate(experts: Any, expert: int, first_SO: torch.Tensor) -> torch.Tensor:
-    if experts.has_bias:
-        first_SO = first_SO + getattr(experts, "gate_up_proj_bias" if experts.has_gate else "up_proj_bias")[expert]
-    return experts._apply_gate(first_SO) if experts.has_gate else experts.act_fn(first_SO)
 
 
 def _full_average(site: Site) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -11,13 +12,17 @@ from trimoe.skeleton import Site
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDecision:
-    """What becomes of one MoE layer. `keep`: surviving experts by their number in the source. `in_ranks`, `out_ranks`: one rank per
-    survivor for its first (gate and up stacked) and last projection; `merged` means the factors are multiplied out again (dense)."""
+    """What becomes of one decoder layer. `keep`: surviving experts by their number in the source. `in_ranks`, `out_ranks`: one rank per
+    survivor for its first (gate and up stacked) and last projection; `merged` means the factors are multiplied out again (dense).
+    `gone`: "moe", the MoE sub-layer and its norm are dropped; "block", the whole layer is. `bits`, `group`: the experts' integers."""
 
-    keep: tuple[int, ...]
+    keep: tuple[int, ...] = ()
     in_ranks: tuple[int, ...] | None = None
     out_ranks: tuple[int, ...] | None = None
     merged: bool = False
+    gone: Literal["moe", "block"] | None = None
+    bits: int | None = None
+    group: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if value is not None and value is not False}
@@ -32,7 +37,12 @@ class LayerDecision:
         return self.in_ranks is not None and not self.merged
 
 
-Decisions = dict[int, LayerDecision]  # by decoder layer
+Decisions = dict[int, LayerDecision]  # by decoder layer; layers without experts are listed only where they are dropped
+
+
+def decided_sites(sites: Mapping[int, Site], decisions: Decisions) -> dict[int, Site]:
+    """The MoE layers that are left, as they are then."""
+    return {index: decided_site(site, decisions[index]) for index, site in sites.items() if decisions[index].gone is None}
 
 
 def unchanged(sites: dict[int, Site]) -> Decisions:

@@ -1,0 +1,64 @@
+"""Drop MoE sub-layers with their norms. Layer Drop, arXiv 2406.02500, section 4.2; `rerank: kl` and mixing in blocks are ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from trimoe import parts
+from trimoe.errors import UserError
+from trimoe.methods.method import Decisions
+from trimoe.skeleton import Site
+from trimoe.stats import Stats
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class LayerDrop:
+    """Drop the MoE sub-layers that change the residual stream least: the token's state passes them by.
+
+    ratio, count, threshold   share of the MoE layers, how many, or all whose similarity is above it (one of the three)
+    metric     `residual`: cos(x, x + MoE(norm x)), the paper's; `output`: cos(x, MoE(norm x)), its ablation
+    choose     `discrete`: wherever; `consecutive`: one run of MoE layers
+    blocks     whole decoder layers are candidates as well; then ratio and count mean sub-layers, of which a decoder layer has two
+    rerank     `kl`: of the most similar, drop one after the other what costs the least KL at the model's output
+    """
+
+    name: ClassVar[str] = "layer_drop"
+    paper: ClassVar[str] = "arXiv 2406.02500"
+    scope: ClassVar[Literal["layer", "model"]] = "model"
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    count: Annotated[int, Field(ge=1)] | None = None
+    threshold: Annotated[float, Field(ge=-1, lt=1)] | None = None
+    metric: Literal["residual", "output"] = "residual"
+    choose: Literal["discrete", "consecutive"] = "discrete"
+    blocks: bool = False
+    rerank: Literal["none", "kl"] = "none"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"cosines"})
+
+    def reach(self, sites: Mapping[int, Site]) -> int:
+        return 0
+
+    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+        parts.check(self.name, self.ratio, self.count, self.threshold, consecutive=self.choose == "consecutive", rerank=self.rerank == "kl")
+        if self.blocks and self.choose == "consecutive":
+            raise UserError("layer_drop: blocks cannot be mixed into one consecutive run; set choose: discrete, or use block_drop.")
+
+    def candidates(self, moe: list[int], blocks: list[int]) -> list[parts.Part]:
+        """`moe`: layers with a MoE block, `blocks`: layers that can go whole."""
+        return [("moe", index) for index in moe] + ([("block", index) for index in blocks] if self.blocks else [])
+
+    def total(self, moe: list[int], layers: list[int]) -> int | None:
+        """How many sub-layers go; None where the threshold says."""
+        if self.blocks:
+            return parts.wanted(self.name, self.ratio, self.count, 2 * len(layers), "sub-layers")
+        return parts.wanted(self.name, self.ratio, self.count, len(moe), "MoE layers")
+
+    def similarity(self, candidates: list[parts.Part], stats: Stats) -> dict[parts.Part, float]:
+        return {part: parts.similarity(part, stats, self.metric) for part in candidates}
