@@ -144,7 +144,7 @@ class Runner:
 
         torch.set_num_threads(job["threads"])
         self.batch, self.prompt, self.generate = job["batch"], job["prompt"], job["generate"]
-        self.before_bytes = 0 if torch.device(job["device"]).type == "cuda" else _status("RssAnon")
+        self.before_bytes = 0 if torch.device(job["device"]).type == "cuda" else _status("VmRSS")
         start = time.perf_counter()
         self.model: Any = trimoe.load(job["model"], device=job["device"], dtype=job["dtype"], backend=job["backend"])
         self._wait()
@@ -181,7 +181,7 @@ class Runner:
     def memory(self) -> dict[str, Any]:
         if self.model.device.type == "cuda":
             return {"peak_bytes": torch.cuda.max_memory_allocated(), "resident_bytes": torch.cuda.memory_allocated()}
-        return {"peak_bytes": _status("VmHWM"), "resident_bytes": _status("RssAnon")}
+        return {"peak_bytes": _status("VmHWM"), "resident_bytes": _status("VmRSS")}
 
     def _wait(self) -> None:
         if self.model.device.type == "cuda":

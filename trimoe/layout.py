@@ -367,7 +367,7 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
             layers[str(place[index])] = entry
     bits = {(decision.bits, decision.group) for decision in decisions.values() if decision.bits is not None and decision.gone is None}
     if bits:
-        config["quantization_config"] = quantization_config(skeleton, *bits.pop())  # type: ignore[arg-type]
+        config["quantization_config"] = quantization_config(skeleton, *bits.pop(), dense)  # type: ignore[arg-type]
     if layers:
         site = next(iter(skeleton.sites.values()))
         config[modeling_trimoe.KEY] = {
@@ -378,7 +378,7 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
     return config
 
 
-def quantization_config(skeleton: Skeleton, bits: int, group: int) -> dict[str, object]:
+def quantization_config(skeleton: Skeleton, bits: int, group: int, dense: Sequence[int]) -> dict[str, object]:
     """compressed-tensors: every Linear but those listed, which are all that are no routed experts, by the names on disk and in modules."""
     experts = {
         key for index, site in skeleton.sites.items() for path in site.expert_paths()
@@ -386,7 +386,10 @@ def quantization_config(skeleton: Skeleton, bits: int, group: int) -> dict[str, 
     }  # fmt: skip
     modules = [f"{name}.weight" for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)]
     matrices = [key for key, info in skeleton.checkpoint.tensors.items() if key not in experts and len(info.shape) == 2]
-    names = {key.removesuffix(".weight") for key in (*modules, *matrices) if key.endswith(".weight")}
+    zeros = [
+        f"{skeleton.layer_name(index)}.{skeleton.sites[index].block}.{name}" for index in dense for name in depth.zero_block(skeleton, index) or {}
+    ]  # fmt: skip
+    names = {key.removesuffix(".weight") for key in (*modules, *matrices, *zeros) if key.endswith(".weight")}
     return {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
         "ignore": sorted({_anywhere(name) for name in names}),

@@ -17,7 +17,7 @@ from trimoe.errors import UserError
 from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed
 from trimoe.skeleton import Site, Skeleton, tensor_at
-from trimoe.stream import usable_device
+from trimoe.stream import give_back, usable_device
 
 # The families whose native checkpoints the Auto classes open without a flag, registered by listing. (trimoe.load opens every family.)
 FAMILIES = (
@@ -114,6 +114,7 @@ def load_packed(
             if buffer is not None and not buffer.is_meta:
                 module._buffers[name] = buffer.to(place)
     model.tie_weights()
+    give_back()
     return _finished(model, checkpoint, [_experts(skeleton, site) for site in skeleton.sites.values()])
 
 

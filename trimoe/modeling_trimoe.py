@@ -53,6 +53,7 @@ class FactoredExperts(nn.Module):
         self.source_class = type(experts)
         self.in_ranks, self.out_ranks = list(in_ranks), list(out_ranks)
         self.num_experts = len(in_ranks)
+        self.places = {"in": _places(in_ranks), "out": _places(out_ranks)}
         up, down = first_projection(experts), experts.down_proj
         hidden, width = (down.shape[-1], down.shape[-2]) if experts.is_transposed else (down.shape[-2], down.shape[-1])
         first = self.first_width = up.shape[-1] if experts.is_transposed else up.shape[-2]
@@ -75,13 +76,11 @@ class FactoredExperts(nn.Module):
 
     def matrix(self, name: str, expert: int) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """(V [r, in], U [r, out], None) or (None, None, W [out, in]) of one expert; all None for rank 0. `name` is "in" or "out"."""
-        ranks = self.in_ranks if name == "in" else self.out_ranks
-        rank = ranks[expert]
+        rank, start = self.places[name][expert]
         if rank == DENSE:
-            return None, None, getattr(self, f"{name}_w")[ranks[:expert].count(DENSE)]
+            return None, None, getattr(self, f"{name}_w")[start]
         if rank == 0:
             return None, None, None
-        start = sum(r for r in ranks[:expert] if r != DENSE)
         return getattr(self, f"{name}_v")[start : start + rank], getattr(self, f"{name}_u")[start : start + rank], None
 
     @torch.no_grad()
@@ -97,6 +96,9 @@ class FactoredExperts(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         top_k = top_k_index.shape[-1]
+        if len(top_k_index) == 1:  # decoding: nothing to sort
+            y_KH = torch.cat([self._one(hidden_states, expert) for expert in top_k_index[0].tolist()])
+            return (top_k_weights.to(y_KH.dtype) @ y_KH).to(hidden_states.dtype)
         expert_S, order_S = torch.sort(top_k_index.reshape(-1), stable=True)
         x_SH = hidden_states[order_S // top_k]
         ends_E = torch.bincount(expert_S, minlength=self.num_experts).cumsum(0)
@@ -112,17 +114,20 @@ class FactoredExperts(nn.Module):
 
     def _looped(self, x_SH: torch.Tensor, ends: list[int]) -> torch.Tensor:
         """One expert after the other; needs the token counts on the host (one synchronisation a layer)."""
-        up_bias, down_bias = self._biases()
         parts, start = [x_SH.new_empty(0, x_SH.shape[-1])], 0
         for expert, end in enumerate(ends):
             if end > start:
-                first = _apply(x_SH[start:end], self.matrix("in", expert), self.first_width)
-                h = self.activate(first if up_bias is None else first + up_bias[expert])
-                y = _apply(h, self.matrix("out", expert), x_SH.shape[-1])
-                parts.append(y if down_bias is None else y + down_bias[expert])
+                parts.append(self._one(x_SH[start:end], expert))
             start = end
-        y_SH = torch.cat(parts)
-        return self.post_expert_norm(y_SH) if getattr(self, "has_post_expert_norm", False) else y_SH
+        return torch.cat(parts)
+
+    def _one(self, x_SH: torch.Tensor, expert: int) -> torch.Tensor:
+        up_bias, down_bias = self._biases()
+        first = _apply(x_SH, self.matrix("in", expert), self.first_width)
+        h = self.activate(first if up_bias is None else first + up_bias[expert])
+        y = _apply(h, self.matrix("out", expert), x_SH.shape[-1])
+        y = y if down_bias is None else y + down_bias[expert]
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
     def _grouped(self, x_SH: torch.Tensor, expert_S: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         """Equal ranks on a GPU: grouped matrix products, nothing waits for the host."""
@@ -139,6 +144,15 @@ class FactoredExperts(nn.Module):
     def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         up = getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
         return up, getattr(self, "down_proj_bias", None)
+
+
+def _places(ranks: list[int]) -> list[tuple[int, int]]:
+    """Each matrix's rank, and where its factors begin along the rank axis (or which of the dense matrices it is)."""
+    places, factors, dense = [], 0, 0
+    for rank in ranks:
+        places.append((rank, dense if rank == DENSE else factors))
+        factors, dense = factors + max(rank, 0), dense + (rank == DENSE)
+    return places
 
 
 class NoBlock(nn.Module):

@@ -215,25 +215,30 @@ class Matrix:
         return self.backend.nbytes(self.handle)
 
 
+def _one_expert(self: Any, expert: int, x_SH: torch.Tensor) -> torch.Tensor:
+    first = self.trimoe_first[expert](x_SH)
+    if self.has_bias:
+        first = first + getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias")[expert]
+    y_SH = self.trimoe_down[expert](self._apply_gate(first) if self.has_gate else self.act_fn(first))
+    if self.has_bias:
+        y_SH = y_SH + self.down_proj_bias[expert]
+    return self.post_expert_norm(y_SH) if getattr(self, "has_post_expert_norm", False) else y_SH
+
+
 def packed_experts(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """The experts function: each expert on its routed tokens, in any layout that the stock module describes."""
-    first_E, down_E = self.trimoe_first, self.trimoe_down
-    if hidden_states.requires_grad and torch.is_grad_enabled() and not first_E[0].backend.exact:
-        raise UserError(f"Gradients do not pass through {first_E[0].backend.name}; load the model with backend='dequantize' to train it.")
+    if hidden_states.requires_grad and torch.is_grad_enabled() and not self.trimoe_first[0].backend.exact:
+        raise UserError(
+            f"Gradients do not pass through {self.trimoe_first[0].backend.name}; load the model with backend='dequantize' to train it."
+        )
     top_k = top_k_index.shape[-1]
-    first_bias = getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias") if self.has_bias else None
+    if len(top_k_index) == 1:  # decoding: nothing to sort
+        y_KH = torch.cat([_one_expert(self, expert, hidden_states) for expert in top_k_index[0].tolist()])
+        return (top_k_weights.to(y_KH.dtype) @ y_KH).to(hidden_states.dtype)
     order, parts = [], []
     for expert, pairs in by_expert(top_k_index, self.num_experts):
-        first = first_E[expert](hidden_states[pairs // top_k])
-        if first_bias is not None:
-            first = first + first_bias[expert]
-        y_SH = down_E[expert](self._apply_gate(first) if self.has_gate else self.act_fn(first))
-        if self.has_bias:
-            y_SH = y_SH + self.down_proj_bias[expert]
-        if getattr(self, "has_post_expert_norm", False):
-            y_SH = self.post_expert_norm(y_SH)
         order.append(pairs)
-        parts.append(y_SH)
+        parts.append(_one_expert(self, expert, hidden_states[pairs // top_k]))
     order_S = torch.cat(order)
     back_S = torch.empty_like(order_S)
     back_S[order_S] = torch.arange(len(order_S), device=order_S.device)

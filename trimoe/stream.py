@@ -103,7 +103,7 @@ class LayerWalk:
         finally:
             layers[index] = pristine
             _to_meta(own)  # whoever still holds the module holds no weights
-            _give_back()
+            give_back()
 
     def _portions(self, index: int) -> list[list[str]]:
         """A layer's keys, those of one stacked expert tensor at a time: stacking takes a tensor's memory three times over."""
@@ -167,7 +167,7 @@ class LayerWalk:
             yield logits
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Hand freed memory back to the system where the C library would keep it (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
