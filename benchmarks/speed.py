@@ -26,7 +26,8 @@ from trimoe.skeleton import Skeleton
 ROUND = "steps.1.method=round"
 VARIANTS: list[tuple[str, str, str, Any, list[str]]] = [
     # name, source (empty: the faster one), backend, recipe, changes
-    ("layer-drop-int4, int8-dynamic", "float32", "int8-dynamic", "layer-drop-int4", [ROUND, "steps.0.rerank=none"]),
+    ("layer-drop-int4, int8-dynamic, the rest in float32", "float32", "int8-dynamic", "layer-drop-int4", [ROUND, "steps.0.rerank=none"]),
+    ("layer-drop-int4, int8-dynamic, the rest in bfloat16", "bfloat16", "int8-dynamic", "layer-drop-int4", [ROUND, "steps.0.rerank=none"]),
     ("layer-drop-int4, int4-weight-only", "bfloat16", "int4-weight-only", "layer-drop-int4", [ROUND, "steps.0.rerank=none"]),
     ("slim-int8, int8-dynamic", "float32", "int8-dynamic", "slim-int8", []),
     ("slim-int4, int4-weight-only", "bfloat16", "int4-weight-only", "slim-int4", ["steps.0.method=round"]),
