@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def test_dropping_through_steps_adds_up(family: str, family_folder: Callable[[st
     ("minimax", {"block_drop": {"count": 1}}, "kind by their number"),
     ("mixtral", {"layer_drop": {}}, "give one of ratio, count and threshold"),
     ("mixtral", {"layer_drop": {"count": 3}}, "1 to 2 can go"),
+    ("jamba", {"block_drop": {"count": 2}}, "means 2 of 3 decoder layers; 1 to 1 can go"),
+    ("gpt_oss", {"block_drop": {"count": 2}}, "1 to 1 can go"),
     ("mixtral", {"block_drop": {"ratio": 0.01}}, "means 0 of 3"),
     ("mixtral", {"layer_drop": {"threshold": 0.5, "choose": "consecutive"}}, "how long a consecutive run is"),
     ("mixtral", {"block_drop": {"count": 1, "choose": "consecutive", "rerank": "kl"}}, "it wants choose: discrete"),
@@ -159,6 +162,56 @@ def test_dropping_through_steps_adds_up(family: str, family_folder: Callable[[st
 def test_what_cannot_be_is_said_at_plan_time(family: str, step: dict[str, Any], message: str, family_folder: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=message):
         trimoe.plan(str(family_folder(family)), {"steps": [step]})
+
+
+COHERE = dict(num_experts=8, num_experts_per_tok=2, intermediate_size=24, head_dim=8)
+
+
+def test_a_norm_that_feeds_attention_too_is_no_part_of_the_sub_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.FAMILIES, "cohere2_moe", COHERE)
+    families.save("cohere2_moe", tmp_path / "model")
+    with pytest.raises(UserError, match="no norm that feeds the MoE block alone"):
+        trimoe.plan(str(tmp_path / "model"), {"steps": [{"layer_drop": {"count": 1}}]})
+
+
+def test_one_moe_block_stays_whatever_is_asked(family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    steps = [{"layer_drop": {"count": 1}}, {"block_drop": {"count": 2}}]
+    result = compress(family_folder, "deepseek_v3", text_file, tmp_path / "out", *steps)
+    left = [i for i in Skeleton.of(str(family_folder("deepseek_v3"))).sites if result.decisions[i].gone is None]
+    assert len(left) == 1
+    assert trimoe.evaluate(tmp_path / "out", text=[str(text_file)], length=32, tokens=100)["texts"]
+    with pytest.raises(UserError, match="none of the 1 MoE layers can go"):
+        trimoe.plan(str(tmp_path / "out"), {"steps": [{"layer_drop": {"count": 1}}]})
+    compress(family_folder, "mixtral", text_file, tmp_path / "factored", {"low_rank": {"ratio": 0.3}})
+    with pytest.raises(UserError, match="drop layers before low_rank"):
+        trimoe.plan(str(tmp_path / "factored"), {"steps": [{"layer_drop": {"count": 1}}]})
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("second", [0, 1, 2])
+@pytest.mark.parametrize("counts", ["uniform", "importance", "optimal"])
+def test_the_interval_holds_whatever_is_dropped(
+    first: int,
+    second: int,
+    counts: str,
+    family_folder: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parts, "similarity", lambda part, stats, metric: float(part[1] == (first if part[0] == "moe" else second)))
+    steps = [{"expert_drop": {"ratio": 0.375, "counts": counts}}, {"layer_drop": {"count": 1}}, {"block_drop": {"count": 1}}]
+    before = trimoe.plan(str(family_folder("mixtral")), {"steps": steps})
+    result = compress(family_folder, "mixtral", text_file, tmp_path / "out", *steps)
+    assert before.after.least_bytes <= result.plan.after.file_bytes <= before.after.file_bytes
+
+
+def test_other_engines_are_not_promised_what_goes_by_number(family_folder: Callable[[str], Path]) -> None:
+    drop = {"steps": [{"block_drop": {"count": 1}}]}
+    assert trimoe.plan(str(family_folder("mixtral")), drop).loads_in["vllm"].startswith("yes")
+    assert trimoe.plan(str(family_folder("gpt_oss")), drop).loads_in["vllm"].startswith("not known")
+    with pytest.raises(UserError, match="take a layer's kind from its number"):
+        trimoe.plan(str(family_folder("gpt_oss")), {**drop, "target": "vllm"})
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
@@ -180,23 +233,58 @@ def test_divergence_of_versions(family: str, family_folder: Callable[[str], Path
         assert got[name] == pytest.approx(float((truth.exp() * (truth - other)).sum(-1).mean()), rel=2e-3, abs=1e-7)
 
 
+def depth_of(count: int, kinds: str = "", blocks: bool = True) -> parts.Depth:
+    layers = tuple(range(count))
+    return parts.Depth(layers, layers, (), layers if blocks else (), dict(enumerate(kinds or "a" * count)))
+
+
 @settings(max_examples=80, deadline=None)
-@given(values=st.lists(st.floats(-1, 1), min_size=2, max_size=8, unique=True), data=st.data())
+@given(values=st.lists(st.floats(-1, 1), min_size=2, max_size=6, unique=True), data=st.data())
 def test_picks(values: list[float], data: st.DataObject) -> None:
-    similar: dict[parts.Part, float] = {("moe", index): value for index, value in enumerate(values)}
-    total = data.draw(st.integers(1, len(values) - 1))
-    best = parts.pick(similar, total)
-    assert sum(similar[part] for part in best) == pytest.approx(sum(sorted(values)[-total:]))
-    run = [index for _, index in parts.pick(similar, total, consecutive=True)]
-    assert run == list(range(run[0], run[0] + total))
-    assert sum(values[i] for i in run) == pytest.approx(max(sum(values[s : s + total]) for s in range(len(values) - total + 1)))
+    """Against every set there is: the most similar of those that leave a MoE block and a layer of every kind."""
+    kinds = data.draw(st.text("ab", min_size=len(values), max_size=len(values)))
+    kind: Any = data.draw(st.sampled_from(["moe", "block"]))
+    depth = depth_of(len(values), kinds)
+    similar: dict[parts.Part, float] = {(kind, index): value for index, value in enumerate(values)}
+    most = depth.most(list(similar), mixed=False)
+    sets = [list(chosen) for size in range(1, len(values) + 1) for chosen in combinations(similar, size) if depth.allows(chosen)]
+    assert most == max((len(chosen) for chosen in sets), default=0)
+    if most == 0:
+        return
+    total = data.draw(st.integers(1, most))
+    best = parts.pick(similar, depth, total)
+    assert len(best) == total
+    assert depth.allows(best)
+    assert sum(similar[part] for part in best) == pytest.approx(
+        max(sum(similar[part] for part in chosen) for chosen in sets if len(chosen) == total)
+    )
+    runs = [chosen for chosen in sets if len(chosen) == total and chosen[-1][1] - chosen[0][1] == total - 1]
+    if runs:
+        found = parts.pick(similar, depth, total, consecutive=True)
+        assert sum(similar[part] for part in found) == pytest.approx(max(sum(similar[part] for part in run) for run in runs))
+    else:
+        with pytest.raises(UserError, match="no run of"):
+            parts.pick(similar, depth, total, consecutive=True)
     threshold = data.draw(st.floats(-1, 1))
-    above = parts.pick(similar, None, threshold=threshold)
-    assert len(above) == min(sum(value > threshold for value in values), len(values) - 1)
-    mixed = {**similar, **{("block", index): value / 2 for index, value in enumerate(values)}}
-    chosen = parts.pick(mixed, total, mixed=True)  # type: ignore[arg-type]
-    assert sum(2 if kind == "block" else 1 for kind, _ in chosen) == total
-    assert len({index for _, index in chosen}) == len(chosen)
+    above = parts.pick(similar, depth, None, threshold=threshold)
+    assert all(similar[part] > threshold for part in above)
+    assert depth.allows(above)
+
+
+def test_mixtures_count_sub_layers() -> None:
+    depth = depth_of(4)
+    similar: dict[parts.Part, float] = {
+        ("moe", 0): 0.9, ("moe", 1): 0.7, ("moe", 2): 0.6, ("moe", 3): 0.5,
+        ("block", 0): 0.85, ("block", 1): 0.2, ("block", 2): 0.1, ("block", 3): 0.88,
+    }  # fmt: skip
+    assert parts.pick(similar, depth, 1, mixed=True) == [("moe", 0)], "a block does not fit"
+    assert parts.pick(similar, depth, 2, mixed=True) == [("block", 3)], "per sub-layer 0.06 is less than 0.075 and 0.1"
+    assert parts.pick(similar, depth, 4, mixed=True) == [("block", 3), ("block", 0)]
+    assert parts.pick(similar, depth, 5, mixed=True) == [("block", 3), ("block", 0), ("moe", 1)]
+    assert depth.add([("moe", 1)], ("block", 1), 2, mixed=True) == [("block", 1)], "a block takes its dropped sub-layer in"
+    emptied = parts.Depth((0, 1, 2), (1, 2), (0,), (0, 1, 2), dict.fromkeys(range(3), "a"))
+    assert emptied.cost(("block", 0), (), mixed=True) == 1, "its MoE block went in an earlier step"
+    assert depth.most(list(similar), mixed=True) == 6, "the last MoE block stays, and its attention cannot go alone"
 
 
 def test_renumbering_of_config_fields() -> None:
@@ -218,9 +306,12 @@ def test_similarity_chooses_what_changes_least(family_folder: Callable[[str], Pa
     for path in source.glob("*.safetensors"):
         tensors = load_file(path)
         save_file({k: t * 1e-3 if "layers.1." in k and ".w2." in k else t for k, t in tensors.items()}, path, metadata={"format": "pt"})
-    for metric in ("residual",):
+    for metric in ("residual", "output"):
         result = trimoe.compress(source, {"steps": [{"layer_drop": {"count": 1, "metric": metric}}]}, tmp_path / metric,
                                  calibration=[str(text_file)], samples=4, length=32)  # fmt: skip
+        if metric == "output":  # of a sub-layer that gives nothing, the direction still counts: the paper's point
+            assert len(dropped_by(result)) == 1
+            continue
         assert dropped_by(result) == {1: "moe"}
         said = json.loads((tmp_path / metric / "trimoe.json").read_text())["metrics"]["0.layer_drop"]
         assert max(said["similarity"], key=said["similarity"].get) == "moe 1"

@@ -24,6 +24,7 @@ from trimoe import hf
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.progress import QUIET, Reporter
+from trimoe.stream import compute_dtype, usable_device
 
 SERVE = "from trimoe import benchmark; benchmark.serve()"
 MEASURES = ("prefill_tokens_s", "decode_tokens_s", "first_token_s")
@@ -53,6 +54,9 @@ def bench(
     for name, value, least in (("prompt", prompt, 1), ("generate", generate, 2), ("batch", batch, 1), ("rounds", rounds, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; at least {least} is needed.")
+    usable_device(device)
+    if dtype != "auto":
+        compute_dtype(dtype)
     job = {"prompt": prompt, "generate": generate, "batch": batch, "device": device, "dtype": dtype, "threads": torch.get_num_threads()}
     folders = [str(path) for path in (folder, against) if path is not None]
     models = [_about(path, prompt + generate) for path in folders]

@@ -170,9 +170,12 @@ def _packed_scheme(name: str, config: dict[str, Any]) -> tuple[int, int] | None:
     quantization = config.get("quantization_config")
     if not quantization:
         return None
-    method, form = quantization.get("quant_method"), quantization.get("format")
-    weights = [group.get("weights") or {} for group in (quantization.get("config_groups") or {}).values()]
-    same = len({(w.get("num_bits"), w.get("group_size")) for w in weights}) == 1
+    if not isinstance(quantization, dict):
+        raise UserError(f"{name}: quantization_config in config.json is {str(quantization)[:60]!r}; a mapping is expected.")
+    method, form, groups = quantization.get("quant_method"), quantization.get("format"), quantization.get("config_groups")
+    found = [group.get("weights") if isinstance(group, dict) else None for group in groups.values()] if isinstance(groups, dict) else []
+    weights = [weight if isinstance(weight, dict) else {} for weight in found]
+    same = len({(str(w.get("num_bits")), str(w.get("group_size"))) for w in weights}) == 1
     if method != "compressed-tensors" or form != "pack-quantized" or not same or not weights[0].get("symmetric"):
         raise UserError(
             f"{name} is already quantised ({method}{f', {form}' if form else ''}); of quantised checkpoints only compressed-tensors' symmetric "

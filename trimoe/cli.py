@@ -113,8 +113,8 @@ def evaluate(
     """Perplexity on each text; KL and agreement against the original. Both models are streamed."""
     import trimoe
     from trimoe import UserError, card, tables
-    from trimoe.compress import compute_dtype
     from trimoe.evaluate import origin
+    from trimoe.stream import compute_dtype
 
     _writable(json_file)
     reporter = _reporter(quiet)

@@ -28,7 +28,7 @@ from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
-from trimoe.stream import usable_device
+from trimoe.stream import compute_dtype, usable_device
 from trimoe.transform import transform
 from trimoe.version import VERSION, versions
 from trimoe.write import Writer
@@ -144,13 +144,6 @@ def _lasting(skeleton: Skeleton) -> str:
 
 
 # ---- input
-
-
-def compute_dtype(name: str) -> torch.dtype:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise UserError(f"dtype {name!r} is not one of {', '.join(dtypes)}.")
-    return dtypes[name]
 
 
 def with_calibration(recipe: Recipe, sources: Sequence[str], samples: int | None, length: int | None) -> Recipe:

@@ -209,21 +209,23 @@ def _decide_depth(
 ) -> tuple[Decisions, dict[str, Any]]:
     """The most similar parts; or of a shortlist twice as long, one after the other, what costs the least KL at the end."""
     stats = _stats_for(run, journal, number, step, sites, given, decisions)
-    layers = gather.survivors(run.skeleton, decisions)
-    blocks = depth.droppable_blocks(run.skeleton) if isinstance(step, BlockDrop) or step.blocks else []
-    candidates = step.candidates(list(sites), [index for index in blocks if index in layers])
-    similar, total = step.similarity(candidates, stats), step.total(list(sites), layers)
-    chosen = parts.pick(similar, total, threshold=step.threshold, consecutive=step.choose == "consecutive", mixed=step.blocks)
+    left = depth.left(run.skeleton, decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
+    similar, total = step.similarity(step.candidates(left), stats), step.total(left)
+    threshold = 2.0 if step.threshold is None else step.threshold
+    chosen = parts.pick(similar, left, total, threshold=threshold, consecutive=step.choose == "consecutive", mixed=step.blocks)
+    if not chosen:
+        run.reporter.say(f"{step.name}: nothing is above the threshold {step.threshold}; the most similar is {max(similar.values()):.4f}.")
     metrics: dict[str, Any] = {"similarity": {f"{kind} {index}": value for (kind, index), value in similar.items()}}
     if step.rerank == "kl" and total is not None:
-        shortlist = sorted(similar, key=lambda part: (-similar[part], -part[1]))[: 2 * len(chosen) + 2]
-        chosen, metrics["rerank"] = _rerank(run, decisions, shortlist, total, mixed=step.blocks)
+        shortlist = parts.ranked(similar, mixed=step.blocks)[: 2 * len(chosen) + 2]
+        shortlist += [part for part in chosen if part not in shortlist]
+        chosen, metrics["rerank"] = _rerank(run, decisions, shortlist, left, total, mixed=step.blocks)
     metrics["dropped"] = [f"{kind} {index}" for kind, index in chosen]
     return {index: replace(decisions.get(index, LayerDecision()), gone=kind) for kind, index in chosen}, metrics
 
 
 def _rerank(
-    run: Run, decisions: Decisions, shortlist: list[parts.Part], total: int, *, mixed: bool
+    run: Run, decisions: Decisions, shortlist: list[parts.Part], left: parts.Depth, total: int, *, mixed: bool
 ) -> tuple[list[parts.Part], list[dict[str, Any]]]:
     """Greedy: each time the part that, with those already chosen, costs the least KL (per sub-layer, in a mixture) against the model as
     `decisions` leave it."""
@@ -232,7 +234,7 @@ def _rerank(
     rounds: list[dict[str, Any]] = []
     before = 0.0
     while True:
-        grown = {part: new for part in shortlist if (new := parts.add(chosen, part, total, mixed=mixed)) != chosen}
+        grown = {part: new for part in shortlist if (new := left.add(chosen, part, total, mixed=mixed)) != chosen}
         if not grown:
             return chosen, rounds
         versions = {part: {index: skipped if kind == "block" else without_moe for kind, index in new} for part, new in grown.items()}
@@ -240,7 +242,7 @@ def _rerank(
             run.skeleton, few, {**versions, None: {}}, None, decisions=decisions, device=run.device, reporter=run.reporter,
             label=f"Rerank, {len(chosen)} dropped",
         )  # fmt: skip
-        costs = {part: (kl[part] - before) / parts.cost(part, chosen, mixed=mixed) for part in grown}
+        costs = {part: (kl[part] - before) / left.cost(part, chosen, mixed=mixed) for part in grown}
         best = min(costs, key=lambda part: (costs[part], -part[1]))
         rounds.append({"kl": {f"{kind} {index}": kl[kind, index] for kind, index in grown}, "dropped": f"{best[0]} {best[1]}"})
         chosen, before = grown[best], kl[best]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe import hf, modeling_trimoe
+from trimoe import hf, modeling_trimoe, parts
 from trimoe.errors import UserError
 from trimoe.methods.method import Decisions
 from trimoe.skeleton import Skeleton
@@ -20,7 +20,7 @@ from trimoe.skeleton import Skeleton
 # Fields that list layers by number, and those that count layers from the first on. (Lists as long as the model has layers, one entry a
 # layer, are found by their length.)
 LISTING = ("mlp_only_layers", "moe_layers", "no_rope_layers", "full_attention_layers", "attn_layer_indices", "global_attn_idx")
-COUNTING = ("first_k_dense_replace",)
+COUNTING = ("first_k_dense_replace", "num_dense_layers")
 ZERO_WIDTH = 16  # of the dense MLP of zeros in the place of a dropped block: small, and a multiple that kernels like
 
 
@@ -47,12 +47,24 @@ def explicit(skeleton: Skeleton, config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with the per-layer lists written out that transformers computes where they are missing."""
     text, count = skeleton.config.get_text_config(), len(skeleton.layers)
     known = {name: list(value) for name, value in vars(text).items() if isinstance(value, (list, tuple)) and len(value) == count}
-    return {**{name: value for name, value in known.items() if all(isinstance(v, (str, int, float, bool)) for v in value)}, **config}
+    given = {name: value for name, value in config.items() if value is not None or name not in known}
+    return {**{name: value for name, value in known.items() if all(isinstance(v, (str, int, float, bool)) for v in value)}, **given}
 
 
 def kept_layers(skeleton: Skeleton, decisions: Decisions) -> list[int]:
     """Decoder layers that are not dropped whole, by their old numbers."""
     return [i for i in range(len(skeleton.layers)) if i not in decisions or decisions[i].gone != "block"]
+
+
+def left(skeleton: Skeleton, decisions: Decisions, *, blocks: bool) -> parts.Depth:
+    """What is left of the model's depth; `blocks`: whole layers are to be dropped. Raises UserError where none can be."""
+    layers = kept_layers(skeleton, decisions)
+    emptied = tuple(i for i in layers if i in decisions and decisions[i].gone == "moe")
+    types = explicit(skeleton, {}).get("layer_types") or [""] * len(skeleton.layers)
+    return parts.Depth(
+        layers=tuple(layers), moe=tuple(i for i in layers if i in skeleton.sites and i not in emptied), emptied=emptied,
+        blocks=tuple(i for i in droppable_blocks(skeleton) if i in layers) if blocks else (), kinds=dict(enumerate(types)),
+    )  # fmt: skip
 
 
 def difference(skeleton: Skeleton, config: Mapping[str, Any], kept: Sequence[int], without: Sequence[int]) -> str | None:
@@ -127,6 +139,8 @@ def droppable_blocks(skeleton: Skeleton) -> list[int]:
 
 def _droppable_blocks(skeleton: Skeleton) -> list[int]:
     count = len(skeleton.layers)
+    if count == 1:
+        raise UserError(f"block_drop: {skeleton.name} has one decoder layer, which must stay.")
     config, reason = _plain_config(skeleton), None
 
     def fits(index: int) -> str | None:

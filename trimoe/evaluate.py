@@ -146,16 +146,20 @@ def _compare(student: LayerWalk, teacher: LayerWalk | None, scored_NL: torch.Ten
             ids = student.batches[batch]
             mask = scored_NL[start : start + len(ids)].to(ids.device)
             start += len(ids)
-            log_q = head(student.hidden[batch], batch).float().log_softmax(-1)
-            target = ids.roll(-1, 1).unsqueeze(-1)
-            values = {"tokens": mask.double(), "nll": -log_q.gather(-1, target).squeeze(-1)}
-            if other is not None and teacher is not None:
-                log_p = other(teacher.hidden[batch], batch).float().log_softmax(-1)
-                values["against_nll"] = -log_p.gather(-1, target).squeeze(-1)
-                values["agreement"] = (log_p.argmax(-1) == log_q.argmax(-1)).double()
-                values["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
-            for name, value in values.items():
-                sums.setdefault(name, []).append((value.double() * mask).sum(1).cpu())
+            here: dict[str, torch.Tensor] = {}
+            for positions in student.pieces(batch):
+                log_q = head(student.hidden[batch], batch, positions).float().log_softmax(-1)
+                target, scored = ids.roll(-1, 1)[:, positions].unsqueeze(-1), mask[:, positions]
+                values = {"tokens": scored.double(), "nll": -log_q.gather(-1, target).squeeze(-1)}
+                if other is not None and teacher is not None:
+                    log_p = other(teacher.hidden[batch], batch, positions).float().log_softmax(-1)
+                    values["against_nll"] = -log_p.gather(-1, target).squeeze(-1)
+                    values["agreement"] = (log_p.argmax(-1) == log_q.argmax(-1)).double()
+                    values["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+                for name, value in values.items():
+                    here[name] = here.get(name, 0) + (value.double() * scored).sum(1)
+            for name, value in here.items():
+                sums.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(parts) for name, parts in sums.items()}
 
 

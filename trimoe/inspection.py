@@ -7,7 +7,7 @@ from typing import Any
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.methods import METHODS
-from trimoe.plan import human
+from trimoe.plan import human, plan
 from trimoe.skeleton import Skeleton
 
 
@@ -48,8 +48,6 @@ def _structure(skeleton: Skeleton) -> dict[str, Any]:
         parts["not used by transformers"] = ignored
     first = next(iter(skeleton.sites.values()))
     rule = first.rule
-    factored = any(site.factored for site in skeleton.sites.values())
-    no = "no: the experts are factored already"
     return {
         "layers": len(skeleton.layers), "moe_layers": list(skeleton.sites), "context": skeleton.context,
         "experts": {str(i): site.num_experts for i, site in skeleton.sites.items()},
@@ -58,8 +56,26 @@ def _structure(skeleton: Skeleton) -> dict[str, Any]:
             "score": rule.score, "renormalise": rule.renormalise, "correction_bias": rule.biased_choice, "groups": rule.groups,
             "topk_group": rule.topk_group, "scale": rule.scale, "fewest_experts": rule.min_experts,
         },
-        "bytes": parts, "native": skeleton.spec is not None, "methods": dict.fromkeys(METHODS, no if factored else "yes"),
+        "bytes": parts, "native": skeleton.spec is not None, "methods": _methods(skeleton),
     }  # fmt: skip
+
+
+# Each method with the mildest settings: what is refused with these is refused for the model's sake.
+MILD: dict[str, dict[str, Any]] = {
+    "expert_drop": {"ratio": 0.0}, "layer_drop": {"threshold": 0.99}, "block_drop": {"threshold": 0.99}, "low_rank": {"ratio": 0.01}, "quantize": {},
+}  # fmt: skip
+
+
+def _methods(skeleton: Skeleton) -> dict[str, str]:
+    """Which methods apply, and why not, as plan would say it."""
+    answers = {}
+    for name in METHODS:
+        try:
+            plan(skeleton, {"steps": [{name: MILD[name]}]})
+            answers[name] = "yes"
+        except UserError as reason:
+            answers[name] = f"no: {reason}"
+    return answers
 
 
 def table(about: dict[str, Any]) -> str:

@@ -62,10 +62,14 @@ class DiskExpert:
 class Layout:
     """The output of `decisions` on a checkpoint: entries by group (group 0: outside the layers; then one a layer)."""
 
-    def __init__(self, skeleton: Skeleton, decisions: Decisions):
+    def __init__(self, skeleton: Skeleton, decisions: Decisions, *, only: int | None = None):
+        """`only`: nothing but this layer's entries is worked out."""
         self.skeleton, self.decisions = skeleton, decisions
         self.place = {index: new for new, index in enumerate(depth.kept_layers(skeleton, decisions))}  # old number -> new number
-        self.groups = [self._copies(skeleton.outer_keys), *(self._layer(index) for index in range(len(skeleton.layers)))]
+        self.groups = [
+            self._copies(skeleton.outer_keys),
+            *(self._layer(index) if only in (None, index) else [] for index in range(len(skeleton.layers))),
+        ]
 
     # ---- what is in a layer
 

@@ -17,6 +17,7 @@ from trimoe.methods.method import Decisions, LayerDecision, decided_sites, uncha
 from trimoe.recipe import Recipe
 from trimoe.recipe import load as load_recipe
 from trimoe.skeleton import Site, Skeleton
+from trimoe.stream import PIECE
 from trimoe.subset import gram_bytes, search_budget
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
@@ -115,7 +116,7 @@ def plan(
     layout = Layout(skeleton, most.decisions)
     smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
     native = layout.native or smaller.native or most.open_counts
-    _check_target(parsed, native, skeleton)
+    _check_target(parsed, native, skeleton, least.decisions)
     return describe(
         skeleton, layout, parsed, native=native, kept_known=not (most.open_counts or most.open_depth),
         slack=most.slack + _header_slack(layout) if most.open_bytes else None, least_bytes=smaller.nbytes,
@@ -148,7 +149,7 @@ class _Paper:
             elif isinstance(step, Quantize):
                 new = step.decide(sites, self.decisions)
             else:
-                new = self._without(step, sites)
+                new = self._without(step)
                 self.open_depth = True
             self.decisions = {**self.decisions, **new}
 
@@ -156,35 +157,30 @@ class _Paper:
     def open_bytes(self) -> bool:
         return self.open_counts or self.open_ranks or self.open_depth
 
-    def _without(self, step: LayerDrop | BlockDrop, sites: dict[int, Site]) -> Decisions:
-        """Which layers go is open; here those that weigh least or most."""
-        layers = depth.kept_layers(self.skeleton, self.decisions)
-        whole = isinstance(step, BlockDrop) or step.blocks
-        blocks = [i for i in depth.droppable_blocks(self.skeleton) if i in layers] if whole else []
+    def _without(self, step: LayerDrop | BlockDrop) -> Decisions:
+        """Which layers go is open; here those that weigh least or most, as the steps before leave them."""
+        left = depth.left(self.skeleton, self.decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
         if isinstance(step, LayerDrop):
-            for index in sites:
+            for index in left.moe:
                 residual.dropped_entry(self.skeleton, index)  # raises where dropping is not the identity
-        total = step.total(list(sites), layers)
-        weights = {part: self._weight(part) for part in step.candidates(list(sites), blocks)}
-        order = sorted(weights, key=lambda part: weights[part] / parts.cost(part, (), mixed=step.blocks), reverse=self.largest)
-        if not order:
-            raise UserError(f"{step.name}: there is no layer left that could be dropped.")
-        if total is None:
-            chosen = order[:-1] if self.largest else []
-        else:
-            chosen = []
-            for part in order:
-                chosen = parts.add(chosen, part, total, mixed=step.blocks)
+        total, candidates = step.total(left), step.candidates(left)
+        before = Layout(self.skeleton, self.decisions)
+        weight = {}
+        for kind, index in candidates:
+            weight[kind, index] = sum(entry.nbytes for entry in before.groups[index + 1])
+            if kind == "moe":
+                without = {**self.decisions, index: replace(self.decisions[index], gone="moe")}
+                weight[kind, index] -= sum(entry.nbytes for entry in Layout(self.skeleton, without, only=index).groups[index + 1])
+        order = sorted(candidates, key=lambda part: weight[part] / left.cost(part, (), mixed=step.blocks), reverse=self.largest)
+        chosen: list[parts.Part] = []
+        for part in order if total is not None or self.largest else ():
+            chosen = left.add(chosen, part, total, mixed=step.blocks)
+        if self.open_counts:  # a dropped layer may have kept more or fewer experts than the stand-in says
+            for _, index in chosen:
+                if index in left.moe:
+                    site = self.skeleton.sites[index]
+                    self.slack += site.num_experts * (site.first * site.hidden + site.hidden * site.width) * WIDEST
         return {index: replace(self.decisions.get(index, LayerDecision()), gone=kind) for kind, index in chosen}
-
-    def _weight(self, part: parts.Part) -> int:
-        """Bytes that go with a part."""
-        kind, index = part
-        inside = self.skeleton.keys_by_layer[index]
-        if kind == "moe":
-            prefix = f"{self.skeleton.layer_name(index)}.{self.skeleton.sites[index].block}."
-            inside = [k for name, keys in self.skeleton.conversion.source_of.items() if name.startswith(prefix) for k in keys]
-        return sum(self.skeleton.checkpoint.tensors[key].nbytes for key in inside)
 
 
 def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_counts: bool) -> tuple[Decisions, int]:
@@ -217,11 +213,28 @@ def _search_memory(step: Step, sites: dict[int, Site], recipe: Recipe) -> int:
 def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens: int) -> Plan:
     """After all decisions: exact."""
     layout = Layout(skeleton, decisions)
-    _check_target(recipe, layout.native, skeleton)
+    _check_target(recipe, layout.native, skeleton, decisions)
     return describe(skeleton, layout, recipe, native=layout.native, slack=None, kept_known=True, tokens=tokens)
 
 
-def _check_target(recipe: Recipe, native: bool, skeleton: Skeleton) -> None:
+def _by_number(skeleton: Skeleton, decisions: Decisions) -> bool:
+    """Whether the result has layers of several kinds, or dense ones of zeros, in other places than its family has them: transformers
+    reads that from config.json, other engines may go by the layer's number."""
+    gone = [decision.gone for decision in decisions.values() if decision.gone]
+    kinds = set(depth.explicit(skeleton, {}).get("layer_types") or ())
+    return "moe" in gone or ("block" in gone and len(kinds) > 1)
+
+
+def _check_target(recipe: Recipe, native: bool, skeleton: Skeleton, decisions: Decisions) -> None:
+    if recipe.target != "transformers" and _by_number(skeleton, decisions):
+        raise UserError(
+            f"The recipe's target is {recipe.target}, which may take a layer's kind from its number, and the dropped layers change the "
+            "numbers; use expert_drop, or target: transformers."
+        )
+    if recipe.target not in ("transformers", "vllm") and any(decision.bits for decision in decisions.values()):
+        raise UserError(
+            f"The recipe's target is {recipe.target}, which does not read compressed-tensors; use target: vllm or transformers."
+        )
     if native and recipe.target != "transformers":
         raise UserError(
             f"The recipe's target is {recipe.target}, but different expert counts per layer, factored experts and, in this family, dropped MoE "
@@ -258,10 +271,19 @@ def describe(
     others = (
         "no (layers differ in form, or experts are factored)" if native else f"yes, where it supports {kind} (one expert count everywhere)"
     )
-    loads = dict.fromkeys(ENGINES, others) | {"transformers": "yes, with import trimoe or trust_remote_code=True" if native else "yes"}
+    own = ["import trimoe or trust_remote_code=True"] if native else []
+    if any(decision.bits for decision in layout.decisions.values()):
+        own.append("compressed-tensors installed")
+        others = others if native else "made for it, not tried (compressed-tensors)"
+    if not native and _by_number(skeleton, layout.decisions):
+        others = "not known: it may take a layer's kind from its number"
+    loads = dict.fromkeys(ENGINES, others) | {"transformers": "yes" + (f", with {' and '.join(own)}" if own else "")}
+    if any(decision.bits for decision in layout.decisions.values()):
+        loads["llama.cpp"] = "no (it does not read compressed-tensors)"
     hidden = next(iter(skeleton.sites.values())).hidden * tokens * skeleton.dtype.itemsize
     search = max(_search_memory(step, dict(skeleton.sites), recipe) for step in recipe.steps)
-    peak = int(2.5 * skeleton.largest_layer + 2 * hidden + search + IMPORTS)
+    logits = 5 * 4 * min(PIECE, 2048 * skeleton.config.get_text_config().vocab_size)
+    peak = int(2.5 * skeleton.largest_layer + 2 * hidden + search + logits + IMPORTS)
     extra = (
         [f"{len(skeleton.ignored_keys)} tensors that transformers does not use (such as {skeleton.ignored_keys[0]}) are left out."]
         if skeleton.ignored_keys

@@ -57,7 +57,7 @@ def sublayer(skeleton: Skeleton, index: int) -> SubLayer:
                     "dropping the block would change more than the block; use block_drop or expert_drop."
                 )
             if norm is None:
-                raise UserError(f"{where}: which norm feeds the MoE block could not be found; not supported yet.")
+                raise UserError(f"{where} has no norm that feeds the MoE block alone; not supported yet.")
             return SubLayer(norm, pair)
     raise UserError(f"{where} could not be run without its parts; not supported yet.")
 
@@ -75,7 +75,7 @@ def _try(pristine: nn.Module, site: Site, pair: bool, way: str) -> tuple[str | N
 
         return hook
 
-    block = _Hollow("pair" if pair else "tensor")
+    block, others = _Hollow("pair" if pair else "tensor"), []
     for name, child in list(layer.named_children()):
         if name == site.block:
             setattr(layer, name, block)
@@ -85,7 +85,8 @@ def _try(pristine: nn.Module, site: Site, pair: bool, way: str) -> tuple[str | N
                 parameter.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
             child.register_forward_hook(remember(name))
         elif list(child.parameters()):
-            setattr(layer, name, _Hollow(way))
+            others.append(_Hollow(way))
+            setattr(layer, name, others[-1])
     x = torch.randn(1, 3, site.hidden, generator=generator)
     arguments = {
         name: None
@@ -99,6 +100,8 @@ def _try(pristine: nn.Module, site: Site, pair: bool, way: str) -> tuple[str | N
     out = out[0] if isinstance(out, tuple) else out
     if not isinstance(out, torch.Tensor) or out.shape != x.shape:
         return None
+    if any(other.seen is block.seen for other in others):
+        return None, True  # the norm feeds something else as well
     return made.get(id(block.seen)), bool(torch.equal(out, x))
 
 

@@ -21,6 +21,7 @@ from trimoe import hf
 from trimoe.errors import UserError
 from trimoe.skeleton import Skeleton
 
+PIECE = 1 << 24  # logits held at once
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, after the hidden states
 
 
@@ -31,6 +32,13 @@ def usable_device(device: str) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(f"The device {device!r} cannot be used here ({str(error).splitlines()[0][:120]}).") from None
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise UserError(f"dtype {name!r} is not one of {', '.join(dtypes)}.")
+    return dtypes[name]
 
 
 class _Stand(nn.Module):
@@ -152,16 +160,24 @@ class LayerWalk:
 
     # ---- the end of the model
 
+    def pieces(self, batch: int) -> list[torch.Tensor]:
+        """Positions of a batch in pieces whose logits are few enough to be held several times over."""
+        rows, length = self.batches[batch].shape
+        vocabulary = self.skeleton.config.get_text_config().vocab_size
+        return list(torch.arange(length, device=self.device).split(max(1, PIECE // (rows * vocabulary))))
+
     @contextmanager
-    def head(self) -> Iterator[Callable[[torch.Tensor, int], torch.Tensor]]:
-        """A function (hidden, batch index) -> logits [B, L, vocabulary]: the stock final norm, head and whatever scaling follows."""
+    def head(self) -> Iterator[Callable[..., torch.Tensor]]:
+        """A function (hidden, batch index, positions or None for all) -> logits [B, positions, vocabulary]: the stock final norm, head and
+        whatever scaling follows."""
         last = len(self.skeleton.layers) - 1
 
         @torch.no_grad()
-        def logits(hidden: torch.Tensor, batch: int) -> torch.Tensor:
+        def logits(hidden: torch.Tensor, batch: int, positions: torch.Tensor | None = None) -> torch.Tensor:
             stands = [_Stand(layer, hidden if index == last else None) for index, layer in enumerate(self.skeleton.layers)]
+            wanted = 0 if positions is None or len(positions) == hidden.shape[1] else positions
             with self._stands(stands):
-                return self.model(input_ids=self.batches[batch], use_cache=False).logits
+                return self.model(input_ids=self.batches[batch], use_cache=False, logits_to_keep=wanted).logits
 
         with self._outer():
             yield logits

@@ -1,7 +1,8 @@
 """The last walk: each layer is changed on the hidden states it is given, and written.
 
 Low-rank factors are fitted to the inputs of the *unfactored* model: that was better on every model and ratio tried (LOG.md). Integers
-are fitted progressively, to what the quantised layers before give. A resumed run reads those it wrote back, so nothing is done twice.
+are fitted progressively, to what the quantised layers before give (and so are factors, where their product is quantised in one recipe).
+A resumed run reads the layers that it wrote back, so nothing is done twice.
 """
 
 from __future__ import annotations

@@ -95,16 +95,17 @@ def divergence(
     tokens = 0
     with walk.head() as head:
         for batch in range(len(walk.batches)):
-            log_p = head(ends[original][batch], batch).float().log_softmax(-1)
-            tokens += log_p.shape[0] * log_p.shape[1]
-            for stream in streams:
-                if stream.names == [original]:
-                    continue
-                log_q = head(stream.hidden[batch], batch).float().log_softmax(-1)
-                kl = float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-                for name in stream.names:
-                    if name != original:
-                        total[name] += kl  # type: ignore[index]
+            for positions in walk.pieces(batch):
+                log_p = head(ends[original][batch], batch, positions).float().log_softmax(-1)
+                tokens += log_p.shape[0] * log_p.shape[1]
+                for stream in streams:
+                    if stream.names == [original]:
+                        continue
+                    log_q = head(stream.hidden[batch], batch, positions).float().log_softmax(-1)
+                    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+                    for name in stream.names:
+                        if name != original:
+                            total[name] += kl  # type: ignore[index]
     return {name: value / tokens for name, value in total.items()}
 
 

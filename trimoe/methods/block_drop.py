@@ -44,13 +44,13 @@ class BlockDrop:
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
         parts.check(self.name, self.ratio, self.count, self.threshold, consecutive=self.choose == "consecutive", rerank=self.rerank == "kl")
 
-    def candidates(self, moe: list[int], blocks: list[int]) -> list[parts.Part]:
-        """`moe`: layers with a MoE block, `blocks`: layers that can go whole."""
-        return [("block", index) for index in blocks]
+    def candidates(self, depth: parts.Depth) -> list[parts.Part]:
+        return [("block", index) for index in depth.blocks]
 
-    def total(self, moe: list[int], layers: list[int]) -> int | None:
+    def total(self, depth: parts.Depth) -> int | None:
         """How many decoder layers go; None where the threshold says."""
-        return parts.wanted(self.name, self.ratio, self.count, len(layers), "decoder layers")
+        most = depth.most(self.candidates(depth), mixed=False)
+        return parts.wanted(self.name, self.ratio, self.count, len(depth.layers), most, "decoder layers")
 
     def similarity(self, candidates: list[parts.Part], stats: Stats) -> dict[parts.Part, float]:
         return {part: parts.similarity(part, stats, "residual") for part in candidates}

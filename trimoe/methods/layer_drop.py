@@ -47,18 +47,20 @@ class LayerDrop:
 
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
         parts.check(self.name, self.ratio, self.count, self.threshold, consecutive=self.choose == "consecutive", rerank=self.rerank == "kl")
+        if any(site.factored for site in sites.values()):
+            raise UserError("layer_drop: the model's experts are factored already; drop layers before low_rank, or use block_drop.")
         if self.blocks and self.choose == "consecutive":
             raise UserError("layer_drop: blocks cannot be mixed into one consecutive run; set choose: discrete, or use block_drop.")
 
-    def candidates(self, moe: list[int], blocks: list[int]) -> list[parts.Part]:
-        """`moe`: layers with a MoE block, `blocks`: layers that can go whole."""
-        return [("moe", index) for index in moe] + ([("block", index) for index in blocks] if self.blocks else [])
+    def candidates(self, depth: parts.Depth) -> list[parts.Part]:
+        return [("moe", index) for index in depth.moe] + ([("block", index) for index in depth.blocks] if self.blocks else [])
 
-    def total(self, moe: list[int], layers: list[int]) -> int | None:
-        """How many sub-layers go; None where the threshold says."""
+    def total(self, depth: parts.Depth) -> int | None:
+        """How many go, in MoE layers or (with `blocks`) sub-layers; None where the threshold says."""
+        most = depth.most(self.candidates(depth), mixed=self.blocks)
         if self.blocks:
-            return parts.wanted(self.name, self.ratio, self.count, 2 * len(layers), "sub-layers")
-        return parts.wanted(self.name, self.ratio, self.count, len(moe), "MoE layers")
+            return parts.wanted(self.name, self.ratio, self.count, 2 * len(depth.layers) - len(depth.emptied), most, "sub-layers")
+        return parts.wanted(self.name, self.ratio, self.count, len(depth.moe), most, "MoE layers")
 
     def similarity(self, candidates: list[parts.Part], stats: Stats) -> dict[parts.Part, float]:
         return {part: parts.similarity(part, stats, self.metric) for part in candidates}
