@@ -20,7 +20,7 @@ from trimoe.gather import prune_layer, survivors
 from trimoe.journal import Journal
 from trimoe.methods import LowRank, Quantize
 from trimoe.methods.method import Decisions
-from trimoe.methods.quantize import put_back
+from trimoe.methods.quantize import FEW, put_back
 from trimoe.seen import Recorder
 from trimoe.skeleton import Site, tensor_at
 from trimoe.stream import LayerWalk
@@ -65,6 +65,8 @@ def transform(run: Run, decisions: Decisions, writer: Writer, journal: Journal) 
     if quantize is None:
         return {}
     borrowed = {str(i): (journal.get(f"quantised-{i}") or {}).get("borrowed", 0) for i in computed}
+    if sum(borrowed.values()):
+        run.reporter.say(f"{sum(borrowed.values())} experts saw fewer than {FEW} tokens and were fitted to their layer's inputs instead.")
     return {"borrowed_experts": borrowed, "quantized_share": writer.layout.quantized_share}
 
 
