@@ -14,6 +14,9 @@ from trimoe.write import write_text
 NATIVE = """Layers of this checkpoint differ in shape. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
 `trimoe.load(folder)`); without trimoe by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs
 `modeling_trimoe.py` of this folder. Otherwise transformers refuses it with a size mismatch."""
+GONE = {"moe": "sub-layer dropped", "block": "layer dropped"}
+PACKED = """ Its experts are packed integers (compressed-tensors): with compressed-tensors installed transformers unpacks
+them as it loads; `trimoe.load(folder)` runs them packed."""
 STOCK = "This is a stock checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."
 
 
@@ -32,13 +35,13 @@ def text(record: dict[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {Path(model).name or model}, compressed",
         f"Made by trimoe {record['trimoe']} from `{model}`.",
-        NATIVE if plan["form"] == "native" else STOCK,
+        (NATIVE if plan["form"] == "native" else STOCK) + (PACKED if any(name == "quantize" for name, _ in steps) else ""),
         "## What was done",
         "\n".join(f"- `{name}`: {_fields(fields)}" for name, fields in steps),
         f"Calibration: {given['samples']} samples of {given['length']} tokens ({', '.join(given['domains'])}), seed {record['seed']}.",
         _table(
             ("layer", "experts before", "after", "mean rank, first / last projection"),
-            [(row["layer"], row["experts"], row["kept"], row["rank"] or "-") for row in plan["layers"]],
+            [(row["layer"], row["experts"], GONE.get(row.get("gone"), row["kept"]), row["rank"] or "-") for row in plan["layers"]],
         ),
         "## Size",
         _table(
