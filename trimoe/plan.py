@@ -16,8 +16,7 @@ from trimoe.methods.low_rank import MULTIPLE, rank_share
 from trimoe.methods.method import Decisions, LayerDecision, decided_sites, unchanged
 from trimoe.recipe import Recipe
 from trimoe.recipe import load as load_recipe
-from trimoe.skeleton import Site, Skeleton
-from trimoe.stream import PIECE
+from trimoe.skeleton import LOGITS, Site, Skeleton
 from trimoe.subset import gram_bytes, search_budget
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
@@ -282,7 +281,7 @@ def describe(
         loads["llama.cpp"] = "no (it does not read compressed-tensors)"
     hidden = next(iter(skeleton.sites.values())).hidden * tokens * skeleton.dtype.itemsize
     search = max(_search_memory(step, dict(skeleton.sites), recipe) for step in recipe.steps)
-    logits = 5 * 4 * min(PIECE, 2048 * skeleton.config.get_text_config().vocab_size)
+    logits = 5 * 4 * min(LOGITS, 2048 * skeleton.config.get_text_config().vocab_size)
     peak = int(2.5 * skeleton.largest_layer + 2 * hidden + search + logits + IMPORTS)
     extra = (
         [f"{len(skeleton.ignored_keys)} tensors that transformers does not use (such as {skeleton.ignored_keys[0]}) are left out."]

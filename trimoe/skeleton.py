@@ -23,6 +23,9 @@ from trimoe.errors import UserError
 from trimoe.routing import RoutingRule
 
 
+LOGITS = 1 << 24  # logits that are held at once, several times over, where versions of a model are compared
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """One MoE block. Paths in `expert_axes` are relative to the block; `H` hidden size, `I` expert width, `O` first projection's width."""

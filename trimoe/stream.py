@@ -19,9 +19,8 @@ from torch import nn
 
 from trimoe import hf
 from trimoe.errors import UserError
-from trimoe.skeleton import Skeleton
+from trimoe.skeleton import LOGITS, Skeleton
 
-PIECE = 1 << 24  # logits held at once
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, after the hidden states
 
 
@@ -164,7 +163,7 @@ class LayerWalk:
         """Positions of a batch in pieces whose logits are few enough to be held several times over."""
         rows, length = self.batches[batch].shape
         vocabulary = self.skeleton.config.get_text_config().vocab_size
-        return list(torch.arange(length, device=self.device).split(max(1, PIECE // (rows * vocabulary))))
+        return list(torch.arange(length, device=self.device).split(max(1, LOGITS // (rows * vocabulary))))
 
     @contextmanager
     def head(self) -> Iterator[Callable[..., torch.Tensor]]:
