@@ -22,7 +22,6 @@ from trimoe.checkpoint import DTYPES, Checkpoint
 from trimoe.errors import UserError
 from trimoe.routing import RoutingRule
 
-
 LOGITS = 1 << 24  # logits that are held at once, several times over, where versions of a model are compared
 
 
