@@ -7,13 +7,10 @@ Every result is really written and evaluated from disk. KL(original || compresse
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import trimoe
+import made_and_measured
+from alternate import write_json
 
 INT4 = {"quantize": {"bits": 4}}
 
@@ -41,33 +38,9 @@ def rows() -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--model", default="builtin:mini-mixtral")
-    arguments.add_argument("--calibration", nargs="+", default=["builtin:mixed"])
-    arguments.add_argument("--text", nargs="+", default=["builtin:mixed"])
-    arguments.add_argument("--samples", type=int, default=48)
-    arguments.add_argument("--tokens", type=int, default=4096)
-    arguments.add_argument("--only", nargs="*", help="of the rows, those whose names contain one of these")
-    arguments.add_argument("--json")
-    given = arguments.parse_args()
-    results = []
-    for name, steps in rows().items():
-        if given.only and not any(word in name for word in given.only):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out"
-            made = trimoe.compress(given.model, {"steps": steps}, out, calibration=given.calibration, samples=given.samples)
-            report = trimoe.evaluate(out, against=given.model, text=given.text, stride=256, tokens=given.tokens)
-        share = made.plan.after.file_bytes / made.plan.before.file_bytes
-        gone = [index for index, decision in made.decisions.items() if decision.gone]
-        kls, perplexity = [row["kl"] for row in report["texts"]], [row["perplexity"] for row in report["texts"]]
-        results.append(
-            {"model": given.model, "row": name, "bytes": share, "kl": report["mean_kl"], "kls": kls, "perplexity": perplexity, "gone": gone}
-        )
-        numbers = " ".join(f"{value:.2f}" for value in perplexity)
-        print(f"{name:<42} bytes {share:6.1%}  KL {report['mean_kl']:.4f}  perplexity {numbers}  {gone or ''}", flush=True)
-    if given.json:
-        Path(given.json).write_text(json.dumps(results, indent=1))
+    given = made_and_measured.options(__doc__, tokens=4096).parse_args()
+    found = [made_and_measured.row(given, name, {"steps": steps}) for name, steps in rows().items()]
+    write_json(given.json, [row for row in found if row is not None])
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ KL(original || compressed) in nats per token, mean over texts; one shot, no reco
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import trimoe
+import made_and_measured
+from alternate import write_json
 
 MOE_I2 = "moe-i2"
 PAPER = ["steps.0.counts=importance", "steps.1.rank=importance"]
@@ -33,28 +30,11 @@ def recipes(ratios: list[float]) -> list[tuple[str, Any, list[str]]]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--model", default="builtin:mini-mixtral")
-    arguments.add_argument("--calibration", nargs="+", default=["builtin:mixed"])
-    arguments.add_argument("--text", nargs="+", default=["builtin:mixed"])
-    arguments.add_argument("--samples", type=int, default=48)
-    arguments.add_argument("--tokens", type=int, default=8192)
+    arguments = made_and_measured.options(__doc__, tokens=8192)
     arguments.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.4, 0.6])
-    arguments.add_argument("--json")
     given = arguments.parse_args()
-    results = []
-    for name, recipe, changes in recipes(given.ratios):
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out"
-            made = trimoe.compress(given.model, recipe, out, changes=changes, calibration=given.calibration, samples=given.samples)
-            report = trimoe.evaluate(out, against=given.model, text=given.text, stride=256, tokens=given.tokens)
-        share = made.plan.after.experts / made.plan.before.experts
-        perplexity = [row["perplexity"] for row in report["texts"]]
-        results.append({"model": given.model, "recipe": name, "experts_kept": share, "kl": report["mean_kl"], "perplexity": perplexity})
-        numbers = " ".join(f"{value:.2f}" for value in perplexity)
-        print(f"{name:<40} kept {share:6.1%}  KL {report['mean_kl']:.4f}  perplexity {numbers}", flush=True)
-    if given.json:
-        Path(given.json).write_text(json.dumps(results, indent=1))
+    found = [made_and_measured.row(given, *row) for row in recipes(given.ratios)]
+    write_json(given.json, [row for row in found if row is not None])
 
 
 if __name__ == "__main__":

@@ -211,8 +211,7 @@ def _decide_depth(
     stats = _stats_for(run, journal, number, step, sites, given, decisions)
     left = depth.left(run.skeleton, decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
     similar, total = step.similarity(step.candidates(left), stats), step.total(left)
-    threshold = 2.0 if step.threshold is None else step.threshold
-    chosen = parts.pick(similar, left, total, threshold=threshold, consecutive=step.choose == "consecutive", mixed=step.blocks)
+    chosen = step.pick(similar, left, total, mixed=step.blocks)
     if not chosen:
         run.reporter.say(f"{step.name}: nothing is above the threshold {step.threshold}; the most similar is {max(similar.values()):.4f}.")
     metrics: dict[str, Any] = {"similarity": {f"{kind} {index}": value for (kind, index), value in similar.items()}}

@@ -20,7 +20,7 @@ from trimoe.skeleton import Skeleton
 # Fields that list layers by number, and those that count layers from the first on. (Lists as long as the model has layers, one entry a
 # layer, are found by their length.)
 LISTING = ("mlp_only_layers", "moe_layers", "no_rope_layers", "full_attention_layers", "attn_layer_indices", "global_attn_idx")
-COUNTING = ("first_k_dense_replace", "num_dense_layers")
+COUNTING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 ZERO_WIDTH = 16  # of the dense MLP of zeros in the place of a dropped block: small, and a multiple that kernels like
 
 
@@ -35,7 +35,7 @@ def renumbered(config: Mapping[str, Any], kept: Sequence[int], old: int) -> dict
             out[name] = [place[index] for index in value if index in place]
         elif isinstance(value, list) and len(value) == old:
             out[name] = [value[index] for index in kept]
-        elif (name in COUNTING and isinstance(value, int)) or (name == "moe_layer_start_index" and isinstance(value, int)):
+        elif name in COUNTING and isinstance(value, int):
             out[name] = sum(index < value for index in kept)
         elif name == "moe_layer_end_index" and isinstance(value, int):
             out[name] = sum(index <= (value if value >= 0 else old + value) for index in kept) - 1

@@ -163,6 +163,7 @@ class _Paper:
             for index in left.moe:
                 residual.dropped_entry(self.skeleton, index)  # raises where dropping is not the identity
         total, candidates = step.total(left), step.candidates(left)
+        step.pick(dict.fromkeys(candidates, 0.0), left, total, mixed=step.blocks)  # raises where no consecutive run can be had
         before = Layout(self.skeleton, self.decisions)
         weight = {}
         for kind, index in candidates:

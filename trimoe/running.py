@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -29,22 +29,21 @@ NAME = "trimoe_packed"
 KERNEL_GROUPS = (32, 64, 128, 256)  # inputs a scale, of torch's int4 kernels
 
 
-class Backend:
+class Backend(Protocol):
     """One way to multiply by a packed matrix. `pack` makes the kernel's form on the device that the integers lie on."""
 
     name: str
-    exact = False  # whether results equal those of the dequantised matrix, and gradients flow to the input
+    exact: bool = False  # whether results equal those of the dequantised matrix, and gradients flow to the input
 
     def fits(self, bits: int, group: int, shape: tuple[int, int], device: torch.device) -> bool:
         """Whether matrices [O, I] of `bits` in groups of `group` can run here."""
-        raise NotImplementedError
+        ...
 
-    def pack(self, packed: Packed) -> Any:
-        raise NotImplementedError
+    def pack(self, packed: Packed) -> Any: ...
 
     def linear(self, x_SI: torch.Tensor, handle: Any) -> torch.Tensor:
         """x W^T [S, O] in the dtype of x; S > 0."""
-        raise NotImplementedError
+        ...
 
     def nbytes(self, handle: Any) -> int:
         """Bytes that the handle holds in memory."""

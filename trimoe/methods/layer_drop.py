@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from trimoe import parts
 from trimoe.errors import UserError
-from trimoe.methods.method import Decisions
+from trimoe.methods.method import Decisions, DepthDrop
 from trimoe.skeleton import Site
 from trimoe.stats import Stats
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class LayerDrop:
+class LayerDrop(DepthDrop):
     """Drop the MoE sub-layers that change the residual stream least: the token's state passes them by.
 
     ratio, count, threshold   share of the MoE layers, how many, or all whose similarity is above it (one of the three)
@@ -27,26 +27,12 @@ class LayerDrop:
     """
 
     name: ClassVar[str] = "layer_drop"
-    paper: ClassVar[str] = "arXiv 2406.02500"
-    scope: ClassVar[Literal["layer", "model"]] = "model"
 
-    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    count: Annotated[int, Field(ge=1)] | None = None
-    threshold: Annotated[float, Field(ge=-1, lt=1)] | None = None
     metric: Literal["residual", "output"] = "residual"
-    choose: Literal["discrete", "consecutive"] = "discrete"
     blocks: bool = False
-    rerank: Literal["none", "kl"] = "none"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"cosines"})
-
-    def reach(self, sites: Mapping[int, Site]) -> int:
-        return 0
 
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
-        parts.check(self.name, self.ratio, self.count, self.threshold, consecutive=self.choose == "consecutive", rerank=self.rerank == "kl")
+        super().shape(sites, decisions)
         if any(site.factored for site in sites.values()):
             raise UserError("layer_drop: the model's experts are factored already; drop layers before low_rank, or use block_drop.")
         if self.blocks and self.choose == "consecutive":

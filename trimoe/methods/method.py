@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as configured
+
+from trimoe import parts
 from trimoe.errors import UserError
 from trimoe.skeleton import Site
 
@@ -65,6 +69,34 @@ class Method(Protocol):
     def needs(self) -> frozenset[str]: ...  # statistics to gather beyond routing and outputs
 
     def shape(self, sites: dict[int, Site], decisions: Decisions) -> None: ...
+
+
+@configured(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class DepthDrop:
+    """What layer_drop and block_drop share: how many parts of the depth go, and how they are chosen."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = "arXiv 2406.02500"
+    scope: ClassVar[Literal["layer", "model"]] = "model"
+    needs: ClassVar[frozenset[str]] = frozenset({"cosines"})
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    count: Annotated[int, Field(ge=1)] | None = None
+    threshold: Annotated[float, Field(ge=-1, lt=1)] | None = None
+    choose: Literal["discrete", "consecutive"] = "discrete"
+    rerank: Literal["none", "kl"] = "none"
+
+    def reach(self, sites: Mapping[int, Site]) -> int:
+        """Among how many of a token's best experts the Gram is wanted: none is."""
+        return 0
+
+    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+        parts.check(self.name, self.ratio, self.count, self.threshold, consecutive=self.choose == "consecutive", rerank=self.rerank == "kl")
+
+    def pick(self, similar: Mapping[parts.Part, float], depth: parts.Depth, total: int | None, *, mixed: bool) -> list[parts.Part]:
+        """The most similar parts. Raises UserError where no consecutive run can be had."""
+        threshold = 2.0 if self.threshold is None else self.threshold
+        return parts.pick(similar, depth, total, threshold=threshold, consecutive=self.choose == "consecutive", mixed=mixed)
 
 
 def share_of(ratio: float | None, count: int | None, what: str, per_layer: int) -> float:

@@ -1,0 +1,111 @@
+"""config.json of the result: expert counts and layers as decided, what native code has to know, how experts are packed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from trimoe import depth, hf, modeling_trimoe, residual
+from trimoe.errors import UserError
+from trimoe.methods.method import Decisions
+from trimoe.skeleton import Skeleton
+
+
+def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
+    """The source's config.json with the new expert counts and layers. Raises UserError where it cannot describe what is left."""
+    config = {key: value for key, value in skeleton.checkpoint.config.items() if key != modeling_trimoe.KEY}
+    config.pop("auto_map", None)  # the source's own code is not carried over; transformers has the family
+    kept = depth.kept_layers(skeleton, decisions)
+    place = {index: new for new, index in enumerate(kept)}
+    emptied = [index for index in kept if index in decisions and decisions[index].gone == "moe"]
+    left = {index: site for index, site in skeleton.sites.items() if index in place and index not in emptied}
+    after = {index: len(decisions[index].keep) if index in decisions else site.num_experts for index, site in left.items()}
+    field, text = skeleton.count_field, skeleton.config.get_text_config()
+    counts = set(after.values())
+    total = counts.pop() if len(counts) == 1 else skeleton.num_experts
+    inner = depth.inner_key(config, field)
+    holder: dict[str, object] = dict(config[inner]) if inner else config  # type: ignore[arg-type]
+    if len(kept) < len(skeleton.layers):
+        holder = depth.renumbered(depth.explicit(skeleton, holder), kept, len(skeleton.layers))
+    for name in (*hf.spellings(text, field), *(other for other in hf.COUNT_NAMES if other in holder)):
+        holder[name] = total
+    if skeleton.ignored_keys and "num_nextn_predict_layers" in holder:
+        holder["num_nextn_predict_layers"] = 0  # the multi-token prediction layers are among what is left out
+    dense = [index for index in emptied if depth.zero_block(skeleton, index) is not None]
+    if dense:
+        holder |= depth.dense_form(skeleton, []) or {}
+        holder["mlp_only_layers"] = sorted({place[i] for i in (*(text.mlp_only_layers or ()), *dense) if i in place})
+    config = {**config, inner: holder} if inner else holder
+    _check_depth(skeleton, config, kept, emptied)
+    layers: dict[str, dict[str, object]] = {}
+    for index in kept:
+        entry = dict((skeleton.spec or {}).get("layers", {}).get(str(index), {}))
+        if index in emptied and index not in dense:
+            entry = {"dropped": residual.dropped_entry(skeleton, index)}
+        elif index in left:
+            entry.pop("num_experts", None)
+            if after[index] != total:
+                entry["num_experts"] = after[index]
+            decision = decisions.get(index)
+            if decision is not None and decision.factored:
+                entry |= {"in_ranks": list(decision.in_ranks or ()), "out_ranks": list(decision.out_ranks or ())}
+        if entry and index not in dense:
+            layers[str(place[index])] = entry
+    bits = {(decision.bits, decision.group) for decision in decisions.values() if decision.bits is not None and decision.gone is None}
+    if bits:
+        config["quantization_config"] = quantization_config(skeleton, *bits.pop(), dense)  # type: ignore[arg-type]
+    if layers:
+        site = next(iter(skeleton.sites.values()))
+        config[modeling_trimoe.KEY] = {
+            "version": 1, "block": site.block, "experts": site.experts, "count_field": field, "layers": layers,
+        }  # fmt: skip
+        architecture = modeling_trimoe.stock_class(skeleton.config).__name__
+        config["auto_map"] = {"AutoModelForCausalLM": f"modeling_trimoe.{architecture}"}
+    return config
+
+
+def quantization_config(skeleton: Skeleton, bits: int, group: int, dense: Sequence[int]) -> dict[str, object]:
+    """compressed-tensors: every Linear but those listed, which are all that are no routed experts, by the names on disk and in modules."""
+    experts = {
+        key for index, site in skeleton.sites.items() for path in site.expert_paths()
+        for key in skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}")
+    }  # fmt: skip
+    modules = [f"{name}.weight" for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    matrices = [key for key, info in skeleton.checkpoint.tensors.items() if key not in experts and len(info.shape) == 2]
+    zeros = [
+        f"{skeleton.layer_name(index)}.{skeleton.sites[index].block}.{name}" for index in dense for name in depth.zero_block(skeleton, index) or {}
+    ]  # fmt: skip
+    names = {key.removesuffix(".weight") for key in (*modules, *matrices, *zeros) if key.endswith(".weight")}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "ignore": sorted({_anywhere(name) for name in names}),
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "input_activations": None, "output_activations": None,
+            "weights": {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "dynamic": False},
+        }},
+    }  # fmt: skip
+
+
+def _anywhere(name: str) -> str:
+    """A module's name as a pattern that fits it in every decoder layer."""
+    parts = name.split(".")
+    at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+    return name if at is None else "re:.*" + re.escape("." + ".".join(parts[at + 1 :])) + "$"
+
+
+def _check_depth(skeleton: Skeleton, config: dict[str, object], kept: Sequence[int], emptied: Sequence[int]) -> None:
+    """Only where layers were dropped: with the old expert counts put back, the new configuration must give the old layers."""
+    if len(kept) == len(skeleton.layers) and not emptied:
+        return
+    field = skeleton.count_field
+    inner = depth.inner_key(config, field)
+    holder: dict[str, object] = dict(config[inner]) if inner else dict(config)  # type: ignore[call-overload]
+    for name in (*hf.spellings(skeleton.config.get_text_config(), field), *(other for other in hf.COUNT_NAMES if other in holder)):
+        holder[name] = skeleton.num_experts
+    whole = {**config, inner: holder} if inner else holder
+    reason = depth.difference(skeleton, whole, kept, emptied)
+    if reason is not None:
+        gone = sorted(set(range(len(skeleton.layers))) - set(kept))
+        raise UserError(f"Without {f'decoder layers {gone}' if gone else f'the MoE blocks of layers {list(emptied)}'}, {reason}.")
