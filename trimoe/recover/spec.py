@@ -1,0 +1,62 @@
+"""How a compressed model is trained to win back what it lost: the `recover` section of a recipe, and `trimoe recover`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+RATES = {"lora": 2e-4, "router": 1e-3, "logits": 2e-4, "experts": 1e-3}  # peak learning rates where a recipe names none
+FULL_RATE = 2e-5  # of `logits` with train: full
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Recover:
+    """Recovery training of a finished folder.
+
+    method       `lora`: adapters on attention and experts, trained on the text itself (MoE-I2); `logits`: distillation of the original's
+                 next-token distribution into adapters, or into all weights with `train: full`; `router`: the same, but only routers
+                 train; `experts`: each expert learns its original's outputs on the original's hidden states, layer by layer (MoE-Pruner)
+    data         training text: files, datasets ids or builtin:NAME; the recipe's calibration text by default
+    samples      sequences of `length` tokens; the share `holdout` of them is kept apart for validation
+    epochs       passes over the samples; `steps` ends earlier (optimiser steps; of each layer, for `experts`)
+    batch        sequences in one optimiser step
+    rate         peak learning rate; null: by method. Cosine schedule after a linear `warmup` (share of steps); gradients clipped to `clip`
+    rank, alpha  of the adapters
+    temperature  of both distributions in distillation; `top_k`: probabilities of the original kept a token, the rest is pooled
+    patience     validations without improvement after which training stops; the best state is what is written
+    adapter      keep the adapters beside the untouched model (peft's format) instead of merging them
+    stream       `experts` only: layer by layer, neither model is held in memory. false: both are, and the language-modelling loss is
+                 added, as the paper does
+    """
+
+    method: Literal["lora", "router", "logits", "experts"]
+    data: str | list[str] | None = None
+    samples: Annotated[int, Field(ge=2)] = 1024
+    length: Annotated[int, Field(ge=8)] = 512
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    epochs: Annotated[int, Field(ge=1)] = 1
+    steps: Annotated[int, Field(ge=1)] | None = None
+    batch: Annotated[int, Field(ge=1)] = 8
+    rate: Annotated[float, Field(gt=0)] | None = None
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    train: Literal["lora", "full"] = "lora"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Annotated[int, Field(ge=1)] = 64
+    patience: Annotated[int, Field(ge=1)] = 3
+    adapter: bool = False
+    stream: bool = True
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate."""
+        if self.rate is not None:
+            return self.rate
+        return FULL_RATE if self.method == "logits" and self.train == "full" else RATES[self.method]
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
