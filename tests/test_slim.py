@@ -36,6 +36,8 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "merged": [{"low_rank": {"ratio": 0.3, "rank": "uniform", "form": "dense"}}, {"quantize": {"bits": 8, "method": "gptq"}}],
     "block": [{"block_drop": {"count": 1}}, SLIM],
     "layer": [{"layer_drop": {"count": 1}}, SLIM],
+    "all": [{"quantize": {"bits": 4, "method": "gptq", "scope": "all-linear"}}],
+    "all, layer": [{"layer_drop": {"count": 1}}, {"quantize": {"bits": 8, "method": "awq", "scope": "all-linear"}}],
 }
 
 IN_NEW_PROCESS = """
@@ -163,11 +165,11 @@ def test_resumed_run_writes_the_same_bytes(
 
 @pytest.mark.parametrize(("family", "steps", "message"), [
     ("gpt_oss", [SLIM], "stacked in one tensor"),
-    ("mixtral", [SLIM, SLIM], "quantised already"),
+    ("mixtral", [SLIM, SLIM], "quantize follows it"),
     ("mixtral", [{"low_rank": {"ratio": 0.3}}, SLIM], "use low_rank with form: dense"),
-    ("mixtral", [SLIM, {"expert_drop": {"ratio": 0.25}}], "quantize comes last"),
-    ("mixtral", [SLIM, {"low_rank": {"ratio": 0.3}}], "quantize comes last"),
-    ("mixtral", [SLIM, {"layer_drop": {"count": 1}}], "quantize comes last"),
+    ("mixtral", [SLIM, {"expert_drop": {"ratio": 0.25}}], "quantize is fitted to the finished model"),
+    ("mixtral", [SLIM, {"low_rank": {"ratio": 0.3}}], "quantize is fitted to the finished model"),
+    ("mixtral", [SLIM, {"layer_drop": {"count": 1}}], "quantize is fitted to the finished model"),
 ])  # fmt: skip
 def test_what_cannot_be_is_said_at_plan_time(
     family: str, steps: list[dict[str, Any]], message: str, family_folder: Callable[[str], Path]

@@ -11,12 +11,13 @@ import yaml
 from trimoe.tables import traffic_cells
 from trimoe.write import write_text
 
-NATIVE = """Layers of this checkpoint differ in shape. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
+NATIVE = """Stock code does not know the form of this checkpoint. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
 `trimoe.load(folder)`); without trimoe by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs
 `modeling_trimoe.py` of this folder. Otherwise transformers refuses it with a size mismatch."""
 GONE = {"moe": "sub-layer dropped", "block": "layer dropped"}
 PACKED = """ Its experts are packed integers (compressed-tensors): with compressed-tensors installed transformers unpacks
 them as it loads; `trimoe.load(folder)` runs them packed."""
+SQUEEZED = """ Zeros of pruned matrices are left out of its files and put back while it is loaded."""
 STOCK = "This is a stock checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."
 
 
@@ -35,7 +36,8 @@ def text(record: dict[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {Path(model).name or model}, compressed",
         f"Made by trimoe {record['trimoe']} from `{model}`.",
-        (NATIVE if plan["form"] == "native" else STOCK) + (PACKED if any(name == "quantize" for name, _ in steps) else ""),
+        (NATIVE if plan["form"] == "native" else STOCK) + (PACKED if any(name == "quantize" for name, _ in steps) else "")
+        + (SQUEEZED if any(fields.get("form") == "bitmask" for _, fields in steps) else ""),
         "## What was done",
         "\n".join(f"- `{name}`: {_fields(fields)}" for name, fields in steps),
         f"Calibration: {given['samples']} samples of {given['length']} tokens ({', '.join(given['domains'])}), seed {record['seed']}.",

@@ -9,7 +9,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from trimoe.errors import UserError
+from trimoe.modeling_trimoe import BITMASK, expand
 from trimoe.packing import BITS, PARTS, Packed, packed_columns, unpack
 
 DTYPES: dict[str, torch.dtype] = {
@@ -61,14 +62,19 @@ class TensorInfo:
 class Checkpoint:
     """A folder of safetensors, or the headers of one on the hub.
 
-    Matrices in packed integers (compressed-tensors `pack-quantized`) appear in `tensors` as the dense ones they stand for, under the
-    names those would have, and are read as such; `packed(key)` gives the integers. `stored` is what really lies in the files.
+    Matrices in packed integers (compressed-tensors `pack-quantized`), and tensors whose zeros are left out (`bitmask`), appear in `tensors`
+    as the dense ones they stand for, under the names those would have, and are read as such; `packed(key)` gives the integers. `stored` is
+    what really lies in the files.
     """
 
     def __init__(self, name: str, folder: Path, tensors: dict[str, TensorInfo]):
         self.name, self.folder, self.stored = name, folder, tensors
         self.scheme = _packed_scheme(name, self.config)
         self.tensors = tensors if self.scheme is None else _dense_view(name, tensors, *self.scheme)
+        masks = [key for key in tensors if key.endswith(BITMASK)]
+        self.squeezed = {key.removesuffix(BITMASK) for key in masks}
+        if masks:
+            self.tensors = _expanded_view(name, self.tensors, masks)
 
     @classmethod
     def open(cls, model: str | os.PathLike[str], *, weights: bool = True) -> Checkpoint:
@@ -106,7 +112,10 @@ class Checkpoint:
         for key, size in zip(keys, aligned, strict=True):
             info = self.tensors[key]
             piece = buffer[start : start + info.nbytes]
-            if key in self.stored:
+            if key in self.squeezed:
+                parts = [self._stored(part) for part in (key, key + BITMASK)]
+                piece.view(DTYPES[info.dtype]).view(info.shape).copy_(expand(*parts))
+            elif key in self.stored:
                 self._fill(piece, key, info)
             else:
                 piece.view(DTYPES[info.dtype]).view(info.shape).copy_(self.packed(key).dense())
@@ -118,15 +127,15 @@ class Checkpoint:
         """The integers and scales that the matrix `key` is stored as."""
         assert self.scheme is not None
         bits, _ = self.scheme
-        parts = {}
-        for part in PARTS[:2]:
-            info = self.stored[f"{key.removesuffix('weight')}{part}"]
-            raw = torch.empty(info.nbytes, dtype=torch.uint8)
-            self._fill(raw, key, info)
-            parts[part] = raw.view(DTYPES[info.dtype]).view(info.shape)
+        words, scale_OG = (self._stored(f"{key.removesuffix('weight')}{part}") for part in PARTS[:2])
         columns = self.tensors[key].shape[1]
-        scale_OG = parts["weight_scale"]
-        return Packed(unpack(parts["weight_packed"], bits, columns), scale_OG, bits, columns // scale_OG.shape[1])
+        return Packed(unpack(words, bits, columns), scale_OG, bits, columns // scale_OG.shape[1])
+
+    def _stored(self, key: str) -> torch.Tensor:
+        info = self.stored[key]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        self._fill(raw, key, info)
+        return raw.view(DTYPES[info.dtype]).view(info.shape)
 
     def _fill(self, piece: torch.Tensor, key: str, info: TensorInfo) -> None:
         view, done = piece.numpy().data, 0
@@ -207,6 +216,18 @@ def _dense_view(name: str, stored: dict[str, TensorInfo], bits: int, group: int)
             raise UserError(f"{name}: {key} of shape {list(info.shape)} does not hold {scale.shape[1]} groups of {group} in {bits} bits.")
         shape = (info.shape[0], columns)
         out[f"{base}.weight"] = TensorInfo(info.file, scale.dtype, shape, 0, math.prod(shape) * DTYPES[scale.dtype].itemsize)
+    return out
+
+
+def _expanded_view(name: str, stored: dict[str, TensorInfo], masks: list[str]) -> dict[str, TensorInfo]:
+    """`stored` with each tensor that has a bitmask in its dense shape."""
+    out = {key: info for key, info in stored.items() if key not in masks}
+    for key in masks:
+        mask, values = stored[key], out.get(key.removesuffix(BITMASK))
+        if values is None or len(values.shape) != 1 or mask.dtype != "U8" or len(mask.shape) < 2:
+            raise UserError(f"{name}: {key} has no fitting values beside it.")
+        shape = (*mask.shape[:-1], 8 * mask.shape[-1])
+        out[key.removesuffix(BITMASK)] = replace(values, shape=shape, start=0, end=math.prod(shape) * DTYPES[values.dtype].itemsize)
     return out
 
 

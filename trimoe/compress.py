@@ -21,7 +21,7 @@ from trimoe.errors import UserError
 from trimoe.gather import statistics
 from trimoe.journal import FOLDER, Journal
 from trimoe.layout import Layout
-from trimoe.methods import ExpertDrop, LowRank
+from trimoe.methods import ExpertDrop, LowRank, WeightPrune
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.plan import Plan, final_plan, human, plan
 from trimoe.progress import QUIET, Reporter
@@ -99,9 +99,7 @@ def compress(
         final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
         _check_disk(out, final.after.file_bytes)
         writer = Writer(Layout(skeleton, decisions), out)
-        done = transform(run, decisions, writer, journal)
-        if done:
-            metrics["quantize"] = done
+        metrics |= transform(run, decisions, writer, journal)
         record = {
             "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
             "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
@@ -180,7 +178,7 @@ def refuse_inside(out: Path, skeleton: Skeleton) -> None:
 
 
 def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
-    """Factors, and matrices that stay dense beside them, are written from what was computed with."""
+    """Factors, pruned weights, and matrices that stay dense beside them, are written from what was computed with."""
     keys = [
         key
         for index, site in skeleton.sites.items()
@@ -189,9 +187,10 @@ def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
     ]
     stored = {DTYPES[skeleton.checkpoint.tensors[key].dtype] for key in keys}
     wider = [dtype for dtype in stored if torch.promote_types(dtype, skeleton.dtype) != skeleton.dtype]
-    if wider and any(isinstance(step, LowRank) for step in recipe.steps):
+    step = next((step for step in recipe.steps if isinstance(step, LowRank | WeightPrune)), None)
+    if wider and step is not None:
         raise UserError(
-            f"low_rank in {skeleton.dtype} would round weights that {skeleton.name} keeps in {wider[0]}; leave --dtype at float32."
+            f"{step.name} in {skeleton.dtype} would round weights that {skeleton.name} keeps in {wider[0]}; leave --dtype at float32."
         )
 
 

@@ -53,21 +53,33 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
                 entry |= {"in_ranks": list(decision.in_ranks or ()), "out_ranks": list(decision.out_ranks or ())}
         if entry and index not in dense:
             layers[str(place[index])] = entry
-    bits = {(decision.bits, decision.group) for decision in decisions.values() if decision.bits is not None and decision.gone is None}
+    squeezed = any(decision.bitmask for decision in decisions.values() if decision.gone != "block")
+    bits = {(decision.bits, decision.group) for decision in decisions.values() if decision.bits is not None and decision.gone != "block"}
     if bits:
-        config["quantization_config"] = quantization_config(skeleton, *bits.pop(), dense)  # type: ignore[arg-type]
-    if layers:
+        config["quantization_config"] = quantization_config(skeleton, decisions, *bits.pop(), dense)  # type: ignore[arg-type]
+    if layers or squeezed:
         site = next(iter(skeleton.sites.values()))
         config[modeling_trimoe.KEY] = {
             "version": 1, "block": site.block, "experts": site.experts, "count_field": field, "layers": layers,
+            **({"bitmask": True} if squeezed else {}),
         }  # fmt: skip
         architecture = modeling_trimoe.stock_class(skeleton.config).__name__
         config["auto_map"] = {"AutoModelForCausalLM": f"modeling_trimoe.{architecture}"}
     return config
 
 
-def quantization_config(skeleton: Skeleton, bits: int, group: int, dense: Sequence[int]) -> dict[str, object]:
-    """compressed-tensors: every Linear but those listed, which are all that are no routed experts, by the names on disk and in modules."""
+def quantization_config(skeleton: Skeleton, decisions: Decisions, bits: int, group: int, dense: Sequence[int]) -> dict[str, object]:
+    """compressed-tensors: every Linear but those listed, which are all that are not in integers, by the names on disk and in modules. Raises
+    UserError where names cannot tell."""
+    linears = [
+        f"{skeleton.layer_name(index)}.{path}.weight" for index, decision in decisions.items() if decision.gone != "block" for path in decision.linears
+    ]  # fmt: skip
+    elsewhere = {key for name in linears for key in (name, *skeleton.source_keys(name))}
+    gone = {
+        f"{skeleton.layer_name(index)}." + (f"{skeleton.sites[index].block}." if decision.gone == "moe" else "")
+        for index, decision in decisions.items() if decision.gone is not None
+    }  # fmt: skip
+    elsewhere |= {key for name, keys in skeleton.conversion.source_of.items() if name.startswith(tuple(gone)) for key in (name, *keys)}
     experts = {
         key for index, site in skeleton.sites.items() for path in site.expert_paths()
         for key in skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}")
@@ -77,10 +89,16 @@ def quantization_config(skeleton: Skeleton, bits: int, group: int, dense: Sequen
     zeros = [
         f"{skeleton.layer_name(index)}.{skeleton.sites[index].block}.{name}" for index in dense for name in depth.zero_block(skeleton, index) or {}
     ]  # fmt: skip
-    names = {key.removesuffix(".weight") for key in (*modules, *matrices, *zeros) if key.endswith(".weight")}
+    names = {key.removesuffix(".weight") for key in (*modules, *matrices, *zeros) if key.endswith(".weight") and key not in elsewhere}
+    ignored = {_anywhere(name): name for name in names}
+    both = sorted({_anywhere(name.removesuffix(".weight")) for name in linears} & set(ignored))
+    if both:
+        raise UserError(
+            f"quantize: scope: all-linear would leave {ignored[both[0]]} as it is but pack matrices of that name in other layers; use scope: experts."
+        )
     return {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "ignore": sorted({_anywhere(name) for name in names}),
+        "ignore": sorted(ignored),
         "config_groups": {"group_0": {
             "targets": ["Linear"], "input_activations": None, "output_activations": None,
             "weights": {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "dynamic": False},

@@ -12,7 +12,8 @@ from trimoe import depth, gather, parts, receptive_field, search
 from trimoe.errors import UserError
 from trimoe.gather import statistics
 from trimoe.journal import Journal
-from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step
+from trimoe.linears import with_linears
+from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.expert_drop import Drop
 from trimoe.methods.method import Decisions, LayerDecision, decided_sites
 from trimoe.observe import masked
@@ -52,8 +53,8 @@ def decide(
         sites = decided_sites(run.skeleton.sites, decisions)
         if isinstance(step, ExpertDrop):
             decided, metrics = _decide_drops(run, journal, number, step, sites, decisions, given)
-        elif isinstance(step, Quantize):
-            decided, metrics = step.decide(sites, decisions), {}
+        elif isinstance(step, Quantize | WeightPrune):
+            decided, metrics = with_linears(run.skeleton, {**decisions, **step.decide(sites, decisions)}, step, sites), {}
         elif isinstance(step, LowRank):
             decided, metrics = _decide_ranks(run, journal, number, step, sites, decisions, given)
         else:

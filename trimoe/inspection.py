@@ -62,7 +62,9 @@ def _structure(skeleton: Skeleton) -> dict[str, Any]:
 
 # Each method with the mildest settings: what is refused with these is refused for the model's sake.
 MILD: dict[str, dict[str, Any]] = {
-    "expert_drop": {"ratio": 0.0}, "layer_drop": {"threshold": 0.99}, "block_drop": {"threshold": 0.99}, "low_rank": {"ratio": 0.01}, "quantize": {},
+    "expert_drop": {"ratio": 0.0}, "layer_drop": {"threshold": 0.99}, "block_drop": {"threshold": 0.99}, "low_rank": {"ratio": 0.01},
+    "weight_prune": {"ratio": 0.01},
+    "quantize": {},
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ expert is found by sending tensors filled with expert numbers through transforme
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,39 +13,18 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from trimoe import configuration, depth, hf, modeling_trimoe, residual
 from trimoe.checkpoint import DTYPES, header_bytes
+from trimoe.entry import Entry, changed, dense_back, squeezed
 from trimoe.errors import UserError
 from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.methods.quantize import QuantizedLayer
-from trimoe.packing import PARTS, Packed, packed_columns, unpack
+from trimoe.packing import PARTS, Packed
 from trimoe.skeleton import Site, Skeleton, tensor_at
 
 MAX_SHARD = 4 << 30  # bytes of tensors in one file, unless a single layer is larger
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the output. `source`: the checkpoint key it is copied from, with rows `keep` along `axis` if those are set;
-    without a source it is made by a transformation, or is all `zeros`. `stands_for`: parameters, where they are not its numbers."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    source: str | None = None
-    axis: int | None = None
-    keep: tuple[int, ...] = ()
-    zeros: bool = False
-    stands_for: int | None = None
-
-    @property
-    def parameters(self) -> int:
-        return math.prod(self.shape) if self.stands_for is None else self.stands_for
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -83,87 +61,93 @@ class Layout:
         return [replace(entry, key=self._renumbered(entry.key, index)) for entry in self._entries(index)]
 
     def _entries(self, index: int) -> list[Entry]:
+        entries, decision = self._with_experts(index), self.decisions.get(index)
+        if decision is None or not decision.linears:
+            return entries
+        names = {self.skeleton.source_keys(f"{self.skeleton.layer_name(index)}.{path}.weight")[0] for path in decision.linears}
+        return [new for entry in entries for new in (changed(entry, decision, entry.shape[-1]) if entry.source in names else [entry])]
+
+    def _with_experts(self, index: int) -> list[Entry]:
+        """A layer's entries with its experts as decided."""
         keys, site = self.skeleton.keys_by_layer[index], self.skeleton.sites.get(index)
         decision = self.decisions.get(index)
         if site is None or decision is None:
             return self._copies(keys)
         if decision.gone == "moe":
             return self._without_block(index, site)
-        if len(decision.keep) == site.num_experts and decision.in_ranks is None and decision.bits is None:
+        if len(decision.keep) == site.num_experts and decision.in_ranks is None and not decision.changed:
             return self._copies(keys)
         replaced: set[str] = set()
         entries: list[Entry] = []
         for path in site.expert_axes:
             found, old = self.disk_expert(index, site, path)
             replaced |= old
-            weight = path.startswith(site.experts + ".") and not path.endswith("_bias")
-            if weight and decision.bits is not None:
-                entries += self._packed(index, found, decision)
-            elif not (weight and decision.in_ranks is not None):
-                entries += self._kept(found, decision.keep)
-        if decision.in_ranks is not None and decision.bits is None:
+            kept = self._kept(found, decision.keep)
+            if path in site.weight_paths() and decision.changed:
+                self._refuse_stacked(index, found, decision)
+                inputs = site.width if path.endswith("down_proj") else site.hidden
+                entries += [new for entry in kept for new in changed(entry, decision, inputs)]
+            elif path not in site.weight_paths() or decision.in_ranks is None:
+                entries += kept
+        if decision.in_ranks is not None and not decision.changed:
             dtype = self.expert_dtype(index, site)
-            entries += [Entry(key, dtype, tuple(tensor.shape)) for key, tensor in self._named(index, self.made(index)).items()]
+            disk = self._named(index, {f"{site.block}.{site.experts}.{name}": tensor for name, tensor in self.made(index).items()})
+            entries += [Entry(key, dtype, tuple(tensor.shape)) for key, tensor in disk.items()]
         return self._copies([key for key in keys if key not in replaced]) + entries
 
-    def _packed(self, index: int, found: DiskExpert, decision: LayerDecision) -> list[Entry]:
-        """Integers, scales and shape of every surviving expert's matrices. Raises UserError where experts are not matrices on disk."""
-        assert decision.bits is not None and decision.group is not None
-        if not found.whole or any(not key.endswith(".weight") for keys in found.whole for key in keys):
+    def _refuse_stacked(self, index: int, found: DiskExpert, decision: LayerDecision) -> None:
+        """compressed-tensors packs matrices; experts may lie stacked in one tensor."""
+        if decision.bits is not None and (not found.whole or any(not key.endswith(".weight") for keys in found.whole for key in keys)):
             raise UserError(
                 f"quantize: {self.skeleton.name} keeps the experts of layer {index} stacked in one tensor ({found.key or found.whole[0][0]}), "
                 "which the compressed-tensors format has no place for; not supported yet."
             )
-        entries = []
-        for entry in self._kept(found, decision.keep):
-            base, (rows, columns) = entry.key.removesuffix("weight"), entry.shape
-            shapes = ((rows, packed_columns(columns, decision.bits)), (rows, columns // decision.group), (2,))
-            for part, dtype, shape, count in zip(PARTS, ("I32", entry.dtype, "I64"), shapes, (rows * columns, 0, 0), strict=True):
-                entries.append(Entry(base + part, dtype, shape, stands_for=count))
-        return entries
 
     def packed_form(self, index: int, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
-        """The tensors of `_packed` under the output's keys: integers and scales go the way that the matrices themselves would."""
+        """The tensors of quantised matrices under the output's keys: integers and scales go the way that the matrices themselves would."""
+        site = self.skeleton.sites.get(index)
         out: dict[str, torch.Tensor] = {}
-        site, stacked = self.skeleton.sites[index], {"first": layer.first, "last": layer.last}
-        paths = {"last" if path.endswith("down_proj") else "first": path for path in site.expert_paths() if not path.endswith("_bias")}
-        for which, path in paths.items():
-            name = path.removeprefix(site.experts + ".")
-            integers = self.disk_form(index, {name: torch.stack([packed.q_OI for packed in stacked[which]])})
-            scales = self.disk_form(index, {name: torch.stack([packed.scale_OG for packed in stacked[which]])})
+        named: dict[str, list[Packed]] = {f"{path}.weight": [packed] for path, packed in layer.linears.items()}
+        for path in site.weight_paths() if site is not None and layer.first else ():
+            named[f"{site.block}.{path}"] = layer.last if path.endswith("down_proj") else layer.first  # type: ignore[union-attr]
+        for name, stack in named.items():
+            whole = torch.stack if name.partition(".weight")[0] not in layer.linears else lambda one: one[0]
+            integers = self.disk_form(index, {name: whole([packed.q_OI for packed in stack])})
+            scales = self.disk_form(index, {name: whole([packed.scale_OG for packed in stack])})
             for key, q_OI in integers.items():
-                one = stacked[which][0]
-                packed = Packed(q_OI, scales[key], one.bits, one.group)
+                packed = Packed(q_OI, scales[key], stack[0].bits, stack[0].group)
                 out |= {key.removesuffix("weight") + part: tensor for part, tensor in packed.tensors().items()}
         return out
 
+    def pruned_form(self, index: int, layer: nn.Module) -> dict[str, torch.Tensor]:
+        """The tensors of a layer whose experts and linears have been pruned in place, under the output's keys."""
+        site, named = self.skeleton.sites.get(index), {}
+        for path in site.weight_paths() if site is not None and self.decisions[index].gone is None else ():
+            named[f"{site.block}.{path}"] = tensor_at(site.block_of(layer), path)  # type: ignore[union-attr]
+        for path in self.decisions[index].linears:
+            named[f"{path}.weight"] = tensor_at(layer, f"{path}.weight")
+        entries = {entry.key: entry for entry in self.groups[index + 1]}
+        out: dict[str, torch.Tensor] = {}
+        for key, tensor in self.disk_form(index, named).items():
+            out |= squeezed(key, tensor.detach(), entries)
+        return out
+
     def read_back(self, index: int, out: Path) -> dict[str, torch.Tensor]:
-        """A written layer's experts, dense, under the names that the source would have for them."""
-        decision = self.decisions[index]
-        assert decision.bits is not None
+        """A written layer's changed matrices, dense, under the names that the source would have for them."""
         shard = next(shard for shard in self.shards if index + 1 in shard.groups)
-        names = dict(zip((e.key for e in self.groups[index + 1]), (e.key for e in self._entries(index)), strict=True))
-        dense = {}
+        pairs = zip(self.groups[index + 1], self._entries(index), strict=True)
+        names = {entry.key: old.key for entry, old in pairs if entry.source is None and not entry.zeros}
         with safe_open(out / shard.name, "pt") as file:
-            for key, name in names.items():
-                if key.endswith("." + PARTS[0]):
-                    base = key.removesuffix(PARTS[0])
-                    scale_OG = file.get_tensor(base + PARTS[1])
-                    columns = int(file.get_tensor(base + PARTS[2])[1])
-                    q_OI = unpack(file.get_tensor(key), decision.bits, columns)
-                    dense[name.removesuffix(PARTS[0]) + "weight"] = Packed(
-                        q_OI, scale_OG, decision.bits, columns // scale_OG.shape[1]
-                    ).dense()
-        return dense
+            return dense_back({name: file.get_tensor(key) for key, name in names.items()}, self.decisions[index].bits)
 
     @property
     def quantized_share(self) -> float:
         """Expert weights held as integers, of all expert weights that are left."""
-        packed = sum(entry.parameters for group in self.groups for entry in group if entry.key.endswith("." + PARTS[0]))
-        whole = 0
+        packed = whole = 0
         for index, site in self.skeleton.sites.items():
             decision = self.decisions[index]
             if decision.gone is None:
+                packed += sum(entry.parameters for entry in self._with_experts(index) if entry.key.endswith("." + PARTS[0]))
                 whole += len(decision.keep) * (site.first * site.hidden + site.hidden * site.width)
         return packed / whole
 
@@ -238,24 +222,28 @@ class Layout:
         site, decision = self.skeleton.sites[index], self.decisions[index]
         experts = site.experts_of(self.skeleton.layers[index])
         if decision.merged:
-            weights = [path.removeprefix(site.experts + ".") for path in site.expert_paths() if not path.endswith("_bias")]
+            weights = [path.removeprefix(site.experts + ".") for path in site.weight_paths()]
             return {name: tensor_at(experts, name)[: len(decision.keep)].to("meta") for name in weights}
         factored = modeling_trimoe.FactoredExperts(experts, list(decision.in_ranks or ()), list(decision.out_ranks or ()))
         return {name: tensor.to("meta") for name, tensor in factored.state_dict().items() if not name.endswith("_bias")}
 
     def disk_form(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors named as in the experts module, under the output's keys."""
+        """Tensors named as in the decoder layer, under the output's keys."""
         return {self._renumbered(key, index): tensor for key, tensor in self._named(index, tensors).items()}
 
     def _named(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        site = self.skeleton.sites[index]
-        named = {self.parameter(index, site, f"{site.experts}.{name}"): tensor for name, tensor in tensors.items()}
+        named = {f"{self.skeleton.layer_name(index)}.{name}": tensor for name, tensor in tensors.items()}
         return hf.to_disk_format(self.skeleton.model, named, self.skeleton.conversion)
 
     def expert_dtype(self, index: int, site: Site) -> str:
         """The dtype that the source keeps this layer's expert weights in."""
         path = next(p for p in site.expert_paths() if p.endswith("down_proj"))
         return self.skeleton.checkpoint.tensors[self.skeleton.source_keys(self.parameter(index, site, path))[0]].dtype
+
+    def linear_dtype(self, index: int, path: str) -> str:
+        """The dtype that the source keeps a linear of this layer in."""
+        (key,) = self.skeleton.source_keys(f"{self.skeleton.layer_name(index)}.{path}.weight")
+        return self.skeleton.checkpoint.tensors[key].dtype
 
     # ---- files
 

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trimoe import hf, modeling_trimoe, running
 from trimoe.checkpoint import DTYPES, Checkpoint
 from trimoe.errors import UserError
+from trimoe.linears import linears
 from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed
 from trimoe.skeleton import Site, Skeleton, tensor_at
@@ -93,8 +94,8 @@ def load_packed(
 ) -> PreTrainedModel:
     """A checkpoint with packed experts as a transformers model in eval mode; no more than one expert matrix is ever dense.
 
-    `dtype` is that of everything but the experts ("auto": config.json's). The model stays on `device`. Beside what any model has:
-    `trimoe_backends` counts the expert matrices by backend, `trimoe_expert_bytes` is what they take in memory, and
+    `dtype` is that of everything that is not packed ("auto": config.json's). The model stays on `device`. Beside what any model has:
+    `trimoe_backends` counts the packed matrices by backend, `trimoe_expert_bytes` is what those of the experts take in memory, and
     `trimoe_quantized_share` is the share of expert weights held as integers, 1.0. Raises UserError where an expert matrix is not packed.
     """
     running.check_backend(backend)
@@ -105,10 +106,17 @@ def load_packed(
     model: Any = skeleton.model
     hf.load_into(model, {key: checkpoint.read(key) for key in skeleton.outer_keys}, place, precision)
     for index, keys in enumerate(skeleton.keys_by_layer):
-        packed_here = {key for name in stacks.get(index, {}).values() for key in skeleton.source_keys(name)}
+        others = _packed_linears(skeleton, index)
+        packed_here = {key for name in stacks.get(index, {}).values() for key in skeleton.source_keys(name)} | set(others.values())
         hf.load_into(model, checkpoint.read_together([key for key in keys if key not in packed_here]), place, precision)
         for path, name in stacks.get(index, {}).items():
             _attach(skeleton, skeleton.sites[index], path, name, place, backend)
+        for path, key in others.items():
+            parent, _, leaf = path.rpartition(".")
+            linear: Any = skeleton.layers[index].get_submodule(path)
+            linear.weight = nn.Parameter(torch.empty(0, dtype=precision, device=place), requires_grad=False)
+            packed = running.PackedLinear(linear, _matrix(checkpoint.packed(key), place, backend))
+            setattr(skeleton.layers[index].get_submodule(parent), leaf, packed)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
@@ -139,13 +147,29 @@ def _stacks(skeleton: Skeleton, index: int, site: Site) -> dict[str, str]:
     where, experts = f"{skeleton.name}, layer {index}", _experts(skeleton, site)
     if site.factored or experts.is_transposed:
         raise UserError(f"{where}: packed experts run only as whole matrices [outputs, inputs], one a key; these are stored otherwise.")
-    paths = [path for path in site.expert_paths() if not path.endswith("_bias")]
+    paths = site.weight_paths()
     names = {path: f"{skeleton.layer_name(index)}.{site.block}.{path}" for path in paths}
     for name in names.values():
         dense = [key for key in skeleton.source_keys(name) if key in skeleton.checkpoint.stored]
         if dense:
             raise UserError(f"{where}: {dense[0]} is not packed as the other experts are ({len(dense)} such); such a mixture is not run.")
     return names
+
+
+def _packed_linears(skeleton: Skeleton, index: int) -> dict[str, str]:
+    """Path -> disk key of a layer's packed matrices outside the experts."""
+    stored = skeleton.checkpoint.stored
+    return {
+        path: key for path in linears(skeleton, index, block=True)
+        if (key := skeleton.source_keys(f"{skeleton.layer_name(index)}.{path}.weight")[0]) not in stored
+    }  # fmt: skip
+
+
+def _matrix(packed: Packed, device: torch.device, backend: str) -> running.Matrix:
+    rows, columns = packed.q_OI.shape
+    chosen = running.choose(backend, packed.bits, packed.group, (rows, columns), device)
+    handle = chosen.pack(Packed(packed.q_OI.to(device), packed.scale_OG.to(device), packed.bits, packed.group))
+    return running.Matrix(chosen, handle, packed.q_OI.numel())
 
 
 def _attach(skeleton: Skeleton, site: Site, path: str, name: str, device: torch.device, backend: str) -> None:
@@ -161,9 +185,7 @@ def _attach(skeleton: Skeleton, site: Site, path: str, name: str, device: torch.
         order_O = torch.cat([rows for _, rows in pieces]).argsort()
         q_OI, scale_OG = torch.cat([part.q_OI for part in parts])[order_O], torch.cat([part.scale_OG for part in parts])[order_O]
         assert q_OI.shape == stacked.shape[1:], f"{name}: {tuple(q_OI.shape)} instead of {tuple(stacked.shape[1:])}"
-        chosen = running.choose(backend, one.bits, one.group, (q_OI.shape[0], q_OI.shape[1]), device)
-        handle = chosen.pack(Packed(q_OI.to(device), scale_OG.to(device), one.bits, one.group))
-        matrices.append(running.Matrix(chosen, handle, q_OI.numel()))
+        matrices.append(_matrix(Packed(q_OI, scale_OG, one.bits, one.group), device, backend))
     setattr(experts, leaf, nn.Parameter(torch.empty(0, dtype=skeleton.dtype, device=device), requires_grad=False))
     setattr(experts, "trimoe_first" if is_first else "trimoe_down", matrices)
 
@@ -197,7 +219,8 @@ def _finished(model: Any, checkpoint: Checkpoint, experts: list[Any]) -> PreTrai
     integers = sum(matrix.count for matrix in matrices)
     model.trimoe_quantized_share = integers / (integers + floats)
     assert model.trimoe_quantized_share == 1.0
-    model.trimoe_backends = dict(Counter(matrix.backend.name for matrix in matrices))
+    others = [module.trimoe_matrix for module in model.modules() if isinstance(module, running.PackedLinear)]
+    model.trimoe_backends = dict(Counter(matrix.backend.name for matrix in (*matrices, *others)))
     model.trimoe_expert_bytes = sum(matrix.nbytes for matrix in matrices)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         if hasattr(config, "quantization_config"):

@@ -1,4 +1,5 @@
-"""Loads checkpoints whose MoE layers have different numbers of experts or low-rank (factored) experts. Made by trimoe.
+"""Loads checkpoints whose MoE layers have different numbers of experts or low-rank (factored) experts, or whose zeros are left out. Made by
+trimoe.
 
 This one file needs torch and transformers only; a copy of it lies in every such checkpoint, so that
 
@@ -11,6 +12,9 @@ works without trimoe. `config.moe_compression` says which layers differ from the
                 "4": {"num_experts": 5, "in_ranks": [16, 24, ...], "out_ranks": [16, -1, ...]},   (-1: this matrix stays dense)
                 "5": {"dropped": {"guard": "gate.weight", "norm": "post_attention_layernorm", "pair": false}}}}
 
+With "bitmask": true, a tensor that has another beside it named as it is with _bitmask (uint8 [..., I / 8], a bit a weight, lowest first) holds
+only the weights [count] whose bits are set; the others are zero. Such tensors are expanded while they are loaded.
+
 Letters: T tokens, k experts per token, E experts, H hidden size, I expert width, O the width of the first projection (2I if gated).
 """
 
@@ -18,17 +22,22 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import _grouped_linear
+from transformers.utils import cached_file
 
 # transformers looks for the text "@use_experts_implementation" in a model's source before it lets the implementation be chosen.
 
 KEY = "moe_compression"
+BITMASK = "_bitmask"  # at the end of a key
 DENSE = -1  # in place of a rank: the matrix is not factored
 
 
@@ -195,6 +204,29 @@ def first_projection(experts: nn.Module) -> torch.Tensor:
     return experts.gate_up_proj if experts.has_gate else experts.up_proj
 
 
+def expand(values_N: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
+    """The dense tensor [..., I] of its kept values, in row order, and their bitmask uint8 [..., I / 8]."""
+    kept = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1).flatten(-2).bool()
+    return torch.zeros(kept.shape, dtype=values_N.dtype, device=values_N.device).masked_scatter_(kept, values_N)
+
+
+def _expanded(name: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint with bitmasks, dense."""
+    hub = {
+        key: options[key] for key in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder") if key in options
+    }
+    index = json.loads(Path(cached_file(name, "model.safetensors.index.json", **hub)).read_text(encoding="utf-8"))
+    state: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(index["weight_map"].values())):
+        with safe_open(cached_file(name, shard, **hub), "pt") as file:
+            keys = set(file.keys())
+            for key in keys:
+                if not key.endswith(BITMASK):
+                    tensor = file.get_tensor(key)
+                    state[key] = expand(tensor, file.get_tensor(key + BITMASK)) if key + BITMASK in keys else tensor
+    return state
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     marked = set(model._no_split_modules or ())
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and all(type(n).__name__ in marked for n in m)]
@@ -266,11 +298,16 @@ def native_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 reshape(self)
                 self.post_init()
 
+        def from_pretrained(cls: Any, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+            if (getattr(config, KEY, None) or {}).get("bitmask") and name is not None:
+                kwargs["state_dict"], name = _expanded(str(name), kwargs), None
+            return stock.from_pretrained.__func__(cls, name, *args, config=config, **kwargs)
+
         _native[stock] = type(
             stock.__name__,
             (stock,),
-            {"__init__": __init__, "__module__": __name__, "__doc__": stock.__doc__, "_auto_class": "AutoModelForCausalLM",
-             "_can_set_experts_implementation_cached_value": True, "_can_set_attn_implementation_cached_value": True},
+            {"__init__": __init__, "from_pretrained": classmethod(from_pretrained), "__module__": __name__, "__doc__": stock.__doc__,
+             "_auto_class": "AutoModelForCausalLM", "_can_set_experts_implementation_cached_value": True, "_can_set_attn_implementation_cached_value": True},
         )  # fmt: skip
     return _native[stock]
 

@@ -11,7 +11,8 @@ from trimoe import budget, depth, parts, residual
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.layout import Layout
-from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step
+from trimoe.linears import with_linears
+from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.low_rank import MULTIPLE, rank_share
 from trimoe.methods.method import Decisions, LayerDecision, decided_sites, unchanged
 from trimoe.recipe import Recipe
@@ -133,8 +134,9 @@ class _Paper:
         self.slack, self.open_counts, self.open_ranks, self.open_depth = 0, False, False, False
         for step in recipe.steps:
             sites = decided_sites(skeleton.sites, self.decisions)
-            if not isinstance(step, Quantize) and any(decision.bits for decision in self.decisions.values()):
-                raise UserError(f"{step.name}: the experts are integers by then; quantize comes last.")
+            before = next((done.name for done in recipe.steps if isinstance(done, Quantize | WeightPrune)), step.name)
+            if any(decision.changed for decision in self.decisions.values()):
+                raise UserError(f"{before} is fitted to the finished model, so it comes last and once; here {step.name} follows it.")
             step.shape(sites, self.decisions)
             _search_memory(step, sites, recipe)
             if isinstance(step, ExpertDrop):
@@ -145,8 +147,8 @@ class _Paper:
                 new, more = _on_paper(step, sites, self.decisions, self.open_counts)
                 self.slack += more
                 self.open_ranks = self.open_ranks or step.rank == "optimal"
-            elif isinstance(step, Quantize):
-                new = step.decide(sites, self.decisions)
+            elif isinstance(step, Quantize | WeightPrune):
+                new = with_linears(skeleton, {**self.decisions, **step.decide(sites, self.decisions)}, step, sites)
             else:
                 new = self._without(step)
                 self.open_depth = True
@@ -237,9 +239,9 @@ def _check_target(recipe: Recipe, native: bool, skeleton: Skeleton, decisions: D
         )
     if native and recipe.target != "transformers":
         raise UserError(
-            f"The recipe's target is {recipe.target}, but different expert counts per layer, factored experts and, in this family, dropped MoE "
-            "sub-layers load in transformers only; use counts: uniform with a ratio that removes equally many everywhere, low_rank form: "
-            "dense and block_drop, or target: transformers."
+            f"The recipe's target is {recipe.target}, but different expert counts per layer, factored experts, zeros left out and, in this "
+            "family, dropped MoE sub-layers load in transformers only; use counts: uniform with a ratio that removes equally many everywhere, "
+            "form: dense and block_drop, or target: transformers."
         )
 
 
@@ -268,9 +270,9 @@ def describe(
         ]  # fmt: skip
         rows.sort(key=lambda row: row["layer"])
     kind = skeleton.config.model_type
-    others = (
-        "no (layers differ in form, or experts are factored)" if native else f"yes, where it supports {kind} (one expert count everywhere)"
-    )
+    squeezed = any(decision.bitmask for decision in layout.decisions.values())
+    reason = "zeros are left out of the files" if squeezed else "layers differ in form, or experts are factored"
+    others = f"no ({reason})" if native else f"yes, where it supports {kind} (one expert count everywhere)"
     own = ["import trimoe or trust_remote_code=True"] if native else []
     if any(decision.bits for decision in layout.decisions.values()):
         own.append("compressed-tensors installed")
@@ -335,4 +337,6 @@ def _warnings(recipe: Recipe, before: Sizes, after: Sizes) -> list[str]:
     found = []
     if share < 0.5 - 1e-3:
         found.append(f"only {share:.0%} of the expert parameters stay; beyond half, recovery training is usually needed.")
+    if any(isinstance(step, WeightPrune) and step.form == "dense" for step in recipe.steps):
+        found.append("zeros are stored like other numbers: weight_prune makes nothing smaller (but with form: bitmask) and nothing faster.")
     return found

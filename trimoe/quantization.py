@@ -50,7 +50,7 @@ def gptq(w_OI: torch.Tensor, moment_II: torch.Tensor, bits: int, group: int, dty
     inputs). An input that never fires is rounded alone: damping keeps it apart. Works in float32 and waits once for the device.
     """
     order_I = moment_II.diagonal().argsort(descending=True, stable=True)
-    upper_II = _inverse_factor(moment_II[order_I][:, order_I])
+    upper_II = inverse_factor(moment_II[order_I][:, order_I])
     own_I = torch.empty_like(upper_II[0])
     own_I[order_I] = upper_II.diagonal() ** -2
     scale_OG = _searched_scales(w_OI.float(), own_I, bits, group, dtype)
@@ -129,7 +129,7 @@ def _searched_scales(w_OI: torch.Tensor, weight_I: torch.Tensor, bits: int, grou
     return best_OG
 
 
-def _inverse_factor(moment_II: torch.Tensor) -> torch.Tensor:
+def inverse_factor(moment_II: torch.Tensor) -> torch.Tensor:
     """Upper triangular U with U^T U = (C + damping)^-1 in float32, whose rows tell how each column's error spreads over the next.
 
     C turned end for end is L L^T; L turned back is upper triangular and U is its inverse: one factorisation instead of GPTQ's two.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from trimoe import hf
@@ -200,7 +201,7 @@ def _names(backends: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One expert's matrix in the form that its backend wants."""
+    """One matrix in the form that its backend wants."""
 
     backend: Backend
     handle: Any
@@ -212,6 +213,25 @@ class Matrix:
     @property
     def nbytes(self) -> int:
         return self.backend.nbytes(self.handle)
+
+
+class PackedLinear(nn.Linear):
+    """A linear whose matrix is packed; its weight is empty."""
+
+    def __init__(self, linear: nn.Linear, matrix: Matrix):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
+        self.weight = nn.Parameter(linear.weight.new_empty(0, device=linear.weight.device), requires_grad=False)
+        self.bias, self.trimoe_matrix = linear.bias, matrix
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        _refuse_gradients(input, self.trimoe_matrix.backend)
+        y = self.trimoe_matrix(input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+def _refuse_gradients(given: torch.Tensor, backend: Backend) -> None:
+    if given.requires_grad and torch.is_grad_enabled() and not backend.exact:
+        raise UserError(f"Gradients do not pass through {backend.name}; load the model with backend='dequantize' to train it.")
 
 
 def _one_expert(self: Any, expert: int, x_SH: torch.Tensor) -> torch.Tensor:
@@ -226,10 +246,7 @@ def _one_expert(self: Any, expert: int, x_SH: torch.Tensor) -> torch.Tensor:
 
 def packed_experts(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """The experts function: each expert on its routed tokens, in any layout that the stock module describes."""
-    if hidden_states.requires_grad and torch.is_grad_enabled() and not self.trimoe_first[0].backend.exact:
-        raise UserError(
-            f"Gradients do not pass through {self.trimoe_first[0].backend.name}; load the model with backend='dequantize' to train it."
-        )
+    _refuse_gradients(hidden_states, self.trimoe_first[0].backend)
     top_k = top_k_index.shape[-1]
     if len(top_k_index) == 1:  # decoding: nothing to sort
         y_KH = torch.cat([_one_expert(self, expert, hidden_states) for expert in top_k_index[0].tolist()])

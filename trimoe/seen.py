@@ -17,6 +17,7 @@ from trimoe.skeleton import Site
 
 POOL_TOKENS = 2048  # tokens of a layer that stand for all
 POOL_WEIGHT = 256  # tokens that the pool counts as beside an expert's own
+FEW = 128  # tokens: an expert that saw fewer is fitted to its layer's inputs more than to its own
 DAMP = 1e-4  # of the mean diagonal, added to second moments
 
 

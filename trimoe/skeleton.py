@@ -47,6 +47,10 @@ class Site:
         """The tensors of the experts proper, biases included."""
         return [path for path in self.expert_axes if path.startswith(self.experts + ".")]
 
+    def weight_paths(self) -> list[str]:
+        """The experts' stacked matrices."""
+        return [path for path in self.expert_paths() if not path.endswith("_bias")]
+
     def router_paths(self) -> list[str]:
         """Every other tensor with an expert axis: router rows, correction biases."""
         return [path for path in self.expert_axes if not path.startswith(self.experts + ".")]

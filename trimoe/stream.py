@@ -118,7 +118,7 @@ class LayerWalk:
         keys = skeleton.keys_by_layer[index]
         if site is None:
             return [keys]
-        paths = [path for path in site.expert_paths() if not path.endswith("_bias")]
+        paths = site.weight_paths()
         stacked = [skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}") for path in paths]
         taken = {key for part in stacked for key in part}
         return [[key for key in keys if key not in taken], *(part for part in stacked if part)]

@@ -5,6 +5,7 @@ from trimoe.methods.expert_drop import ExpertDrop
 from trimoe.methods.layer_drop import LayerDrop
 from trimoe.methods.low_rank import LowRank
 from trimoe.methods.quantize import Quantize
+from trimoe.methods.weight_prune import WeightPrune
 
-Step = ExpertDrop | LayerDrop | BlockDrop | LowRank | Quantize
-METHODS: dict[str, type[Step]] = {method.name: method for method in (ExpertDrop, LayerDrop, BlockDrop, LowRank, Quantize)}
+Step = ExpertDrop | LayerDrop | BlockDrop | LowRank | WeightPrune | Quantize
+METHODS: dict[str, type[Step]] = {method.name: method for method in (ExpertDrop, LayerDrop, BlockDrop, LowRank, WeightPrune, Quantize)}

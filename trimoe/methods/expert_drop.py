@@ -95,7 +95,6 @@ class ExpertDrop:
 
     name: ClassVar[str] = "expert_drop"
     paper: ClassVar[str] = "arXiv 2411.01016"
-    scope: ClassVar[Literal["layer", "model"]] = "model"
 
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     count: Annotated[int, Field(ge=0)] | None = None

@@ -46,7 +46,6 @@ class LowRank:
 
     name: ClassVar[str] = "low_rank"
     paper: ClassVar[str] = "arXiv 2411.01016"
-    scope: ClassVar[Literal["layer", "model"]] = "model"
 
     ratio: Annotated[float, Field(gt=0, lt=1)]
     rank: Literal["importance", "uniform", "optimal"] = "importance"

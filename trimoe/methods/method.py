@@ -18,7 +18,9 @@ from trimoe.skeleton import Site
 class LayerDecision:
     """What becomes of one decoder layer. `keep`: surviving experts by their number in the source. `in_ranks`, `out_ranks`: one rank per
     survivor for its first (gate and up stacked) and last projection; `merged` means the factors are multiplied out again (dense).
-    `gone`: "moe", the MoE sub-layer and its norm are dropped; "block", the whole layer is. `bits`, `group`: the experts' integers."""
+    `gone`: "moe", the MoE sub-layer and its norm are dropped; "block", the whole layer is. `bits`, `group`: the experts' integers.
+    `sparsity` or `pattern` (n of m stay): the experts' zeros; `bitmask`: zeros are left out on disk. `linears`: the layer's other matrices
+    (module paths) that are quantised or pruned likewise; layers without experts are listed for these too."""
 
     keep: tuple[int, ...] = ()
     in_ranks: tuple[int, ...] | None = None
@@ -27,9 +29,17 @@ class LayerDecision:
     gone: Literal["moe", "block"] | None = None
     bits: int | None = None
     group: int | None = None
+    sparsity: float | None = None
+    pattern: tuple[int, int] | None = None
+    bitmask: bool = False
+    linears: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if value is not None and value is not False}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if value is not None and value is not False and (value != () or name == "keep")
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LayerDecision:
@@ -37,11 +47,21 @@ class LayerDecision:
         return cls(**fields)
 
     @property
+    def pruned(self) -> bool:
+        """Whether weights inside matrices become zero."""
+        return self.sparsity is not None or self.pattern is not None
+
+    @property
+    def changed(self) -> bool:
+        """Whether matrices get other numbers in the same shape: fitted in the last walk, so nothing may follow."""
+        return self.bits is not None or self.pruned
+
+    @property
     def factored(self) -> bool:
         return self.in_ranks is not None and not self.merged
 
 
-Decisions = dict[int, LayerDecision]  # by decoder layer; layers without experts are listed only where they are dropped
+Decisions = dict[int, LayerDecision]  # by decoder layer; layers without experts are listed only where something happens to them
 
 
 def decided_sites(sites: Mapping[int, Site], decisions: Decisions) -> dict[int, Site]:
@@ -63,7 +83,6 @@ class Method(Protocol):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    scope: ClassVar[Literal["layer", "model"]]
 
     @property
     def needs(self) -> frozenset[str]: ...  # statistics to gather beyond routing and outputs
@@ -77,7 +96,6 @@ class DepthDrop:
 
     name: ClassVar[str]
     paper: ClassVar[str] = "arXiv 2406.02500"
-    scope: ClassVar[Literal["layer", "model"]] = "model"
     needs: ClassVar[frozenset[str]] = frozenset({"cosines"})
 
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from torch import nn
 
 from trimoe.errors import UserError
 from trimoe.expert import activate, matrices
@@ -22,34 +23,42 @@ from trimoe.methods.method import Decisions
 from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed
 from trimoe.quantization import awq_scale, clipped, common_group, gptq, rounded
-from trimoe.seen import Given, Seen
+from trimoe.seen import FEW, Given, Seen
 from trimoe.skeleton import Site
 
 SMALLEST = 8  # inputs in a group: below, the scales weigh as much as the integers save
-FEW = 128  # tokens: an expert that saw fewer is fitted to its layer's inputs more than to its own
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Quantize:
-    """Store each expert's weights as integers with a scale per group of inputs; router, attention, shared experts and norms stay.
+    """Store each expert's weights as integers with a scale per group of inputs; routers, norms, embeddings and the head stay.
 
     bits     4 or 8
     group    inputs that share a scale, or the largest smaller number that divides every expert's widths
     method   `gptq`: rounding errors are made up for on the expert's own inputs; `awq`: inputs that fire much get finer steps, ranges
              are clipped; `round`: to the nearest, without calibration text
+    scope    `experts`: the routed ones alone; `all-linear`: the decoder layers' other matrices too (attention, shared experts, dense MLPs),
+             except those whose inputs the group does not divide
 
     Each expert's last projection is fitted to what the quantised first one gives it. With `awq`, the input scale of the last projection
     is folded into the up rows of the first, where that is exact (gated linearly, no bias); the first projection is clipped only, because
-    its input scale would go into the norm, which the router and the shared experts read too.
+    its input scale would go into the norm, which the router and the shared experts read too. So are the matrices outside the experts.
     """
 
     name: ClassVar[str] = "quantize"
     paper: ClassVar[str] = "arXiv 2406.02500"
-    scope: ClassVar[Literal["layer", "model"]] = "layer"
 
     bits: Literal[4, 8] = 4
     group: Annotated[int, Field(ge=SMALLEST)] = 128
     method: Literal["gptq", "awq", "round"] = "gptq"
+    scope: Literal["experts", "all-linear"] = "experts"
+
+    label: ClassVar[str] = "Quantise"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is read."""
+        return self.method != "round"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -62,8 +71,6 @@ class Quantize:
         return 0
 
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
-        if any(decisions[index].bits for index in sites):
-            raise UserError("quantize: the experts are quantised already; it can be applied once.")
         for index, site in sites.items():
             if site.factored or decisions[index].factored:
                 raise UserError(
@@ -83,6 +90,10 @@ class Quantize:
         """Bits and group of every layer that has experts left."""
         group = self.group_of(sites.values())
         return {index: replace(decisions[index], bits=self.bits, group=group) for index in sites}
+
+    def takes(self, sites: Iterable[Site], module: nn.Linear) -> bool:
+        """Whether a matrix outside the experts can be in integers too."""
+        return module.in_features % self.group_of(sites) == 0
 
     # ---- tensors in, tensors out
 
@@ -112,13 +123,22 @@ class Quantize:
             layer.last.append(solve(w_out, _inner_moment(experts, expert, given, first), self.bits, group, dtype))
         return layer
 
+    @torch.no_grad()
+    def linear(self, w_OI: torch.Tensor, moment_II: torch.Tensor | None, group: int, dtype: torch.dtype) -> Packed:
+        """A matrix outside the experts; without a moment of its inputs it is rounded."""
+        if moment_II is None or self.method == "round":
+            return rounded(w_OI, self.bits, group, dtype)
+        return (gptq if self.method == "gptq" else clipped)(w_OI, moment_II, self.bits, group, dtype)
+
 
 @plain_dataclass
 class QuantizedLayer:
-    """Per expert its first [O, H] and last [H, I] projection; `borrowed` experts saw fewer than 128 tokens and leaned on the layer's."""
+    """Per expert its first [O, H] and last [H, I] projection; `borrowed` experts saw fewer than 128 tokens and leaned on the layer's.
+    `linears`: the layer's other matrices by module path."""
 
     first: list[Packed] = field(default_factory=list)
     last: list[Packed] = field(default_factory=list)
+    linears: dict[str, Packed] = field(default_factory=dict)
     borrowed: int = 0
 
 
