@@ -11,6 +11,7 @@ the original, over those in the compressed model.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ import trimoe
 from trimoe.skeleton import Skeleton
 
 ROUND = "steps.1.method=round"
+ALL = "steps.1.scope=all-linear"
 VARIANTS: list[tuple[str, str, str, Any, list[str]]] = [
     # name, source (empty: the faster one), backend, recipe, changes
     ("layer-drop-int4, int8-dynamic, the rest in float32", "float32", "int8-dynamic", "layer-drop-int4", [ROUND, "steps.0.rerank=none"]),
     ("layer-drop-int4, int8-dynamic, the rest in bfloat16", "bfloat16", "int8-dynamic", "layer-drop-int4", [ROUND, "steps.0.rerank=none"]),
     ("layer-drop-int4, int4-weight-only", "bfloat16", "int4-weight-only", "layer-drop-int4", [ROUND, "steps.0.rerank=none"]),
+    ("layer-drop-int4 of all matrices, int8-dynamic", "float32", "int8-dynamic", "layer-drop-int4", [ROUND, ALL, "steps.0.rerank=none"]),
+    ("layer-drop-int4 of all matrices, int4-weight-only", "bfloat16", "int4-weight-only", "layer-drop-int4", [ROUND, ALL, "steps.0.rerank=none"]),
     ("slim-int8, int8-dynamic", "float32", "int8-dynamic", "slim-int8", []),
     ("slim-int4, int4-weight-only", "bfloat16", "int4-weight-only", "slim-int4", ["steps.0.method=round"]),
     ("layer-drop", "", "auto", "layer-drop", ["steps.0.rerank=none"]),
@@ -45,16 +49,18 @@ def in_bfloat16(source: Path, target: Path) -> None:
 
 
 def bytes_per_token(folder: str, weight_bits: int | None) -> float:
-    """Bytes of weights that one token reads: everything but the embedding table and the experts that are not chosen."""
+    """Bytes of weights that one token reads, packed matrices in `weight_bits` each: everything but the embedding table and the experts that
+    are not chosen."""
     skeleton = Skeleton.of(folder)
-    total = sum(info.nbytes for key, info in skeleton.checkpoint.tensors.items() if "embed_tokens" not in key)
+    read = {
+        key: math.prod(info.shape) * weight_bits / 8 if weight_bits and key not in skeleton.checkpoint.stored else info.nbytes
+        for key, info in skeleton.checkpoint.tensors.items()
+    }
+    total = sum(count for key, count in read.items() if "embed_tokens" not in key)
     for index, site in skeleton.sites.items():
         prefix = f"{skeleton.layer_name(index)}.{site.block}.{site.experts}."
-        keys = [key for name, found in skeleton.conversion.source_of.items() if name.startswith(prefix) for key in found]
-        here = sum(skeleton.checkpoint.tensors[key].nbytes for key in keys)
-        itemsize = max(torch.finfo(torch.bfloat16).bits if "BF16" in skeleton.checkpoint.tensors[key].dtype else 32 for key in keys)
-        share = site.rule.top_k / site.num_experts
-        total += here * share * (weight_bits / itemsize if weight_bits else 1) - here
+        here = sum(read[key] for name, found in skeleton.conversion.source_of.items() if name.startswith(prefix) for key in found)
+        total -= here * (1 - site.rule.top_k / site.num_experts)
     return total
 
 
