@@ -39,12 +39,14 @@ def test_built_in_recipes_load_and_round_trip(name: str, tmp_path: Path) -> None
 
 def test_built_in_recipes_say_what_they_are_named_for() -> None:
     assert recipe.names() == [
-        "block-drop", "block-drop-int4", "expert-drop", "expert-drop-int4", "layer-drop", "layer-drop-int4", "low-rank", "moe-i2",
-        "moe-i2-prune-only", "naee", "slim-int4", "slim-int8",
+        "block-drop", "block-drop-int4", "expert-drop", "expert-drop-int4", "layer-drop", "layer-drop-full", "layer-drop-int4", "low-rank",
+        "moe-i2", "moe-i2-full", "moe-i2-prune-only", "moe-pruner", "moe-pruner-2-4", "moe-pruner-full", "naee", "slim-int4", "slim-int8",
+        "sparsegpt", "wanda",
     ]  # fmt: skip
     both = load("moe-i2").steps
     assert [type(step) for step in both] == [ExpertDrop, LowRank]
     assert both[0] == load("moe-i2-prune-only").steps[0]
+    assert load("moe-i2-full").steps == both
     assert drop_step(load("moe-i2")).search == Genetic(population=100, generations=50)
     assert drop_step(load("moe-i2")).receptive_field == ReceptiveField(k=3, t=3)
     assert (drop_step(load("naee")).search, drop_step(load("naee")).counts, load("naee").target) == (Exhaustive(), "uniform", "any")
@@ -110,12 +112,12 @@ def test_set_changes_choices_and_removes_them() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "steps must be a list of at least one of: expert_drop, layer_drop, block_drop, low_rank, quantize."),
+        ({}, "steps must be a list of at least one of: expert_drop, layer_drop, block_drop, low_rank, weight_prune, quantize."),
         ({"steps": []}, "steps must be a list"),
         ({"steps": "expert_drop"}, "steps must be a list"),
         (
             {"steps": [{"expertdrop": {}}]},
-            "steps.0 is 'expertdrop'; a step is one of: expert_drop, layer_drop, block_drop, low_rank, quantize.",
+            "steps.0 is 'expertdrop'; a step is one of: expert_drop, layer_drop, block_drop, low_rank, weight_prune, quantize.",
         ),
         ({"steps": [{}]}, "steps.0 is 'nothing'"),
         ({"steps": [{"expert_drop": {}, "low_rank": {}}]}, "a step is one of"),
@@ -144,7 +146,7 @@ def test_set_changes_choices_and_removes_them() -> None:
         ),
         ({**DROP, "calibration": {"samples": 0}}, "samples is 0; input should be greater than or equal to 1."),
         ({**DROP, "target": "onnx"}, "target is 'onnx'; input should be 'transformers', 'vllm', 'llama.cpp' or 'any'."),
-        ({**DROP, "targets": "any"}, "has no field 'targets' (did you mean target?); known: steps, calibration, target."),
+        ({**DROP, "targets": "any"}, "has no field 'targets' (did you mean target?); known: steps, calibration, target, recover."),
     ],
 )
 def test_mistakes_are_named(given: dict[str, Any], message: str) -> None:

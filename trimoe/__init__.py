@@ -3,6 +3,7 @@
 import trimoe                                   # AutoModelForCausalLM.from_pretrained(DIR) then opens native checkpoints, too
 plan = trimoe.plan(model, recipe)               # sizes before and after; str(plan) is the table
 result = trimoe.compress(model, recipe, out)    # .decisions .metrics .plan; also DIR/trimoe.json
+trimoe.recover(out, trained, {"method": "logits"})  # training to win back quality
 model = trimoe.load(out)
 trimoe.evaluate(out, against=model)
 trimoe.bench(out, against=model)                # speed and memory, in turns
@@ -15,10 +16,12 @@ from trimoe.evaluate import evaluate
 from trimoe.inspection import inspect
 from trimoe.loading import load, register
 from trimoe.plan import Plan, plan
+from trimoe.recover import Recovered, recover
 from trimoe.version import VERSION as __version__
 
 __all__ = [
     "Plan",
+    "Recovered",
     "Result",
     "UserError",
     "__version__",
@@ -29,6 +32,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "recover",
     "register",
 ]
 

@@ -36,7 +36,8 @@ def text(record: dict[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {Path(model).name or model}, compressed",
         f"Made by trimoe {record['trimoe']} from `{model}`.",
-        (NATIVE if plan["form"] == "native" else STOCK) + (PACKED if any(name == "quantize" for name, _ in steps) else "")
+        (NATIVE if plan["form"] == "native" else STOCK)
+        + (PACKED if any(name == "quantize" for name, _ in steps) else "")
         + (SQUEEZED if any(fields.get("form") == "bitmask" for _, fields in steps) else ""),
         "## What was done",
         "\n".join(f"- `{name}`: {_fields(fields)}" for name, fields in steps),

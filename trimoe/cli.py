@@ -100,6 +100,43 @@ def compress(
     _write_json(json_file, {"out": str(result.out), "plan": result.plan.to_json(), "metrics": result.metrics})
 
 
+@app.command()
+def recover(
+    folder: Annotated[str, typer.Argument(help="a finished folder", show_default=False)],
+    method: Annotated[str, typer.Option(help="lora, logits, router or experts")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
+    teacher: Annotated[str | None, typer.Option(help="the original; by default the model that trimoe.json names")] = None,
+    data: Annotated[list[str], typer.Option(help="training text, as for calibration; repeatable. The recipe's calibration text by default")] = [],
+    samples: Annotated[int | None, typer.Option(help="sequences, a part of them held out")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens in a sequence (cut to the model's context)")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the samples")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps, at most")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="keep the adapters instead of merging them")] = False,
+    changes: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="any other field, e.g. rate=1e-4, rank=32, train=full")] = [],
+    seed: Seed = 0, device: Device = "cpu", json_file: JsonFile = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Train a compressed model to win back quality. Killed and run again with the same arguments, it resumes."""
+    import trimoe
+    from trimoe import recipe
+
+    _writable(json_file)
+    given = {"data": list(data) or None, "samples": samples, "length": length, "epochs": epochs, "steps": steps, "adapter": adapter or None}
+    body = {"method": method, **{key: value for key, value in given.items() if value is not None}}
+    made = trimoe.recover(
+        folder,
+        out,
+        recipe.recovery(body, changes),
+        teacher=teacher,
+        seed=seed,
+        device=device,
+        command=_command(),
+        reporter=_reporter(quiet),
+    )
+    for name, before in made.metrics["before"].items():
+        print(f"{name.replace('_', ' ')} on held-out text: {before:.4f} -> {made.metrics['after'][name]:.4f}")
+    _write_json(json_file, {"out": str(made.out), "metrics": made.metrics})
+
+
 @app.command(name="eval")
 def evaluate(
     folder: Model,

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.plan import Plan, final_plan, human, plan
 from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import CalibrationSpec, Recipe
+from trimoe.recover import recover
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
 from trimoe.stream import compute_dtype, usable_device
@@ -65,6 +66,7 @@ def compress(
     model, recipe   as on the command line; `changes` are "path=value" overrides of recipe fields
     calibration     text sources in place of the recipe's; `samples`, `length` likewise
     stats           a statistics file (trimoe stats) to take the first step's statistics from
+    A recipe with a `recover` section compresses into OUT/.trimoe first, and what is trained from there is written to `out`.
     device, dtype   where and in which precision the layers run; the result keeps the source's dtypes
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
@@ -87,29 +89,55 @@ def compress(
         shutil.rmtree(out / FOLDER, ignore_errors=True)  # killed between the last file and tidying up
         reporter.say(f"{out} holds the finished result of this very command already.")
         return finished
-    journal = Journal(out, inputs)
-    journal.refuse_other_content()
     given = _given_stats(stats, about, skeleton, parsed)
-    _check_disk(out, before.after.file_bytes)
-    with journal:
-        run = Run(skeleton, parsed, text.batches(device), seed, device, about, reporter)
-        decisions, metrics = unchanged(skeleton.sites), {}
-        for number, step in enumerate(parsed.steps):
-            decisions, metrics[f"{number}.{step.name}"] = decide(run, journal, number, step, decisions, given if number == 0 else None)
-        final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
-        _check_disk(out, final.after.file_bytes)
-        writer = Writer(Layout(skeleton, decisions), out)
-        metrics |= transform(run, decisions, writer, journal)
-        record = {
-            "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
-            "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
-            "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
-            "command": command or call, "seed": seed, "versions": versions(), "inputs": inputs,
-        }  # fmt: skip
-        writer.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
-        journal.close()
-    reporter.say(f"Wrote {out}: {human(final.after.file_bytes)} of safetensors ({final.after.file_bytes / final.before.file_bytes:.1%}).")
-    return Result(out, decisions, metrics, final)
+    run = Run(skeleton, parsed, text.batches(device), seed, device, about, reporter)
+    job = _Job(run, text, inputs, given, command or call)
+    if parsed.recover is None:
+        return job.compressed(out, before)
+    stage = out / FOLDER / "compressed"
+    if not stage.exists():
+        Journal(out, inputs).refuse_other_content()
+    made = _finished(stage, inputs) or job.compressed(stage, before)
+    trained = recover(stage, out, parsed.recover, seed=seed, device=device, command=command or call, reporter=reporter)
+    return replace(made, out=out, metrics={**made.metrics, "recover": trained.metrics})
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A compression that nothing on paper speaks against."""
+
+    run: Run
+    text: Calibration
+    inputs: dict[str, Any]
+    given: Stats | None
+    command: str
+
+    def compressed(self, out: Path, before: Plan) -> Result:
+        """Decide, transform, write; what a killed run has done already is taken from `out`."""
+        run, text, parsed, skeleton = self.run, self.text, self.run.recipe, self.run.skeleton
+        journal = Journal(out, self.inputs)
+        journal.refuse_other_content()
+        _check_disk(out, before.disk)
+        with journal:
+            decisions, metrics = unchanged(skeleton.sites), {}
+            for number, step in enumerate(parsed.steps):
+                name = f"{number}.{step.name}"
+                decisions, metrics[name] = decide(run, journal, number, step, decisions, self.given if number == 0 else None)
+            final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
+            _check_disk(out, final.disk)
+            writer = Writer(Layout(skeleton, decisions), out)
+            metrics |= transform(run, decisions, writer, journal)
+            record = {
+                "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
+                "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
+                "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
+                "command": self.command, "seed": run.seed, "versions": versions(), "inputs": self.inputs,
+            }  # fmt: skip
+            writer.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
+            journal.close()
+        size = final.after.file_bytes
+        run.reporter.say(f"Wrote {out}: {human(size)} of safetensors ({size / final.before.file_bytes:.1%}).")
+        return Result(out, decisions, metrics, final)
 
 
 def gather_statistics(
@@ -213,7 +241,10 @@ def _finished(out: Path, inputs: dict[str, Any]) -> Result | None:
         decisions = {int(i): LayerDecision.from_json(value) for i, value in record["decisions"].items()}
     except (ValueError, KeyError, TypeError):
         return None
-    return Result(out, decisions, record["metrics"], Plan.from_json(record["plan"]))
+    metrics = record["metrics"]
+    if record.get("recovered"):
+        metrics = {**metrics, "recover": record["recovered"][-1]["metrics"]}
+    return Result(out, decisions, metrics, Plan.from_json(record["plan"]))
 
 
 def _given_stats(path: str | os.PathLike[str] | None, about: dict[str, Any], skeleton: Skeleton, recipe: Recipe) -> Stats | None:

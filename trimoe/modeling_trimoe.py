@@ -30,7 +30,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import _grouped_linear
 from transformers.utils import cached_file
 
@@ -39,6 +39,7 @@ from transformers.utils import cached_file
 KEY = "moe_compression"
 BITMASK = "_bitmask"  # at the end of a key
 DENSE = -1  # in place of a rank: the matrix is not factored
+HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")  # options of what reads files
 
 
 class FactoredExperts(nn.Module):
@@ -212,9 +213,7 @@ def expand(values_N: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
 
 def _expanded(name: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint with bitmasks, dense."""
-    hub = {
-        key: options[key] for key in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder") if key in options
-    }
+    hub = {key: options[key] for key in HUB if key in options}
     index = json.loads(Path(cached_file(name, "model.safetensors.index.json", **hub)).read_text(encoding="utf-8"))
     state: dict[str, torch.Tensor] = {}
     for shard in sorted(set(index["weight_map"].values())):
@@ -225,6 +224,17 @@ def _expanded(name: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
                     tensor = file.get_tensor(key)
                     state[key] = expand(tensor, file.get_tensor(key + BITMASK)) if key + BITMASK in keys else tensor
     return state
+
+
+def _as_if_read_from(name: str, model: Any, options: dict[str, Any]) -> None:
+    """What transformers does not do for a model made of given tensors; and that model has no bitmasks any more, nor has it when saved."""
+    model.name_or_path = model.config.name_or_path = name
+    setattr(model.config, KEY, {key: value for key, value in getattr(model.config, KEY).items() if key != "bitmask"})
+    if options.get("generation_config") is None and model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(name, **{key: options[key] for key in HUB if key in options})
+        except OSError:
+            pass  # the folder has none: what the configuration says stays
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -299,9 +309,12 @@ def native_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 self.post_init()
 
         def from_pretrained(cls: Any, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-            if (getattr(config, KEY, None) or {}).get("bitmask") and name is not None:
-                kwargs["state_dict"], name = _expanded(str(name), kwargs), None
-            return stock.from_pretrained.__func__(cls, name, *args, config=config, **kwargs)
+            if not (getattr(config, KEY, None) or {}).get("bitmask") or name is None:
+                return stock.from_pretrained.__func__(cls, name, *args, config=config, **kwargs)
+            kwargs["state_dict"] = _expanded(str(name), kwargs)
+            found = stock.from_pretrained.__func__(cls, None, *args, config=config, **kwargs)
+            _as_if_read_from(str(name), found[0] if isinstance(found, tuple) else found, kwargs)
+            return found
 
         _native[stock] = type(
             stock.__name__,

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from trimoe import budget, depth, parts, residual
+from trimoe import depth
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.layout import Layout
-from trimoe.linears import with_linears
-from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
-from trimoe.methods.low_rank import MULTIPLE, rank_share
-from trimoe.methods.method import Decisions, LayerDecision, decided_sites, unchanged
+from trimoe.methods import Quantize, WeightPrune
+from trimoe.methods.low_rank import rank_share
+from trimoe.methods.method import Decisions, LayerDecision, unchanged
+from trimoe.paper import Paper, search_memory
 from trimoe.recipe import Recipe
 from trimoe.recipe import load as load_recipe
 from trimoe.skeleton import LOGITS, Site, Skeleton
-from trimoe.subset import gram_bytes, search_budget
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
-WIDEST = 4  # bytes of a weight, at most, when bounding what is still open
 IMPORTS = 700 << 20  # bytes of memory that Python, torch and transformers take themselves
 
 
@@ -109,10 +107,11 @@ def plan(
 ) -> Plan:
     """Before any statistics: exact where the recipe fixes the result, an interval where decisions will."""
     parsed = load_recipe(recipe, changes)
+    _check_recovery(parsed)
     skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, weights=False)
     if skeleton.checkpoint.scheme is not None:
         raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
-    most, least = _Paper(skeleton, parsed, largest=False), _Paper(skeleton, parsed, largest=True)
+    most, least = Paper(skeleton, parsed, largest=False), Paper(skeleton, parsed, largest=True)
     layout = Layout(skeleton, most.decisions)
     smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
     native = layout.native or smaller.native or most.open_counts
@@ -124,92 +123,21 @@ def plan(
     )  # fmt: skip
 
 
-class _Paper:
-    """A recipe's steps on paper: stand-in decisions of the right sizes, every user error that can be found without a weight, and what is
-    still open. Where it is open which layers are dropped, those of the fewest bytes are (or the most, for `largest`)."""
-
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, *, largest: bool):
-        self.skeleton, self.largest = skeleton, largest
-        self.decisions: Decisions = unchanged(skeleton.sites)
-        self.slack, self.open_counts, self.open_ranks, self.open_depth = 0, False, False, False
-        for step in recipe.steps:
-            sites = decided_sites(skeleton.sites, self.decisions)
-            before = next((done.name for done in recipe.steps if isinstance(done, Quantize | WeightPrune)), step.name)
-            if any(decision.changed for decision in self.decisions.values()):
-                raise UserError(f"{before} is fitted to the finished model, so it comes last and once; here {step.name} follows it.")
-            step.shape(sites, self.decisions)
-            _search_memory(step, sites, recipe)
-            if isinstance(step, ExpertDrop):
-                counts = step.uniform(sites)
-                self.open_counts = self.open_counts or step.counts != "uniform"
-                new = {i: LayerDecision(keep=self.decisions[i].keep[: len(self.decisions[i].keep) - counts[i]]) for i in sites}
-            elif isinstance(step, LowRank):
-                new, more = _on_paper(step, sites, self.decisions, self.open_counts)
-                self.slack += more
-                self.open_ranks = self.open_ranks or step.rank == "optimal"
-            elif isinstance(step, Quantize | WeightPrune):
-                new = with_linears(skeleton, {**self.decisions, **step.decide(sites, self.decisions)}, step, sites)
-            else:
-                new = self._without(step)
-                self.open_depth = True
-            self.decisions = {**self.decisions, **new}
-
-    @property
-    def open_bytes(self) -> bool:
-        return self.open_counts or self.open_ranks or self.open_depth
-
-    def _without(self, step: LayerDrop | BlockDrop) -> Decisions:
-        """Which layers go is open; here those that weigh least or most, as the steps before leave them."""
-        left = depth.left(self.skeleton, self.decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
-        if isinstance(step, LayerDrop):
-            for index in left.moe:
-                residual.dropped_entry(self.skeleton, index)  # raises where dropping is not the identity
-        total, candidates = step.total(left), step.candidates(left)
-        step.pick(dict.fromkeys(candidates, 0.0), left, total, mixed=step.blocks)  # raises where no consecutive run can be had
-        before = Layout(self.skeleton, self.decisions)
-        weight = {}
-        for kind, index in candidates:
-            weight[kind, index] = sum(entry.nbytes for entry in before.groups[index + 1])
-            if kind == "moe":
-                without = {**self.decisions, index: replace(self.decisions[index], gone="moe")}
-                weight[kind, index] -= sum(entry.nbytes for entry in Layout(self.skeleton, without, only=index).groups[index + 1])
-        order = sorted(candidates, key=lambda part: weight[part] / left.cost(part, (), mixed=step.blocks), reverse=self.largest)
-        chosen: list[parts.Part] = []
-        for part in order if total is not None or self.largest else ():
-            chosen = left.add(chosen, part, total, mixed=step.blocks)
-        if self.open_counts:  # a dropped layer may have kept more or fewer experts than the stand-in says
-            for _, index in chosen:
-                if index in left.moe:
-                    site = self.skeleton.sites[index]
-                    self.slack += site.num_experts * (site.first * site.hidden + site.hidden * site.width) * WIDEST
-        return {index: replace(self.decisions.get(index, LayerDecision()), gone=kind) for kind, index in chosen}
-
-
-def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_counts: bool) -> tuple[Decisions, int]:
-    """Stand-in ranks of the right total, and by how many bytes the real ones may differ."""
-    out, slack = {}, 0
-    for index, site in sites.items():
-        ranks = tuple(budget.uniform_ranks(site.num_experts, step.average(site), multiple=MULTIPLE, cap=step.cap(site)))
-        out[index] = LayerDecision(keep=decisions[index].keep, in_ranks=ranks, out_ranks=ranks, merged=step.form == "dense")
-        if step.form == "factored" and (open_counts or step.rank == "optimal"):
-            # every rank is a multiple of 8, and one such step in a layer is what rounding can move; `optimal` spends the whole budget
-            slack += MULTIPLE * (site.first + 2 * site.hidden + site.width) * WIDEST
-            if step.rank == "optimal":
-                stand_in = rank_share(ranks, site.first, site.hidden) + rank_share(ranks, site.hidden, site.width)
-                slack += abs(step.parameters(site, site.num_experts) - stand_in) * WIDEST
-    return out, slack
+def _check_recovery(recipe: Recipe) -> None:
+    if recipe.recover is not None and recipe.recover.adapter:
+        raise UserError(
+            "recover: adapter: true in a recipe would lose the folder that the adapter belongs to; compress first, then trimoe recover."
+        )
+    if recipe.recover is not None and any(isinstance(step, Quantize) for step in recipe.steps):
+        raise UserError(
+            "recover: training cannot change packed integers; leave quantize out, or train adapters with trimoe recover --adapter."
+        )
 
 
 def _header_slack(layout: Layout) -> int:
     """How far headers may differ when expert numbers, shapes and offsets change by a few digits."""
     entries = sum(len(group) for group in layout.groups)
     return 24 * entries + 4096
-
-
-def _search_memory(step: Step, sites: dict[int, Site], recipe: Recipe) -> int:
-    """Bytes that a step's search tokens take, at most; raises if too few of them would fit."""
-    every, spec = list(sites.values()), recipe.calibration
-    return search_budget(every, step.reach(sites), spec.search_tokens, spec.search_memory) * gram_bytes(every, step.reach(sites))
 
 
 def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens: int) -> Plan:
@@ -283,7 +211,7 @@ def describe(
     if any(decision.bits for decision in layout.decisions.values()):
         loads["llama.cpp"] = "no (it does not read compressed-tensors)"
     hidden = next(iter(skeleton.sites.values())).hidden * tokens * skeleton.dtype.itemsize
-    search = max(_search_memory(step, dict(skeleton.sites), recipe) for step in recipe.steps)
+    search = max(search_memory(step, dict(skeleton.sites), recipe) for step in recipe.steps)
     logits = 5 * 4 * min(LOGITS, 2048 * skeleton.config.get_text_config().vocab_size)
     peak = int(2.5 * skeleton.largest_layer + 2 * hidden + search + logits + IMPORTS)
     extra = (
@@ -292,8 +220,8 @@ def describe(
         else []
     )
     return Plan(
-        skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", loads, peak, after.file_bytes,
-        extra + _warnings(recipe, before, after),
+        skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", loads, peak,
+        after.file_bytes * (1 if recipe.recover is None else 2), extra + _warnings(recipe, before, after),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from trimoe.errors import UserError
 from trimoe.methods import METHODS, Step
+from trimoe.recover.spec import Recover
 
 BUILTIN = Path(__file__).parent / "recipes"
 STRICT = ConfigDict(extra="forbid")
@@ -37,11 +38,12 @@ class CalibrationSpec:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """What to do, in order, on which calibration text, and what must be able to load the result."""
+    """What to do, in order, on which calibration text, what must be able to load the result, and how it is trained afterwards."""
 
     steps: tuple[Step, ...]
     calibration: CalibrationSpec = dataclasses.field(default_factory=CalibrationSpec)
     target: Literal["transformers", "vllm", "llama.cpp", "any"] = "transformers"
+    recover: Recover | None = None
 
     def to_json(self) -> dict[str, Any]:
         """In the form of the YAML file, every field spelled out."""
@@ -52,7 +54,8 @@ class Recipe:
             if search is not None:
                 body["search"] = {type(search).__name__.lower(): _plain(search)}
             steps.append({step.name: body})
-        return {"steps": steps, "calibration": _plain(self.calibration), "target": self.target}
+        body = {"steps": steps, "calibration": _plain(self.calibration), "target": self.target}
+        return body if self.recover is None else {**body, "recover": self.recover.to_json()}
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -158,7 +161,17 @@ def _parse(raw: dict[str, Any], where: str) -> Recipe:
         parsed.append(_validated(METHODS[name], body if body is not None else {}, f"{where}: steps.{number}.{name}"))
     rest = {key: value for key, value in raw.items() if key != "steps"}
     calibration = _validated(CalibrationSpec, rest.pop("calibration", None) or {}, f"{where}: calibration")
+    training = rest.pop("recover", None)
+    if training is not None:
+        rest["recover"] = _validated(Recover, training, f"{where}: recover")
     return _validated(Recipe, {**rest, "steps": tuple(parsed), "calibration": calibration}, where)
+
+
+def recovery(body: dict[str, Any], changes: Sequence[str] = ()) -> Recover:
+    """The `recover` section alone; `changes` are "field=value" overrides."""
+    for change in changes:
+        body = _changed(body, change)
+    return _validated(Recover, body, "recover")
 
 
 def _validated(kind: Any, value: Any, where: str) -> Any:

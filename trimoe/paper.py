@@ -1,0 +1,100 @@
+"""A recipe worked through on paper: stand-in decisions of the right sizes, and what is still open. No weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trimoe import budget, depth, parts, residual
+from trimoe.errors import UserError
+from trimoe.layout import Layout
+from trimoe.linears import with_linears
+from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
+from trimoe.methods.low_rank import MULTIPLE, rank_share
+from trimoe.methods.method import Decisions, LayerDecision, decided_sites, unchanged
+from trimoe.recipe import Recipe
+from trimoe.skeleton import Site, Skeleton
+from trimoe.subset import gram_bytes, search_budget
+
+WIDEST = 4  # bytes of a weight, at most, when bounding what is still open
+
+
+class Paper:
+    """A recipe's steps on paper: stand-in decisions of the right sizes, every user error that can be found without a weight, and what is
+    still open. Where it is open which layers are dropped, those of the fewest bytes are (or the most, for `largest`)."""
+
+    def __init__(self, skeleton: Skeleton, recipe: Recipe, *, largest: bool):
+        self.skeleton, self.largest = skeleton, largest
+        self.decisions: Decisions = unchanged(skeleton.sites)
+        self.slack, self.open_counts, self.open_ranks, self.open_depth = 0, False, False, False
+        for step in recipe.steps:
+            sites = decided_sites(skeleton.sites, self.decisions)
+            before = next((done.name for done in recipe.steps if isinstance(done, Quantize | WeightPrune)), step.name)
+            if any(decision.changed for decision in self.decisions.values()):
+                raise UserError(f"{before} is fitted to the finished model, so it comes last and once; here {step.name} follows it.")
+            step.shape(sites, self.decisions)
+            search_memory(step, sites, recipe)
+            if isinstance(step, ExpertDrop):
+                counts = step.uniform(sites)
+                self.open_counts = self.open_counts or step.counts != "uniform"
+                new = {i: LayerDecision(keep=self.decisions[i].keep[: len(self.decisions[i].keep) - counts[i]]) for i in sites}
+            elif isinstance(step, LowRank):
+                new, more = _on_paper(step, sites, self.decisions, self.open_counts)
+                self.slack += more
+                self.open_ranks = self.open_ranks or step.rank == "optimal"
+            elif isinstance(step, Quantize | WeightPrune):
+                new = with_linears(skeleton, {**self.decisions, **step.decide(sites, self.decisions)}, step, sites)
+            else:
+                new = self._without(step)
+                self.open_depth = True
+            self.decisions = {**self.decisions, **new}
+
+    @property
+    def open_bytes(self) -> bool:
+        return self.open_counts or self.open_ranks or self.open_depth
+
+    def _without(self, step: LayerDrop | BlockDrop) -> Decisions:
+        """Which layers go is open; here those that weigh least or most, as the steps before leave them."""
+        left = depth.left(self.skeleton, self.decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
+        if isinstance(step, LayerDrop):
+            for index in left.moe:
+                residual.dropped_entry(self.skeleton, index)  # raises where dropping is not the identity
+        total, candidates = step.total(left), step.candidates(left)
+        step.pick(dict.fromkeys(candidates, 0.0), left, total, mixed=step.blocks)  # raises where no consecutive run can be had
+        before = Layout(self.skeleton, self.decisions)
+        weight = {}
+        for kind, index in candidates:
+            weight[kind, index] = sum(entry.nbytes for entry in before.groups[index + 1])
+            if kind == "moe":
+                without = {**self.decisions, index: replace(self.decisions[index], gone="moe")}
+                weight[kind, index] -= sum(entry.nbytes for entry in Layout(self.skeleton, without, only=index).groups[index + 1])
+        order = sorted(candidates, key=lambda part: weight[part] / left.cost(part, (), mixed=step.blocks), reverse=self.largest)
+        chosen: list[parts.Part] = []
+        for part in order if total is not None or self.largest else ():
+            chosen = left.add(chosen, part, total, mixed=step.blocks)
+        if self.open_counts:  # a dropped layer may have kept more or fewer experts than the stand-in says
+            for _, index in chosen:
+                if index in left.moe:
+                    site = self.skeleton.sites[index]
+                    self.slack += site.num_experts * (site.first * site.hidden + site.hidden * site.width) * WIDEST
+        return {index: replace(self.decisions.get(index, LayerDecision()), gone=kind) for kind, index in chosen}
+
+
+def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_counts: bool) -> tuple[Decisions, int]:
+    """Stand-in ranks of the right total, and by how many bytes the real ones may differ."""
+    out, slack = {}, 0
+    for index, site in sites.items():
+        ranks = tuple(budget.uniform_ranks(site.num_experts, step.average(site), multiple=MULTIPLE, cap=step.cap(site)))
+        out[index] = LayerDecision(keep=decisions[index].keep, in_ranks=ranks, out_ranks=ranks, merged=step.form == "dense")
+        if step.form == "factored" and (open_counts or step.rank == "optimal"):
+            # every rank is a multiple of 8, and one such step in a layer is what rounding can move; `optimal` spends the whole budget
+            slack += MULTIPLE * (site.first + 2 * site.hidden + site.width) * WIDEST
+            if step.rank == "optimal":
+                stand_in = rank_share(ranks, site.first, site.hidden) + rank_share(ranks, site.hidden, site.width)
+                slack += abs(step.parameters(site, site.num_experts) - stand_in) * WIDEST
+    return out, slack
+
+
+def search_memory(step: Step, sites: dict[int, Site], recipe: Recipe) -> int:
+    """Bytes that a step's search tokens take, at most; raises if too few of them would fit."""
+    every, spec = list(sites.values()), recipe.calibration
+    return search_budget(every, step.reach(sites), spec.search_tokens, spec.search_memory) * gram_bytes(every, step.reach(sites))
