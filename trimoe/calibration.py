@@ -128,11 +128,13 @@ def encode(tokenizer: Any, text: Text, vocabulary: int) -> list[torch.Tensor]:
 
 
 def calibrate(
-    checkpoint: Checkpoint, sources: Sequence[str], *, samples: int, length: int, context: int, vocabulary: int, seed: int
-) -> Calibration:
+    checkpoint: Checkpoint, sources: Sequence[str], *, samples: int, length: int, context: int, vocabulary: int, seed: int,
+    part: tuple[float, float] = (0.0, 1.0),
+) -> Calibration:  # fmt: skip
     """`samples` windows of `length` tokens (cut to `context`), spread evenly over the domains, drawn without overlap by `seed`.
 
-    Documents of a domain are joined by the end-of-text token and cut into windows; a document never continues in another domain.
+    Documents of a domain are joined by the end-of-text token and cut into windows; a document never continues in another domain. `part`
+    takes a stretch of each text's windows alone: (0, 0.95) and (0.95, 1) share none, and no document but the one at the border.
     """
     length = min(length, context)
     if not 0 <= seed < 1 << 63:
@@ -150,7 +152,11 @@ def calibrate(
             raise UserError(
                 f"The text {text.domain!r} has {len(stream)} tokens, fewer than one sample of {length}; give more text or a smaller --length."
             )
-        windows.setdefault(text.domain, []).extend(stream[: len(stream) // length * length].view(-1, length))
+        whole = stream[: len(stream) // length * length].view(-1, length)
+        low, high = (len(whole) if end == 1 else min(round(end * len(whole)), len(whole) - 1) for end in part)
+        if low == high:
+            raise UserError(f"The text {text.domain!r} is one sample of {length} tokens, too few for a part of it to be held out; give more text.")
+        windows.setdefault(text.domain, []).extend(whole[low:high])
     generator = torch.Generator().manual_seed(seed)
     shuffled = {domain: [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()] for domain, rows in windows.items()}
     chosen: list[tuple[str, torch.Tensor]] = []

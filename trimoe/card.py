@@ -55,8 +55,20 @@ def text(record: dict[str, Any]) -> str:
         "## Quality on held-out text",
         _quality(record.get("evaluation")),
         f"## Command\n\n```\n{record['command']}\n```\n",
+        *(recovered(entry) for entry in record.get("recovered", ())),
     ]
     return "\n\n".join(parts)
+
+
+def recovered(entry: dict[str, Any]) -> str:
+    """For the model card: one recovery, and what held-out text said before and after."""
+    metrics, data = entry["metrics"], entry["data"]
+    names = list(metrics["before"])
+    lines = ["| held-out text | before | after |", "| --- | --- | --- |"]
+    lines += [f"| {name.replace('_', ' ')} | {metrics['before'][name]:.4f} | {metrics['after'][name]:.4f} |" for name in names]
+    text = f"{data['samples']} samples of {data['length']} tokens ({', '.join(data['domains'])}), {data['held']} more held out"
+    what = f"Trained by `{entry['method']}`" + (f" from `{entry['teacher']}`" if entry["teacher"] else "") + f" on {text}."
+    return "## Recovered\n\n" + what + "\n\n" + "\n".join(lines) + f"\n\n```\n{entry['command']}\n```\n"
 
 
 def made_from(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from trimoe.errors import UserError
-from trimoe.modeling_trimoe import BITMASK, expand
+from trimoe.modeling_trimoe import BITMASK, bits_of, expand
 from trimoe.packing import BITS, PARTS, Packed, packed_columns, unpack
 
 DTYPES: dict[str, torch.dtype] = {
@@ -41,6 +41,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 BUILTIN = Path(__file__).parent / "builtin" / "models"
 # Everything beside the weights that makes a checkpoint usable: read by us, or carried over unchanged.
 # (On the hub, names with a folder in them are other formats of the same model.)
+SAMPLE, SAMPLES = 1 << 14, 16  # bytes of a piece of a shard, and how many of them, for the fingerprint
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
@@ -114,7 +115,10 @@ class Checkpoint:
             piece = buffer[start : start + info.nbytes]
             if key in self.squeezed:
                 parts = [self._stored(part) for part in (key, key + BITMASK)]
-                piece.view(DTYPES[info.dtype]).view(info.shape).copy_(expand(*parts))
+                try:
+                    piece.view(DTYPES[info.dtype]).view(info.shape).copy_(expand(*parts))
+                except ValueError as error:
+                    raise UserError(f"{self.name}, {key}: {error}") from None
             elif key in self.stored:
                 self._fill(piece, key, info)
             else:
@@ -130,6 +134,10 @@ class Checkpoint:
         words, scale_OG = (self._stored(f"{key.removesuffix('weight')}{part}") for part in PARTS[:2])
         columns = self.tensors[key].shape[1]
         return Packed(unpack(words, bits, columns), scale_OG, bits, columns // scale_OG.shape[1])
+
+    def kept(self, key: str) -> torch.Tensor:
+        """Which weights of a tensor whose zeros are left out are not: bool, of its dense shape."""
+        return bits_of(self._stored(key + BITMASK))
 
     def _stored(self, key: str) -> torch.Tensor:
         info = self.stored[key]
@@ -162,15 +170,16 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the configuration, every header entry and a sample of every shard's bytes (its ends)."""
+        """Of the configuration, every header entry and pieces of every shard's bytes, spread over it: training changes bytes everywhere."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for key in sorted(self.stored):
             digest.update(f"{key}{self.stored[key]}".encode())
         for file in self.files():
+            size = os.path.getsize(self.folder / file)
             with open(self.folder / file, "rb") as stream:
-                digest.update(stream.read(1 << 16))
-                stream.seek(max(0, os.path.getsize(self.folder / file) - (1 << 16)))
-                digest.update(stream.read())
+                for place in range(SAMPLES + 1):
+                    stream.seek(max(0, size - SAMPLE) * place // SAMPLES)
+                    digest.update(stream.read(SAMPLE))
         return digest.hexdigest()[:32]
 
 

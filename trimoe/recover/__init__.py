@@ -1,1 +1,5 @@
 """Recovery training of finished folders."""
+
+from trimoe.recover.run import Recovered, recover
+
+__all__ = ["Recovered", "recover"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-RATES = {"lora": 2e-4, "router": 1e-3, "logits": 2e-4, "experts": 1e-3}  # peak learning rates where a recipe names none
+from trimoe.errors import UserError
+
+RATES = {"lora": 5e-4, "router": 1e-3, "logits": 5e-4, "experts": 1e-3}  # peak learning rates where a recipe names none
 FULL_RATE = 2e-5  # of `logits` with train: full
 
 
@@ -51,6 +53,14 @@ class Recover:
     adapter: bool = False
     stream: bool = True
 
+    def __post_init__(self) -> None:
+        if self.train == "full" and self.method != "logits":
+            raise ValueError(f"train: full goes with method logits, not with {self.method}.")
+        if self.adapter and (self.method not in ("lora", "logits") or self.train == "full"):
+            raise ValueError("adapter: true keeps adapters, which only method lora and method logits with train: lora have.")
+        if not self.stream and self.method != "experts":
+            raise ValueError("stream: false is for method experts; the other methods always hold the trained model in memory.")
+
     @property
     def peak(self) -> float:
         """The peak learning rate."""
@@ -60,3 +70,16 @@ class Recover:
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
+
+
+def parsed(spec: Recover | dict[str, Any]) -> Recover:
+    """The section as given or from a mapping. Raises UserError where it is none."""
+    if isinstance(spec, Recover):
+        return spec
+    try:
+        return TypeAdapter(Recover).validate_python(spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise UserError(f"recover{f'.{where}' if where else ''}: {message[0].lower()}{message[1:]}.") from None

@@ -1,0 +1,370 @@
+"""Recovery training: what it computes, what it changes on disk and what not, and that a killed run ends in the same bytes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_bad_input import FACTORED, UNIFORM, snapshot
+
+import trimoe
+from trimoe import UserError
+from trimoe.checkpoint import Checkpoint
+from trimoe.recover import adapters, loop, recover
+from trimoe.recover.spec import parsed
+from trimoe.recover.teacher import Kept, distillation, keep
+from trimoe.skeleton import Skeleton
+
+JOB = importlib.import_module("trimoe.recover.run")
+UNEVEN = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "importance", "search": "greedy"}}, {"low_rank": {"ratio": 0.4}}]}
+SPARSE = {"steps": [{"weight_prune": {"ratio": 0.5}}]}
+PACKED = {"steps": [{"quantize": {"bits": 4, "group": 8}}]}
+CASES = {
+    "mixtral": ("mixtral", UNIFORM), "qwen2_moe": ("qwen2_moe", UNIFORM), "gpt_oss": ("gpt_oss", UNIFORM),
+    "deepseek_v2": ("deepseek_v2", UNIFORM), "factored": ("mixtral", FACTORED), "uneven": ("qwen2_moe", UNEVEN),
+}  # fmt: skip
+Finished = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def repetitive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that a model can learn in a few steps."""
+    path = tmp_path_factory.mktemp("repetitive") / "text.txt"
+    path.write_text("the cat sat on the mat and the dog lay by the door. " * 60, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, family_folder: Callable[[str], Path], text_file: Path) -> Finished:
+    """A compressed tiny model. Tests must not write into it."""
+    built: dict[str, Path] = {}
+
+    def get(family: str, recipe: dict[str, Any] = UNIFORM) -> Path:
+        key = family + json.dumps(recipe)
+        if key not in built:
+            out = tmp_path_factory.mktemp("finished") / family
+            trimoe.compress(family_folder(family), recipe, out, calibration=[str(text_file)], samples=4, length=32)
+            built[key] = out
+        return built[key]
+
+    return get
+
+
+def section(method: str, text: Path, **fields: Any) -> dict[str, Any]:
+    small = {"data": str(text), "samples": 24, "length": 32, "batch": 4, "holdout": 0.2, "rank": 4, "rate": 3e-3, "epochs": 2}
+    return {"method": method, **small, **fields}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    a, b = tensors(before), tensors(after)
+    assert {key: (t.shape, t.dtype) for key, t in a.items()} == {key: (t.shape, t.dtype) for key, t in b.items()}
+    return {key for key in a if not torch.equal(a[key], b[key])}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 43).view(2, 20)).logits
+
+
+# ---- distillation
+
+
+def test_distillation_is_the_exact_divergence_when_every_token_is_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(2, 5, 17, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    for temperature in (1.0, 2.5):
+        log_p, log_q = (x.div(temperature).log_softmax(-1) for x in (teacher, student))
+        exact = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        found = distillation(student, keep(teacher, temperature, 100), temperature)
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_pooled_distillation_against_the_definition(scale: float) -> None:
+    """One class for what is not kept; with steep distributions, that class has next to no probability."""
+    generator = torch.Generator().manual_seed(1)
+    teacher, student = (torch.randn(3, 4, 29, generator=generator, dtype=torch.float64) * scale for _ in range(2))
+    kept, total = keep(teacher, 2.0, 5), 0.0
+    for p, q in zip((teacher / 2).softmax(-1).view(-1, 29), (student / 2).softmax(-1).view(-1, 29), strict=True):
+        best = p.argsort(descending=True)[:5].tolist()
+        others = [i for i in range(29) if i not in best]
+        pairs = [(p[i], q[i]) for i in best] + [(p[others].sum(), q[others].sum())]
+        total += float(sum(a * (a / b).log() for a, b in pairs))
+    assert float(distillation(student, kept, 2.0)) == pytest.approx(4 * total / 12, rel=1e-4)
+    leaf = student.float().requires_grad_()
+    distillation(leaf, kept, 2.0).backward()
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all()) and bool(leaf.grad.any())
+
+
+def test_a_model_is_at_no_distance_from_itself() -> None:
+    x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    assert abs(float(distillation(x, keep(x, 1.5, 7), 1.5))) < 1e-5
+    other = x.clone()
+    other[..., 0] += 1
+    assert float(distillation(other, keep(x, 1.5, 7), 1.5)) > 1e-3
+
+
+# ---- what changes on disk
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_adapters_change_what_they_should_and_nothing_else(
+    case: str, finished: Finished, repetitive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = finished(*CASES[case]), {}
+    merged = adapters.merged
+
+    def spy(adapted: Any) -> Any:
+        seen["logits"] = logits(adapted)
+        return merged(adapted)
+
+    monkeypatch.setattr(adapters, "merged", spy)
+    result = recover(folder, tmp_path / "out", section("lora", repetitive, length=24))
+    assert result.metrics["after"]["perplexity"] < 0.9 * result.metrics["before"]["perplexity"]
+    assert result.metrics["expert_share"] == 1.0
+    expected = {
+        key for key, tensor in tensors(folder).items()
+        if tensor.dim() >= 2 and not any(part in key for part in ("embed", "lm_head", "norm", "gate.weight", "router", "_bias"))
+        and tensor.shape[0] > 1 and tensor.any()  # a gate; a guard of native checkpoints
+    }  # fmt: skip
+    assert changed(folder, tmp_path / "out") == expected
+    torch.testing.assert_close(logits(trimoe.load(tmp_path / "out")), seen["logits"], atol=1e-4, rtol=1e-4)
+    record = json.loads((tmp_path / "out" / "trimoe.json").read_text())
+    assert record["recovered"][0]["method"] == "lora" and record["decisions"]
+    assert "## Recovered" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("case", ["mixtral", "deepseek_v2", "uneven"])
+def test_router_distillation_changes_routers_only(case: str, finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder = finished(*CASES[case])
+    result = recover(folder, tmp_path / "out", section("router", repetitive, samples=60, rate=1e-3, epochs=8, patience=20))
+    moved = changed(folder, tmp_path / "out")
+    assert moved == {key for key in tensors(folder) if key.endswith(".gate.weight") and tensors(folder)[key].dim() == 2}
+    assert result.metrics["after"]["kl"] < result.metrics["before"]["kl"]
+
+
+@pytest.mark.parametrize("case", ["qwen2_moe", "gpt_oss", "uneven"])
+def test_kept_adapters_load_beside_the_untouched_folder(case: str, finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder = finished(*CASES[case])
+    before = snapshot(folder)
+    recover(folder, tmp_path / "merged", section("lora", repetitive))
+    recover(folder, tmp_path / "adapter", section("lora", repetitive, adapter=True))
+    assert snapshot(folder) == before
+    model = peft.PeftModel.from_pretrained(trimoe.load(folder), tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), logits(trimoe.load(tmp_path / "merged")), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(model), logits(trimoe.load(folder)), atol=1e-2)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder.resolve())
+
+
+def test_targets_spare_routers_gates_and_head(finished: Finished) -> None:
+    """As target_modules, peft would take a shared expert's gate_proj for the stacked experts of all layers."""
+    folder = finished("qwen2_moe")
+    model, skeleton = trimoe.load(folder), Skeleton.of(str(folder))
+    wanted = adapters.targets(model, skeleton)
+    assert not [name for name in wanted.weights if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight", "lm_head.weight"))]
+    assert "model.layers.0.mlp.shared_expert.gate_proj.weight" in wanted.parameters
+    adapted = adapters.attach(model, wanted, parsed({"method": "lora"}), 0)
+    assert sorted(adapters._reached(adapted)) == sorted(wanted.weights)
+    torch.testing.assert_close(logits(adapted), logits(trimoe.load(folder)), atol=1e-5, rtol=1e-5)
+
+
+def test_distilling_from_itself_stays_where_it_is(finished: Finished, text_file: Path, tmp_path: Path) -> None:
+    folder = finished("mixtral")
+    result = recover(folder, tmp_path / "out", section("logits", text_file), teacher=folder)
+    assert abs(result.metrics["before"]["kl"]) < 1e-6 and abs(result.metrics["after"]["kl"]) < 1e-6
+    torch.testing.assert_close(logits(trimoe.load(tmp_path / "out")), logits(trimoe.load(folder)), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"train": "full", "rate": 1e-3}])
+def test_distillation_comes_nearer_to_the_original(fields: dict[str, Any], finished: Finished, text_file: Path, tmp_path: Path) -> None:
+    folder = finished("mixtral", FACTORED)
+    result = recover(folder, tmp_path / "out", section("logits", text_file, samples=48, epochs=6, top_k=16, **fields))
+    assert result.metrics["after"]["kl"] < 0.95 * result.metrics["before"]["kl"]
+    assert len(changed(folder, tmp_path / "out")) > 10
+
+
+@pytest.mark.parametrize("case", ["mixtral", "uneven"])
+def test_experts_with_the_language_loss_in_memory(case: str, finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder = finished(*CASES[case])
+    result = recover(folder, tmp_path / "out", section("experts", repetitive, stream=False))
+    assert result.metrics["after"]["perplexity"] < result.metrics["before"]["perplexity"]
+    assert result.metrics["factor"] > 0 and all(".experts." in key for key in changed(folder, tmp_path / "out"))
+
+
+def test_experts_streamed(finished: Finished, text_file: Path, tmp_path: Path) -> None:
+    folder = finished("mixtral", FACTORED)
+    result = recover(folder, tmp_path / "out", section("experts", text_file))
+    assert result.metrics["after"]["expert_error"] < result.metrics["before"]["expert_error"]
+    moved = changed(folder, tmp_path / "out")
+    assert moved and all(".experts." in key for key in moved)
+
+
+def test_a_run_that_only_harms_gives_the_folder_back(finished: Finished, text_file: Path, tmp_path: Path) -> None:
+    folder = finished("mixtral")
+    result = recover(folder, tmp_path / "out", section("logits", text_file, rate=0.1, warmup=0.0, patience=1), teacher=folder)
+    assert result.metrics["curve"][1]["kl"] > 1e-3 and result.metrics["best"] == 0 and result.metrics["after"] == result.metrics["before"]
+    assert changed(folder, tmp_path / "out") == set()
+
+
+# ---- interrupted and repeated runs
+
+
+def cut(patch: pytest.MonkeyPatch, step: int) -> None:
+    optimise = loop.Training._optimise
+
+    def dying(self: loop.Training) -> float:
+        if self.step == step:
+            raise RuntimeError("power cut")
+        return optimise(self)
+
+    patch.setattr(loop.Training, "_optimise", dying)
+
+
+@pytest.mark.parametrize("fields", [{"method": "lora"}, {"method": "logits", "train": "full"}, {"method": "experts", "stream": False}])
+def test_resumed_training_writes_the_same_bytes(fields: dict[str, Any], finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder, spec = finished("mixtral", FACTORED), section(**{"text": repetitive, "patience": 20, **fields})
+    torch.manual_seed(1)
+    whole = recover(folder, tmp_path / "whole", spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SAVE_EVERY", 0.0)
+        cut(patch, 6)
+        torch.manual_seed(2)
+        state = torch.random.get_rng_state()
+        with pytest.raises(RuntimeError, match="power cut"):
+            recover(folder, tmp_path / "cut", spec)
+        assert torch.equal(torch.random.get_rng_state(), state)
+    with pytest.raises(UserError, match="unfinished run with another recover"):
+        recover(folder, tmp_path / "cut", {**spec, "rate": 1e-5})
+    steps: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        optimise = loop.Training._optimise
+        patch.setattr(loop.Training, "_optimise", lambda self: (steps.append(self.step), optimise(self))[1])
+        resumed = recover(folder, tmp_path / "cut", spec)
+    assert steps[0] == 6
+    commands = [tmp_path / name for name in ("whole", "cut")]
+    assert snapshot(commands[0]) == snapshot(commands[1])
+    assert resumed.metrics == whole.metrics
+
+
+def test_a_finished_recovery_is_left_alone(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder = finished("mixtral")
+    for fields in ({}, {"adapter": True}):
+        out, spec = tmp_path / str(len(fields)), section("lora", repetitive, steps=2, **fields)
+        first = recover(folder, out, spec)
+        before = snapshot(out)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(JOB, "_as_a_whole", None)
+            assert recover(folder, out, spec).metrics == first.metrics
+        assert snapshot(out) == before
+        with pytest.raises(UserError, match="is not empty"):
+            recover(folder, out, spec, seed=1)
+
+
+def test_recoveries_follow_one_another(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder = finished("mixtral")
+    recover(folder, tmp_path / "one", section("lora", repetitive))
+    second = recover(tmp_path / "one", tmp_path / "two", section("router", repetitive))
+    record = json.loads((tmp_path / "two" / "trimoe.json").read_text())
+    assert [entry["method"] for entry in record["recovered"]] == ["lora", "router"]
+    assert (tmp_path / "two" / "README.md").read_text().count("## Recovered") == 2
+    assert second.metrics["after"]["kl"] <= second.metrics["before"]["kl"]
+
+
+# ---- sparse and packed folders
+
+
+@pytest.mark.parametrize("fields", [{"method": "logits", "train": "full"}, {"method": "lora"}, {"method": "experts", "stream": False}])
+def test_pruned_zeros_stay(fields: dict[str, Any], finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder = finished("mixtral", SPARSE)
+    result = recover(folder, tmp_path / "out", section(**{"text": repetitive, "samples": 48, "rate": 1e-3, "epochs": 4, **fields}))
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    sparse = [key for key, tensor in before.items() if ".experts." in key and (tensor == 0).float().mean() > 0.4]
+    assert sparse and all(bool((after[key][before[key] == 0] == 0).all()) for key in sparse)
+    moved = changed(folder, tmp_path / "out")
+    if fields["method"] == "lora":
+        assert result.metrics["expert_share"] == 0 and moved and not [key for key in moved if ".experts." in key]
+    else:
+        assert set(sparse) <= moved
+
+
+def test_packed_folders_take_adapters_only(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder = finished("mixtral", PACKED)
+    for fields in ({"method": "lora"}, {"method": "router"}, {"method": "experts"}):
+        with pytest.raises(UserError, match="packed experts"):
+            recover(folder, tmp_path / "no", section(**{"text": repetitive, **fields}))
+    assert not (tmp_path / "no").exists()
+    result = recover(folder, tmp_path / "out", section("lora", repetitive, adapter=True, epochs=6))
+    assert result.metrics["after"]["perplexity"] < result.metrics["before"]["perplexity"]
+    model = peft.PeftModel.from_pretrained(trimoe.load(folder), tmp_path / "out")
+    assert not torch.allclose(logits(model), logits(trimoe.load(folder)), atol=1e-3)
+
+
+# ---- mistakes
+
+
+def test_mistakes_are_refused_before_anything_is_written(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder, lora = finished("mixtral"), section("lora", repetitive)
+    families.save("mixtral", tmp_path / "other", vocab_size=80)
+    unfinished = Path(shutil.copytree(folder, tmp_path / "unfinished"))
+    (unfinished / "config.json").unlink()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    out, cases = tmp_path / "out", [
+        ("96 tokens, .* 80", folder, "out", section("logits", repetitive), {"teacher": tmp_path / "other"}),
+        ("not a finished folder", unfinished, "out", lora, {}),
+        ("not a finished folder", tmp_path / "other", "out", lora, {}),
+        ("There is no folder", tmp_path / "nowhere", "out", lora, {}),
+        ("is not empty", folder, "full", lora, {}),
+        ("leave the teacher out", folder, "out", lora, {"teacher": folder}),
+        ("train: full goes with", folder, "out", {**lora, "train": "full"}, {}),
+        ("adapter: true keeps", folder, "out", {**lora, "method": "router", "adapter": True}, {}),
+        ("recover.rank: .*greater than 0|recover.rank", folder, "out", {**lora, "rank": 0}, {}),
+        ("cannot be used here", folder, "out", lora, {"device": "cuda:99"}),
+    ]  # fmt: skip
+    for message, source, target, spec, options in cases:
+        with pytest.raises(UserError, match=message):
+            recover(source, tmp_path / target, spec, **options)
+    with pytest.raises(UserError, match="never written to"):
+        recover(folder, folder / "inside", lora)
+    assert not out.exists() and sorted(path.name for path in (tmp_path / "full").iterdir()) == ["file"]
+
+
+def test_without_peft_the_sentence_says_what_to_install(
+    finished: Finished, repetitive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install 'trimoe\[recover\]'"):
+        recover(finished("mixtral"), tmp_path / "out", section("lora", repetitive))
+
+
+def test_the_schedule_rises_and_falls() -> None:
+    rates = [loop.schedule(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.01
+
+
+def test_bf16_folders_keep_their_dtype(tmp_path: Path, repetitive: Path) -> None:
+    families.save("mixtral", tmp_path / "source", dtype=torch.bfloat16)
+    trimoe.compress(tmp_path / "source", UNIFORM, tmp_path / "small", calibration=[str(repetitive)], samples=4, length=32)
+    recover(tmp_path / "small", tmp_path / "out", section("lora", repetitive))
+    assert {info.dtype for info in Checkpoint.open(tmp_path / "out").stored.values()} == {"BF16"}
+    assert changed(tmp_path / "small", tmp_path / "out")
+
+
+def test_kept_is_moved_whole() -> None:
+    kept = keep(torch.randn(1, 2, 5), 1.0, 3).to("cpu")
+    assert isinstance(kept, Kept) and kept.value_BLK.shape == (1, 2, 3) and kept.index_BLK.dtype == torch.int32

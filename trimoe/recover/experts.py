@@ -1,0 +1,303 @@
+"""Expert-wise distillation: every expert that is left learns to give what it gave in the original model.
+
+MoE-Pruner, https://arxiv.org/abs/2410.12013:  L = L_CE + lambda * sum over layers and experts of MSE(E_teacher(x), E_student(x)), over the
+tokens that the *teacher* routes to the expert, with lambda = L_CE / L_expert on the first batch, fixed from then on. Both see the teacher's
+hidden states, so each layer is a problem of its own: it is solved here with one layer of either model in memory. A layer alone has
+no vocabulary loss; its lambda is 1 / L_expert on its first batch, which is the paper's up to a factor that Adam does not feel.
+
+Letters: T tokens, k experts per token, S tokens routed to one expert, H hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trimoe import hf
+from trimoe.checkpoint import DTYPES
+from trimoe.errors import UserError
+from trimoe.expert import run_expert
+from trimoe.journal import Journal
+from trimoe.modeling_trimoe import DENSE, FactoredExperts
+from trimoe.observe import by_expert
+from trimoe.progress import Reporter
+from trimoe.recover.pairs import Pair, pairs
+from trimoe.recover.rewrite import Rewriter
+from trimoe.recover.spec import Recover
+from trimoe.recover.zeros import Held, pruned, zero_masks
+from trimoe.seen import Recorder, Seen
+from trimoe.skeleton import Skeleton
+from trimoe.stream import LayerWalk
+
+CHECKS = 10  # validations of a layer, about
+BETAS = (0.9, 0.95)
+SEEDS = 1 << 16  # more than a model has layers
+
+
+def distil(
+    student: Skeleton, teacher: Skeleton, record: Mapping[str, Any] | None, spec: Recover, train: list[torch.Tensor],
+    held: list[torch.Tensor], rewriter: Rewriter, journal: Journal, *, seed: int, device: str, reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the student's experts layer by layer and put what improved into `rewriter`. Layers that the journal knows are not trained again.
+
+    `train` and `held` are batches of token ids [B, L]. Returns by the student's layer the held-out loss `before` and `after` (sum over
+    experts of the mean squared error) and the optimiser `steps`. A layer that does not improve stays as it is, to the bit.
+    """
+    found = pairs(record, teacher, student)
+    stored = {index: _stored(student, index) for index in found}
+    assert student.dtype == torch.float32, "experts are trained in float32"
+    metrics = {index: journal.get(f"layer-{index}") for index in found}
+    waiting = {found[index].teacher_layer: index for index in found if metrics[index] is None}
+    if waiting:
+        walk, own_walk = LayerWalk(teacher, [*train, *held], device=device), LayerWalk(student, [], device=device)
+        count = max(waiting) + 1
+        for index in reporter.track(range(count), "Distil experts", count):
+            with walk.layer(index) as layer:
+                if index not in waiting:
+                    walk.advance(index, layer)
+                    continue
+                new, site = waiting[index], teacher.sites[index]
+                recorder = Recorder(sum(batch.numel() for batch in walk.batches))
+                with recorder.attached(layer, site):
+                    walk.advance(index, layer)
+                lesson = _lesson(site.experts_of(layer), found[new], recorder.seen(), train)
+                with own_walk.layer(new) as own:
+                    learned = learn(
+                        lesson, student.sites[new].experts_of(own), spec, stored[new],
+                        keep_zeros=pruned(record), size=spec.batch * train[0].shape[1], seed=seed * SEEDS + new,
+                    )  # fmt: skip
+                if learned.state is not None:
+                    rewriter.put(_on_disk(student, new, learned.state))
+                metrics[new] = learned.to_json()
+                journal.put(f"layer-{new}", learned.to_json())
+                del recorder, lesson, learned  # not beside the next layer
+    return {str(index): metrics[index] for index in sorted(metrics)}
+
+
+def _name(student: Skeleton, index: int, leaf: str) -> str:
+    site = student.sites[index]
+    return f"{student.layer_name(index)}.{site.block}.{site.experts}.{leaf}"
+
+
+def _stored(student: Skeleton, index: int) -> dict[str, torch.dtype]:
+    """The dtype on disk of each of a layer's expert parameters. Raises UserError where they are no plain floating-point numbers."""
+    dtypes, on_disk, dense = {}, student.checkpoint.stored, student.checkpoint.tensors
+    for leaf, parameter in trainable(student.sites[index].experts_of(student.layers[index])).items():
+        disk = _on_disk(student, index, {leaf: torch.empty(parameter.shape, device="meta")})
+        other = [key for key, tensor in disk.items() if key not in on_disk or dense[key].shape != tuple(tensor.shape)]
+        if other:
+            raise UserError(
+                f"{student.name}: {other[0]} is stored packed, not as plain floating-point numbers, and cannot be trained; recover first, "
+                "then quantise."
+            )
+        found = {DTYPES[on_disk[key].dtype] for key in disk}
+        if len(found) != 1 or not next(iter(found)).is_floating_point:
+            raise UserError(
+                f"{student.name}: the experts of layer {index} are stored as {sorted(map(str, found))}; one float dtype is expected."
+            )
+        dtypes[leaf] = found.pop()
+    return dtypes
+
+
+def _on_disk(student: Skeleton, index: int, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    named = {_name(student, index, leaf): tensor for leaf, tensor in state.items()}
+    disk = hf.to_disk_format(student.model, named, student.conversion)
+    assert set(disk) == {key for name in named for key in student.source_keys(name)}, "written under other names than it was read from"
+    return disk
+
+
+# ---- one layer
+
+
+@dataclass
+class Lesson:
+    """What one layer learns from: the teacher's experts and the tokens they were called with, `train` of them followed by those held out.
+    `keep`: the student's experts by their number in the teacher."""
+
+    experts: Any
+    keep: tuple[int, ...]
+    seen: Seen
+    train: int
+
+    def loss(self, student: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """The differentiable loss on some of the tokens."""
+        return expert_loss(self.experts, student, self.seen.x_TH[tokens], self.seen.index_TK[tokens], self.keep)
+
+    @torch.no_grad()
+    def held_loss(self, student: Any, size: int) -> float:
+        """The same on all tokens held out, `size` of them at a time."""
+        square = torch.zeros(len(self.keep), dtype=torch.float64)
+        count = torch.zeros(len(self.keep), dtype=torch.float64)
+        for x_TH, index_TK in zip(self.seen.x_TH[self.train :].split(size), self.seen.index_TK[self.train :].split(size), strict=True):
+            for own, x_SH, y_SH in _taught(self.experts, self.keep, x_TH, index_TK):
+                error_SH = output_of(student, own, x_SH.to(_dtype(student))) - y_SH
+                square[own] += error_SH.double().square().sum().cpu()
+                count[own] += error_SH.numel()
+        return float((square / count.clamp_min(1)).sum())
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What came of one layer; `state` is None where nothing is better than what was there."""
+
+    state: dict[str, torch.Tensor] | None
+    before: float
+    after: float
+    steps: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"before": self.before, "after": self.after, "steps": self.steps}
+
+
+def _lesson(experts: Any, pair: Pair, seen: Seen, train: list[torch.Tensor]) -> Lesson:
+    return Lesson(experts, pair.keep, seen, sum(batch.numel() for batch in train))
+
+
+def trainable(experts: nn.Module) -> dict[str, nn.Parameter]:
+    """The experts' own weights and biases, stacked or factored."""
+    return dict(experts.named_parameters(recurse=False))
+
+
+def learn(
+    lesson: Lesson, student: nn.Module, spec: Recover, stored: Mapping[str, torch.dtype], *, keep_zeros: bool, size: int, seed: int
+) -> Learned:  # fmt: skip
+    """Train one layer's experts on minibatches of `size` tokens. `stored`: in which dtype each parameter will be written; the result is
+    judged as it reads then."""
+    student.requires_grad_(False)
+    parameters = trainable(student)
+    before = lesson.held_loss(student, size)
+    if before == 0:
+        return Learned(None, before, before, 0)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    masks = zero_masks(parameters) if keep_zeros else {}
+    zeros = Held({parameters[name]: mask for name, mask in masks.items()})
+    zeros.register()
+    best, steps = _descend(lesson, student, parameters, zeros, spec, before, size, seed)
+    if best is None:
+        return Learned(None, before, before, steps)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            best[name] = best[name].to(stored[name])
+            parameter.copy_(best[name])
+    after = lesson.held_loss(student, size)
+    return Learned(best, before, after, steps) if after < before else Learned(None, before, before, steps)
+
+
+def _descend(
+    lesson: Lesson, student: nn.Module, parameters: dict[str, nn.Parameter], zeros: Held, spec: Recover, loss: float, size: int, seed: int
+) -> tuple[dict[str, torch.Tensor] | None, int]:
+    """The best state that validation saw (None: the first one, of the given loss), and the steps done."""
+    optimiser = torch.optim.AdamW(parameters.values(), lr=spec.peak, betas=BETAS, weight_decay=0.0, foreach=False)
+    per_epoch = math.ceil(lesson.train / size)
+    total = min(spec.epochs * per_epoch, spec.steps or spec.epochs * per_epoch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: share_of_peak(step, total, spec.warmup))
+    best, idle, scale, step = None, 0, 0.0, 0
+    for step, tokens in zip(range(1, total + 1), _minibatches(lesson.train, per_epoch, seed), strict=False):
+        error = lesson.loss(student, tokens)
+        scale = scale or 1.0 / (error.item() or 1.0)
+        if error.requires_grad:  # else none of these tokens goes to an expert that is left
+            optimiser.zero_grad()
+            (scale * error).backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), spec.clip)
+            optimiser.step()
+            zeros.hold()
+        schedule.step()
+        if step % max(1, total // CHECKS) and step < total:
+            continue
+        now, idle = lesson.held_loss(student, size), idle + 1
+        if now < loss:
+            best, loss, idle = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}, now, 0
+        if idle >= spec.patience:
+            break
+    return best, step
+
+
+def _minibatches(tokens: int, parts: int, seed: int) -> Iterator[torch.Tensor]:
+    """Token numbers in a new order every epoch, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(tokens, generator=generator).tensor_split(parts)
+
+
+def share_of_peak(step: int, total: int, warmup: float) -> float:
+    """The learning rate at `step` (from 0): linear warmup, then a cosine down to zero after the last step."""
+    rising = math.ceil(warmup * total)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+# ---- the loss
+
+
+def expert_loss(
+    teacher_experts: Any, student_experts: Any, x_TH: torch.Tensor, index_TK: torch.Tensor, keep: tuple[int, ...]
+) -> torch.Tensor:
+    """Sum over the student's experts of the mean squared error (over routed tokens and H) to the outputs of the teacher's `keep[own]`.
+
+    `index_TK` is the teacher's routing. Differentiable in the student's parameters; an expert without tokens adds nothing.
+    """
+    apart, total = Apart(student_experts), torch.zeros((), device=x_TH.device)
+    for own, x_SH, y_SH in _taught(teacher_experts, keep, x_TH, index_TK):
+        total = total + F.mse_loss(output_of(apart, own, x_SH.to(_dtype(student_experts))).float(), y_SH)
+    return total
+
+
+def _taught(
+    experts: Any, keep: tuple[int, ...], x_TH: torch.Tensor, index_TK: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(student's expert, its routed tokens, what the teacher's gives for them in float32), for every expert that has any."""
+    own_of = {expert: own for own, expert in enumerate(keep)}
+    for expert, places in by_expert(index_TK, experts.num_experts):
+        if expert in own_of:
+            x_SH = x_TH[places // index_TK.shape[-1]]
+            with torch.no_grad():
+                y_SH = output_of(experts, expert, x_SH).float()
+            yield own_of[expert], x_SH, y_SH
+
+
+def output_of(experts: Any, expert: int, x_SH: torch.Tensor) -> torch.Tensor:
+    """One expert's output, stacked or factored, before its routing weight."""
+    if isinstance(experts, FactoredExperts) or (isinstance(experts, Apart) and isinstance(experts.experts, FactoredExperts)):
+        return FactoredExperts._one(experts, x_SH, expert)  # type: ignore[arg-type]
+    return run_expert(experts, expert, x_SH)[1]
+
+
+def _dtype(experts: nn.Module) -> torch.dtype:
+    return next(experts.parameters(recurse=False)).dtype
+
+
+class Apart:
+    """Experts with their stacks taken apart at once: autograd then puts the gradient of a stack together once, and not from a whole
+    stack of zeros for every expert."""
+
+    def __init__(self, experts: nn.Module):
+        self.experts = experts
+        for name, parameter in trainable(experts).items():
+            factor = isinstance(experts, FactoredExperts) and name.endswith(("_v", "_u"))
+            setattr(self, name, _factors(experts, name) if factor else parameter.unbind(0))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.experts, name)
+
+    def matrix(self, name: str, expert: int) -> tuple[Any, Any, Any]:
+        """As FactoredExperts.matrix."""
+        rank, start = self.experts.places[name][expert]  # type: ignore[index, union-attr]
+        if rank == DENSE:
+            return None, None, getattr(self, f"{name}_w")[start]
+        return (None, None, None) if rank == 0 else (getattr(self, f"{name}_v")[expert], getattr(self, f"{name}_u")[expert], None)
+
+    _biases = FactoredExperts._biases
+
+
+def _factors(experts: Any, name: str) -> tuple[torch.Tensor, ...]:
+    """Each expert's rows of one factor; none where its matrix is not factored."""
+    ranks = experts.in_ranks if name.startswith("in") else experts.out_ranks
+    return getattr(experts, name).split([max(rank, 0) for rank in ranks])

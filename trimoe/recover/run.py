@@ -1,0 +1,330 @@
+"""The whole recovery, top to bottom: check, text, the original's answers, train, write. Reads finished folders, writes another one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimoe import card, hf
+from trimoe.calibration import Calibration, calibrate, in_batches
+from trimoe.errors import UserError
+from trimoe.evaluate import origin
+from trimoe.journal import FOLDER, Journal
+from trimoe.loading import load
+from trimoe.progress import QUIET, Reporter
+from trimoe.recover import adapters, experts
+from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, text_loss
+from trimoe.recover.pairs import pairs
+from trimoe.recover.rewrite import Rewriter
+from trimoe.recover.spec import Recover, parsed
+from trimoe.recover.teacher import Teacher, refuse_other_vocabulary
+from trimoe.recover.zeros import Held, pruned, zero_masks
+from trimoe.skeleton import Skeleton
+from trimoe.stream import give_back, usable_device
+from trimoe.version import VERSION, versions
+from trimoe.write import write_text
+
+ADAPTER_RECORD = "recovered.json"  # beside a kept adapter, which is no model folder
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A finished folder. `metrics`: numbers on held-out text `before` and `after`, and how training went."""
+
+    out: Path
+    metrics: dict[str, Any]
+
+
+@dataclass
+class Run:
+    """What every part of a recovery needs to know. `teacher` is None where the method learns from text alone."""
+
+    student: Skeleton
+    teacher: Skeleton | None
+    record: dict[str, Any]
+    spec: Recover
+    text: Calibration
+    count: int
+    out: Path
+    seed: int
+    device: str
+    reporter: Reporter
+
+    @property
+    def folder(self) -> Path:
+        return self.out / FOLDER
+
+
+def recover(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    spec: Recover | dict[str, Any],
+    *,
+    teacher: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    command: str | None = None,
+    reporter: Reporter = QUIET,
+) -> Recovered:
+    """Train the finished folder `folder` and write the result to `out`, in the same form; called again with the same arguments it resumes.
+
+    spec      the `recover` section of a recipe (trimoe/recover/spec.py)
+    teacher   the original; by default the model that trimoe.json names
+    Raises UserError (a ValueError) for every mistake in the input, before anything is written.
+    """
+    out, spec = Path(out), parsed(spec)
+    call = f"trimoe.recover({str(folder)!r}, out, {spec.to_json()!r}, teacher={None if teacher is None else str(teacher)!r}, seed={seed!r}, device={device!r})"
+    record = _record(Path(folder))
+    student = Skeleton.of(str(folder))
+    original = _teacher(spec, teacher, Path(folder), student)
+    _refuse_packed(spec, student)
+    for skeleton in (student, original):
+        _refuse_inside(out, skeleton)
+    usable_device(device)
+    if spec.method in ("lora", "logits") and spec.train == "lora":
+        adapters.import_peft()
+    text, count = _text(student, record, spec, seed, reporter)
+    inputs = {
+        "folder": student.checkpoint.fingerprint,
+        "teacher": original.checkpoint.fingerprint if original else None, "recover": spec.to_json(), "seed": seed,
+        "text": text.fingerprint, "version": VERSION,
+    }  # fmt: skip
+    finished = _finished(out, spec, inputs)
+    if finished is not None:
+        shutil.rmtree(out / FOLDER, ignore_errors=True)  # killed between the last file and tidying up
+        reporter.say(f"{out} holds the finished result of this very command already.")
+        return finished
+    journal = Journal(out, inputs)
+    journal.refuse_other_content()
+    run = Run(student, original, record, spec, text, count, out, seed, device, reporter)
+    processes = launcher()
+    with journal if processes.is_main_process else contextlib.nullcontext():
+        rewriter = Rewriter(student.checkpoint, out)
+        by_layer = spec.method == "experts" and spec.stream
+        metrics, job = (_by_layer(run, rewriter, journal), None) if by_layer else _as_a_whole(run, processes)
+        if processes.is_main_process:
+            entry = {
+                "method": spec.method, "spec": spec.to_json(), "metrics": metrics, "teacher": original.name if original else None,
+                "data": {"samples": count, "held": len(text.samples_NL) - count, "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
+                "base": student.checkpoint.fingerprint, "command": command or call, "seed": seed, "versions": versions(), "inputs": inputs,
+            }  # fmt: skip
+            if spec.adapter and job is not None:
+                _keep_adapter(run, job, entry)
+            else:
+                _rewrite(run, rewriter, job, entry)
+            journal.close()
+    processes.wait_for_everyone()
+    reporter.say(f"Wrote {out}: {_sentence(metrics)}.")
+    return Recovered(out, metrics)
+
+
+# ---- training
+
+
+def _by_layer(run: Run, rewriter: Rewriter, journal: Journal) -> dict[str, Any]:
+    """`experts`, streamed: what was learned is in the rewriter."""
+    assert run.teacher is not None
+    rewriter.begin()
+    samples_NL = run.text.samples_NL
+    layers = experts.distil(
+        run.student, run.teacher, run.record, run.spec, in_batches(samples_NL[: run.count], run.device),
+        in_batches(samples_NL[run.count :], run.device), rewriter, journal, seed=run.seed, device=run.device, reporter=run.reporter,
+    )  # fmt: skip
+    sums = {when: {"expert_error": sum(layer[when] for layer in layers.values())} for when in ("before", "after")}
+    return {**sums, "layers": layers}
+
+
+def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job]:
+    """The other methods: the model, and for `experts` the original too, in memory."""
+    teacher = _answers(run, processes) if run.spec.method in ("router", "logits") else None
+    place = processes.device if processes.num_processes > 1 else run.device
+    options: dict[str, Any] = {} if run.student.checkpoint.scheme is None else {"backend": "dequantize"}  # gradients flow through it
+    model = _loaded(run.student, place, **options)
+    job, about = _job(run, model, teacher, place)
+    training = Training(
+        job, run.text.samples_NL, run.count, run.spec, run.folder, processes, seed=run.seed, device=run.device, reporter=run.reporter,
+    )  # fmt: skip
+    return {**training.run(), **about, "trained": sum(parameter.numel() for parameter in job.trained.values())}, job
+
+
+def _loaded(skeleton: Skeleton, place: Any, **options: Any) -> Any:
+    """The model in float32, frozen, in eval mode: gradients flow all the same, and nothing is random."""
+    with hf._quiet_progress():
+        model = load(skeleton.checkpoint.folder, device=place, dtype=torch.float32, **options).requires_grad_(False)
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False
+    return model
+
+
+def _answers(run: Run, processes: Any) -> Teacher:
+    """The original's distributions for all samples, computed by the main process."""
+    assert run.teacher is not None
+    spec, samples_NL = run.spec, run.text.samples_NL
+    if processes.is_main_process:
+        Teacher.of(
+            run.teacher, samples_NL, run.folder, temperature=spec.temperature, top_k=spec.top_k, device=run.device, reporter=run.reporter
+        )
+    processes.wait_for_everyone()
+    give_back()
+    return Teacher(run.folder, in_batches(samples_NL, run.device), spec.temperature)
+
+
+def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job, dict[str, Any]]:
+    """What trains, by which loss; and what trimoe.json says of it."""
+    spec, student = run.spec, run.student
+    zeros = zero_masks(dict(model.named_parameters())) if pruned(run.record) else {}
+    if spec.method == "experts":
+        return _experts_job(run, model, zeros, place), {}
+    loss, goal = (distilled(teacher), "kl") if teacher is not None else (text_loss, "loss")
+    if spec.method in ("lora", "logits") and spec.train == "lora":
+        stays = {} if spec.adapter else zeros
+        wanted = adapters.targets(model, student, experts=spec.adapter or not zeros, avoid=stays)
+        if stays:
+            run.reporter.say(
+                f"Merged adapters would fill pruned zeros: {len(wanted.modules)} linear modules without zeros get one, experts none."
+            )
+        model = adapters.attach(model, wanted, spec, run.seed)
+        return Job(model, adapters.trainable(model), loss, goal, teacher), adapters.described(wanted)
+    if spec.method == "router":
+        names = [f"{student.layer_name(i)}.{site.block}.{path}" for i, site in student.sites.items() for path in site.router_paths()]
+        trained = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    else:
+        trained = dict(model.named_parameters())
+    return Job(model, _training(trained), loss, goal, teacher, held=_held(trained, zeros)), {}
+
+
+def _experts_job(run: Run, model: Any, zeros: dict[str, torch.Tensor], place: Any) -> Job:
+    """The paper's own form: both models in memory; the experts' weights and biases train."""
+    assert run.teacher is not None
+    original = _loaded(run.teacher, place)
+    found = pairs(run.record, run.teacher, run.student)
+    paths = [f"{run.student.layer_name(i)}.{run.student.sites[i].block}.{run.student.sites[i].experts}." for i in found]
+    trained = {name: parameter for name, parameter in model.named_parameters() if name.startswith(tuple(paths))}
+    constants: dict[str, float] = {}
+    loss = WithExperts(run.student, original, run.teacher, found, constants)
+    return Job(model, _training(trained), loss, constants=constants, held=_held(trained, zeros))
+
+
+def _training(trained: dict[str, Any]) -> dict[str, Any]:
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    return trained
+
+
+def _held(trained: dict[str, Any], zeros: dict[str, torch.Tensor]) -> Held | None:
+    return Held({parameter: zeros[name] for name, parameter in trained.items() if name in zeros}) if zeros else None
+
+
+# ---- writing
+
+
+def _rewrite(run: Run, rewriter: Rewriter, job: Job | None, entry: dict[str, Any]) -> None:
+    """The folder's copy with the trained numbers; where nothing was better than the start, with the old ones."""
+    rewriter.begin()
+    if job is not None and entry["metrics"]["best"] > 0:
+        adapted = hasattr(job.model, "merge_and_unload")
+        changed = adapters.merged(job.model) if adapted else {name: parameter.detach() for name, parameter in job.trained.items()}
+        for name, tensor in changed.items():
+            disk = hf.to_disk_format(run.student.model, {name: tensor.cpu()}, run.student.conversion)
+            assert set(disk) == set(run.student.source_keys(name)), f"{name} would be written under other names than it was read from"
+            rewriter.put(disk)
+    record = {name: value for name, value in run.record.items() if name != "evaluation"}  # which was of other numbers
+    record["recovered"] = [*record.get("recovered", []), entry]
+    rewriter.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
+
+
+def _keep_adapter(run: Run, job: Job, entry: dict[str, Any]) -> None:
+    """peft's files and what was done; the adapter's configuration comes last."""
+    write_text(run.out / ADAPTER_RECORD, json.dumps(entry, indent=1) + "\n")
+    adapters.save(job.model, run.student.checkpoint.folder, run.folder / "adapter", run.out, card.recovered(entry))
+
+
+def _sentence(metrics: dict[str, Any]) -> str:
+    found = [f"{name.replace('_', ' ')} {value:.4g} -> {metrics['after'][name]:.4g}" for name, value in metrics["before"].items()]
+    return ", ".join(found) + " on held-out text"
+
+
+# ---- input
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {str(folder)!r}; recovery trains a finished folder of trimoe.")
+    if (folder / FOLDER).exists() or not (folder / "config.json").is_file() or not (folder / "trimoe.json").is_file():
+        raise UserError(f"{folder} is not a finished folder of trimoe (which has config.json and trimoe.json); finish its run first.")
+    record = json.loads((folder / "trimoe.json").read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or not {"model", "recipe", "decisions", "inputs"} <= set(record):
+        raise UserError(f"{folder / 'trimoe.json'} is not what trimoe writes; the folder is damaged.")
+    return record
+
+
+def _teacher(spec: Recover, given: str | os.PathLike[str] | None, folder: Path, student: Skeleton) -> Skeleton | None:
+    if spec.method == "lora":
+        if given is not None:
+            raise UserError("recover: lora learns from the text alone; leave the teacher out, or take method: logits.")
+        return None
+    teacher = Skeleton.of(str(given if given is not None else origin(folder)))
+    refuse_other_vocabulary(teacher, student)
+    if spec.method == "experts":
+        pairs(json.loads((folder / "trimoe.json").read_text(encoding="utf-8")), teacher, student)
+    return teacher
+
+
+def _refuse_packed(spec: Recover, student: Skeleton) -> None:
+    if student.checkpoint.scheme is not None and not spec.adapter:
+        raise UserError(
+            f"{student.name} has packed experts, which training cannot change; "
+            "give adapter: true with method lora or logits, or recover first and quantise then."
+        )
+
+
+def _refuse_inside(out: Path, skeleton: Skeleton | None) -> None:
+    if skeleton is None:
+        return
+    source, target = skeleton.checkpoint.folder.resolve(), out.resolve()
+    if any(parent.is_file() for parent in target.parents):
+        raise UserError(f"The output {out} cannot be made: a part of its path is a file.")
+    if target == source or source in target.parents:
+        raise UserError(f"The output folder {out} lies in {skeleton.checkpoint.folder}, which is never written to.")
+
+
+def _text(student: Skeleton, record: dict[str, Any], spec: Recover, seed: int, reporter: Reporter) -> tuple[Calibration, int]:
+    """Training samples, shuffled, then held-out ones, from the last stretch of each text; and how many of the former there are."""
+    data = spec.data or record["recipe"].get("calibration", {}).get("data") or "builtin:mixed"
+    if spec.length > student.context:
+        reporter.say(f"Samples of {spec.length} tokens are cut to {student.context}, the model's context.")
+    share = 1 - spec.holdout
+    held = max(1, round(spec.samples * spec.holdout))
+    train, kept = (
+        calibrate(
+            student.checkpoint, [data] if isinstance(data, str) else list(data), samples=count, length=spec.length,
+            context=student.context, vocabulary=student.config.get_text_config().vocab_size, seed=seed, part=part,
+        ) for count, part in ((max(1, spec.samples - held), (0.0, share)), (held, (share, 1.0)))
+    )  # fmt: skip
+    count = len(train.samples_NL)
+    if count + len(kept.samples_NL) < spec.samples:
+        reporter.say(f"The text gives {count} of the {spec.samples - held} samples asked for, and {len(kept.samples_NL)} held out.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    samples_NL = torch.cat([train.samples_NL[order], kept.samples_NL])
+    domains = (*(train.domains[place] for place in order.tolist()), *kept.domains)
+    return Calibration(samples_NL, domains, train.fingerprint + kept.fingerprint), count
+
+
+def _finished(out: Path, spec: Recover, inputs: dict[str, Any]) -> Recovered | None:
+    """The result that `out` holds, if it is the finished one of the same inputs."""
+    names = (ADAPTER_RECORD, adapters.FILES[-1]) if spec.adapter else ("trimoe.json", "config.json")
+    if not all((out / name).is_file() for name in names):
+        return None
+    try:
+        record = json.loads((out / names[0]).read_text(encoding="utf-8"))
+        entry = record if spec.adapter else record["recovered"][-1]
+        return Recovered(out, entry["metrics"]) if entry["inputs"] == json.loads(json.dumps(inputs)) else None
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
