@@ -118,7 +118,8 @@ def test_plan_loading_and_streaming_agree(
 @pytest.mark.parametrize(("recipe", "how", "named"), [
     ("gptq", "stock", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe"]), ("uneven", "trimoe", ["mixtral", "qwen2_moe"]),
     ("uneven", "remote", ["mixtral", "qwen3_moe"]), ("layer", "stock", ["qwen2_moe", "qwen3_moe"]), ("layer", "trimoe", ["mixtral"]),
-    ("block", "stock", ["mixtral", "deepseek_v3"]),
+    ("block", "stock", ["mixtral", "deepseek_v3"]), ("all", "stock", ["mixtral", "qwen2_moe", "deepseek_v3"]),
+    ("all, layer", "stock", ["qwen2_moe"]),
 ])  # fmt: skip
 def test_loads_in_a_new_process(
     recipe: str, how: str, named: list[str], family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path

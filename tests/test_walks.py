@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
@@ -19,7 +21,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import trimoe
-from trimoe import cli, receptive_field
+from trimoe import cli, receptive_field, spill
 from trimoe.calibration import load_tokenizer
 from trimoe.evaluate import windows
 from trimoe.methods.expert_drop import ReceptiveField
@@ -173,3 +175,25 @@ def test_eval_compares_with_the_origin_only_while_it_is_the_same(
     second = CliRunner().invoke(cli.app, command)
     assert second.exit_code == 0
     assert "has changed since" in second.output
+
+
+@pytest.mark.parametrize("steps", [
+    [{"expert_drop": {"ratio": 0.25, "counts": "optimal", "search": "greedy", "receptive_field": {"k": 2, "t": 2}}}, {"low_rank": {"ratio": 0.3}}],
+    [{"quantize": {"bits": 4, "scope": "all-linear"}}], [{"weight_prune": {"ratio": 0.5}}],
+])  # fmt: skip
+def test_what_lies_in_files_is_what_would_lie_in_memory(
+    steps: list[dict[str, Any]], family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states and recorded inputs beyond the budget: the same bytes come out, and nothing stays in the temporary folder."""
+    options: dict[str, Any] = {"calibration": [str(text_file)], "samples": 8, "length": 32}
+    trimoe.compress(family_folder("qwen2_moe"), {"steps": steps}, tmp_path / "memory", **options)
+    (tmp_path / "files").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "files"))
+    mapped = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: (mapped.append(args), from_file(*args, **kwargs))[1])
+    monkeypatch.setattr(spill, "BUDGET", 0)
+    trimoe.compress(family_folder("qwen2_moe"), {"steps": steps}, tmp_path / "spilled", **options)
+    assert mapped and not list((tmp_path / "files").iterdir())
+    for path in (tmp_path / "memory").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "spilled" / path.name).read_bytes()

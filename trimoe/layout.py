@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch import nn
 
 from trimoe import configuration, depth, hf, modeling_trimoe, residual
-from trimoe.checkpoint import DTYPES, header_bytes
 from trimoe.entry import Entry, changed, dense_back, squeezed
 from trimoe.errors import UserError
+from trimoe.headers import DTYPES, header_bytes
 from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.methods.quantize import QuantizedLayer
 from trimoe.packing import PARTS, Packed
@@ -51,8 +51,13 @@ class Layout:
     # ---- what is in a layer
 
     def _copies(self, keys: Sequence[str]) -> list[Entry]:
-        tensors = self.skeleton.checkpoint.tensors
-        return [Entry(key, tensors[key].dtype, tensors[key].shape, source=key) for key in keys]
+        return [self._copy(key, key) for key in keys]
+
+    def _copy(self, key: str, source: str) -> Entry:
+        """The whole of a source's tensor; one whose zeros are left out is read as rows, for its bytes do not lie in the file as they are."""
+        info, squeezed = self.skeleton.checkpoint.tensors[source], source in self.skeleton.checkpoint.squeezed
+        rows = dict(axis=0, keep=tuple(range(info.shape[0]))) if squeezed else {}
+        return Entry(key, info.dtype, info.shape, source=source, **rows)  # type: ignore[arg-type]
 
     def _layer(self, index: int) -> list[Entry]:
         """A decoder layer's entries under its new number; none if it is dropped."""
@@ -210,7 +215,7 @@ class Layout:
             shape = tuple(len(keep) if a == found.axis else length for a, length in enumerate(info.shape))
             return [Entry(found.key, info.dtype, shape, source=found.key, axis=found.axis, keep=keep)]
         return [
-            Entry(name, tensors[source].dtype, tensors[source].shape, source=source)
+            self._copy(name, source)
             for place, expert in enumerate(keep)
             for name, source in zip(found.whole[place], found.whole[expert], strict=True)
         ]

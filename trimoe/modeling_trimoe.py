@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +208,15 @@ def first_projection(experts: nn.Module) -> torch.Tensor:
 
 def expand(values_N: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
     """The dense tensor [..., I] of its kept values, in row order, and their bitmask uint8 [..., I / 8]."""
-    kept = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1).flatten(-2).bool()
+    kept = bits_of(bitmask)
+    if int(kept.sum()) != len(values_N):
+        raise ValueError(f"A bitmask of {int(kept.sum())} weights has {len(values_N)} values beside it: the checkpoint is damaged.")
     return torch.zeros(kept.shape, dtype=values_N.dtype, device=values_N.device).masked_scatter_(kept, values_N)
+
+
+def bits_of(bitmask: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., I / 8] -> bool [..., I]."""
+    return (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1).flatten(-2).bool()
 
 
 def _expanded(name: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -231,10 +239,8 @@ def _as_if_read_from(name: str, model: Any, options: dict[str, Any]) -> None:
     model.name_or_path = model.config.name_or_path = name
     setattr(model.config, KEY, {key: value for key, value in getattr(model.config, KEY).items() if key != "bitmask"})
     if options.get("generation_config") is None and model.can_generate():
-        try:
+        with suppress(OSError):  # the folder has none: what the configuration says stays
             model.generation_config = GenerationConfig.from_pretrained(name, **{key: options[key] for key in HUB if key in options})
-        except OSError:
-            pass  # the folder has none: what the configuration says stays
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

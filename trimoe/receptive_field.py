@@ -76,7 +76,7 @@ def choose(
             errors: list[float] = []
             best = branches[0]
             for branch in grown:  # of all that end here, only the best so far is kept
-                error = _distance(branch.hidden, walk.hidden)
+                error = _distance(branch.hidden, list(walk.hidden))
                 best = branch if error < min(errors, default=math.inf) else best
                 errors.append(error)
         chosen |= dict(zip(layers, best.drops, strict=True))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from trimoe.skeleton import Site
+from trimoe.spill import room
 
 POOL_TOKENS = 2048  # tokens of a layer that stand for all
 POOL_WEIGHT = 256  # tokens that the pool counts as beside an expert's own
@@ -29,11 +30,16 @@ class Seen:
     index_TK: torch.Tensor
     weight_TK: torch.Tensor
 
+    def rows(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_TH, index_TK) of some tokens, on the experts' device: inputs beyond the budget lie in a file."""
+        device = self.index_TK.device
+        return self.x_TH[tokens.to(self.x_TH.device)].to(device), self.index_TK[tokens.to(device)]
+
     def of(self, expert: int) -> Given:
         """What one expert was given, and the layer's pool: every so-many-th token, routed to it or not."""
         tokens, places = (self.index_TK == expert).nonzero(as_tuple=True)
         pool = self.x_TH[:: max(1, len(self.x_TH) // POOL_TOKENS)]
-        return Given(self.x_TH[tokens], self.weight_TK[tokens, places].float(), pool)
+        return Given(self.rows(tokens)[0], self.weight_TK[tokens, places].float(), pool.to(tokens.device))
 
 
 @dataclass
@@ -76,7 +82,7 @@ class Recorder:
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (*args, *kwargs.values())[:3]
         if not self.held:
-            self.held = [part.new_empty(self.tokens, part.shape[-1]) for part in given]
+            self.held = [room((self.tokens, part.shape[-1]), part.dtype, part.device) for part in given]
         end = self.count + len(given[0])
         for whole, part in zip(self.held, given, strict=True):
             whole[self.count : end] = part

@@ -8,6 +8,7 @@ being stacked) plus the hidden states.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ import torch
 from torch import nn
 
 from trimoe import hf
+from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.skeleton import LOGITS, Skeleton
+from trimoe.spill import Carried
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, after the hidden states
 
@@ -64,7 +67,8 @@ class _Stand(nn.Module):
 class LayerWalk:
     """Runs token batches through a checkpoint, layer by layer.
 
-    `batches` are int64 [B, L] without padding. `hidden[b]` holds each batch's current hidden states [B, L, H] in `dtype`.
+    `batches` are int64 [B, L] without padding. `hidden[b]` holds each batch's current hidden states [B, L, H] in the skeleton's dtype; beyond a
+    budget they lie in a mapped file (spill.py). While one layer runs, the system is asked to read the next one's bytes ahead.
     """
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[torch.Tensor], *, device: str | torch.device = "cpu"):
@@ -75,7 +79,7 @@ class LayerWalk:
                 if buffer is not None and buffer.device != self.device and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
         self.calls: list[list[Call]] = []
-        self.hidden: list[torch.Tensor] = []
+        self.hidden = Carried()
         with self._outer(), torch.no_grad():
             for batch in self.batches:
                 first, calls = self._capture(batch)
@@ -106,6 +110,8 @@ class LayerWalk:
         try:
             for keys in self._portions(index):
                 self._put(self.skeleton.checkpoint.read_together(keys))
+            if index + 1 < len(layers):
+                _ask_ahead(self.skeleton.checkpoint, self.skeleton.keys_by_layer[index + 1])
             yield own
         finally:
             layers[index] = pristine
@@ -180,6 +186,18 @@ class LayerWalk:
 
         with self._outer():
             yield logits
+
+
+def _ask_ahead(checkpoint: Checkpoint, keys: Sequence[str]) -> None:
+    """Let the system read these tensors' bytes while this process computes: into its own page cache, which gives way where memory is short."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    found = [checkpoint.stored[key] for key in keys if key in checkpoint.stored]
+    for name in {info.file for info in found}:
+        with open(checkpoint.folder / name, "rb") as file:
+            for info in found:
+                if info.file == name:
+                    os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def give_back() -> None:

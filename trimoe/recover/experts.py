@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from trimoe import hf
-from trimoe.checkpoint import DTYPES
 from trimoe.errors import UserError
 from trimoe.expert import run_expert
+from trimoe.headers import DTYPES
 from trimoe.journal import Journal
 from trimoe.modeling_trimoe import DENSE, FactoredExperts
 from trimoe.observe import by_expert
@@ -127,15 +127,15 @@ class Lesson:
 
     def loss(self, student: Any, tokens: torch.Tensor) -> torch.Tensor:
         """The differentiable loss on some of the tokens."""
-        return expert_loss(self.experts, student, self.seen.x_TH[tokens], self.seen.index_TK[tokens], self.keep)
+        return expert_loss(self.experts, student, *self.seen.rows(tokens), self.keep)
 
     @torch.no_grad()
     def held_loss(self, student: Any, size: int) -> float:
         """The same on all tokens held out, `size` of them at a time."""
         square = torch.zeros(len(self.keep), dtype=torch.float64)
         count = torch.zeros(len(self.keep), dtype=torch.float64)
-        for x_TH, index_TK in zip(self.seen.x_TH[self.train :].split(size), self.seen.index_TK[self.train :].split(size), strict=True):
-            for own, x_SH, y_SH in _taught(self.experts, self.keep, x_TH, index_TK):
+        for tokens in torch.arange(self.train, len(self.seen.x_TH)).split(size):
+            for own, x_SH, y_SH in _taught(self.experts, self.keep, *self.seen.rows(tokens)):
                 error_SH = output_of(student, own, x_SH.to(_dtype(student))) - y_SH
                 square[own] += error_SH.double().square().sum().cpu()
                 count[own] += error_SH.numel()

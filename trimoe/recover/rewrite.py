@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from trimoe.checkpoint import DTYPES, Checkpoint, TensorInfo
+from trimoe.checkpoint import Checkpoint
+from trimoe.headers import DTYPES, TensorInfo
 from trimoe.write import copy_file, write_text
 
 CONFIG = "config.json"

@@ -1,0 +1,58 @@
+"""Tensors that grow with the calibration text: in memory up to a budget, in mapped temporary files beyond it (in TMPDIR, gone with the process).
+
+The system writes mapped pages out when memory is short, so what lies there costs disk and time, not memory.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import MutableSequence
+from typing import Any
+
+import torch
+
+BUDGET = 2 << 30  # bytes of hidden states in memory, and of what one layer's experts are given
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, taken: int = 0) -> torch.Tensor:
+    """An empty tensor on `device` where, with `taken` bytes before it, it stays within the budget; else in a mapped file."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not nbytes or taken + nbytes <= BUDGET:
+        return torch.empty(shape, dtype=dtype, device=device)
+    with tempfile.NamedTemporaryFile(prefix="trimoe-") as file:  # the mapping outlives the name
+        file.truncate(nbytes)
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+class Carried(MutableSequence[torch.Tensor]):
+    """Hidden states, one tensor a batch. Those beyond the budget are copied out on every access, so that what was taken stays as it was."""
+
+    def __init__(self) -> None:
+        self._held: list[torch.Tensor] = []
+        self._place: list[torch.device | None] = []  # of those in files: the device that they belong on
+        self._taken = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, index: Any) -> Any:
+        place, held = self._place[index], self._held[index]
+        return held if place is None else held.to(place, copy=True)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self._place[index] is None:
+            self._held[index] = value
+        else:
+            self._held[index].copy_(value)
+
+    def insert(self, index: int, value: torch.Tensor) -> None:
+        assert index == len(self._held), "batches come in order"
+        nbytes = value.numel() * value.element_size()
+        spilled = self._taken + nbytes > BUDGET
+        self._held.append(room(tuple(value.shape), value.dtype, value.device, self._taken).copy_(value) if spilled else value)
+        self._place.append(value.device if spilled else None)
+        self._taken += 0 if spilled else nbytes
+
+    def __delitem__(self, index: Any) -> None:
+        raise TypeError("batches are not taken away")
