@@ -50,7 +50,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, (recipe, changes) in COMPRESSED.items():
-            wanted = {method: spec for method, spec in METHODS.items() if not given.only or any(w in f"{name} + {method}" for w in given.only)}
+            wanted = {
+                method: spec for method, spec in METHODS.items() if not given.only or any(w in f"{name} + {method}" for w in given.only)
+            }
             if not wanted:
                 continue
             folder = Path(scratch, name)
@@ -59,7 +61,9 @@ def main() -> None:
             rows.append(base)
             for method, spec in wanted.items():
                 body = {"data": given.calibration, "samples": given.train, "length": 256, "epochs": given.epochs, **spec}
-                body |= {key: float(value) for key, _, value in (change.partition("=") for change in given.set)}
+                body |= {
+                    key: float(value) if "." in value else int(value) for key, _, value in (change.partition("=") for change in given.set)
+                }
                 start = time.monotonic()
                 try:
                     done = trimoe.recover(folder, Path(scratch, f"{name}-{method}"), body)

@@ -1,16 +1,20 @@
-"""Random qwen3_moe-like checkpoints for the other scripts, written shard by shard, so that making one costs no memory. They have the
-shapes of a real model and nothing of its quality."""
+"""Random qwen3_moe and qwen2_moe checkpoints for the other scripts, written shard by shard, so that making one costs no memory. They have
+the shapes of a real model and nothing of its quality."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import Qwen3MoeConfig
+from transformers import PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+
+BLOCK = 1 << 24  # random numbers that are drawn; larger tensors repeat them
 
 
 def config_of(*, layers: int, experts: int, hidden: int, width: int, top_k: int, vocabulary: int, context: int) -> Qwen3MoeConfig:
@@ -22,15 +26,23 @@ def config_of(*, layers: int, experts: int, hidden: int, width: int, top_k: int,
     )  # fmt: skip
 
 
-def save(config: Qwen3MoeConfig, folder: Path, seed: int = 0) -> None:
-    """One shard for what is outside the layers, one for each layer, float32; matrices ~ N(0, 1 / columns), norms 1."""
+def qwen15_moe(layers: int = 24) -> Qwen2MoeConfig:
+    """The shape of Qwen1.5-MoE-A2.7B: 14.3 billion parameters with its 24 layers, in bfloat16."""
+    return Qwen2MoeConfig(
+        num_hidden_layers=layers, num_experts=60, hidden_size=2048, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
+        num_experts_per_tok=4, vocab_size=151936, max_position_embeddings=8192, num_attention_heads=16, num_key_value_heads=16,
+        intermediate_size=5632, norm_topk_prob=False, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        architectures=["Qwen2MoeForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+
+
+def save(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
+    """One shard for what is outside the layers, one for each layer, in the configuration's dtype; matrices ~ N(0, 1 / columns), norms 1."""
     generator = torch.Generator().manual_seed(seed)
+    block = torch.randn(BLOCK, generator=generator)
     names, total = {}, 0
     for number, group in enumerate([_outer(config), *(_layer(config, index) for index in range(config.num_hidden_layers))]):
-        tensors = {
-            key: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator).div_(shape[-1] ** 0.5)
-            for key, shape in group
-        }
+        tensors = {key: _random(shape, block, generator).to(config.dtype) for key, shape in group}
         file = f"model-{number + 1:05d}-of-{config.num_hidden_layers + 1:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         names |= dict.fromkeys(tensors, file)
@@ -40,23 +52,38 @@ def save(config: Qwen3MoeConfig, folder: Path, seed: int = 0) -> None:
     tokenizer().save_pretrained(folder)
 
 
-def _outer(config: Qwen3MoeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _random(shape: tuple[int, ...], block: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape)
+    count, start = math.prod(shape), int(torch.randint(BLOCK, (1,), generator=generator))
+    long = block.roll(-start) if count < BLOCK else block.repeat(-(-count // BLOCK))
+    return long[:count].view(shape) / shape[-1] ** 0.5
+
+
+def _outer(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     table = (config.vocab_size, config.hidden_size)
     yield from (("model.embed_tokens.weight", table), ("model.norm.weight", table[1:]), ("lm_head.weight", table))
 
 
-def _layer(config: Qwen3MoeConfig, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer(config: Any, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     at, hidden, width = f"model.layers.{index}.", config.hidden_size, config.moe_intermediate_size
-    heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    heads, shared, normed = config.num_attention_heads * size, config.num_key_value_heads * size, config.model_type == "qwen3_moe"
     yield from ((at + f"{norm}.weight", (hidden,)) for norm in ("input_layernorm", "post_attention_layernorm"))
-    yield from ((at + f"self_attn.{norm}.weight", (config.head_dim,)) for norm in ("q_norm", "k_norm"))
+    yield from ((at + f"self_attn.{norm}.weight", (size,)) for norm in ("q_norm", "k_norm") if normed)
     for name, rows in (("q_proj", heads), ("k_proj", shared), ("v_proj", shared)):
         yield at + f"self_attn.{name}.weight", (rows, hidden)
+        if not normed:
+            yield at + f"self_attn.{name}.bias", (rows,)
     yield at + "self_attn.o_proj.weight", (hidden, heads)
     yield at + "mlp.gate.weight", (config.num_experts, hidden)
-    for expert in range(config.num_experts):
-        for name, shape in (("gate_proj", (width, hidden)), ("up_proj", (width, hidden)), ("down_proj", (hidden, width))):
-            yield at + f"mlp.experts.{expert}.{name}.weight", shape
+    blocks = [(f"experts.{expert}", width) for expert in range(config.num_experts)]
+    if not normed:
+        yield at + "mlp.shared_expert_gate.weight", (1, hidden)
+        blocks.append(("shared_expert", config.shared_expert_intermediate_size))
+    for block, inner in blocks:
+        for name, shape in (("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner))):
+            yield at + f"mlp.{block}.{name}.weight", shape
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
