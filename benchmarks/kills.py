@@ -3,6 +3,7 @@
     python benchmarks/kills.py --kills 50             # seeded random moments: of the clock, and of the calls that change the disk
     python benchmarks/kills.py --every                # before and after each single call that changes the disk
     python benchmarks/kills.py --cases lora,experts   # some of the runs only
+    python benchmarks/kills.py --threads 2            # no kills: is the folder the same on two threads as on one?
 
 Every run is a process of its own that executes the real command line on a tiny random model. It is forked from this one, which has only
 imported: a start then costs milliseconds, not seconds. SIGKILL comes from outside after a random share of the measured duration, or the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import mmap
@@ -25,7 +27,7 @@ import string
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,6 @@ from trimoe import cli, layout, progress, recipe, write
 from trimoe.journal import Journal
 from trimoe.recover import loop, rewrite
 from trimoe.recover import run as recovery
-from trimoe.transform import transform  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import families
@@ -244,6 +245,16 @@ def prepare(work: Path, family: str) -> None:
     (folder / "out").rename(work / "made")
 
 
+def on_threads(work: Path, case: str, threads: int) -> str:
+    """What differs between one thread and more, among the tensors first of all."""
+    found = []
+    for count in (1, threads):
+        folder = place(work, f"{case}-threads-{count}")
+        finished(folder, command(case), threads=count)
+        found.append(snapshot(folder / "out"))
+    return ", ".join(differing(*found)) or "nothing"
+
+
 def whole(work: Path, case: str) -> Whole:
     """The second of two runs is timed; both must agree, else kills would prove nothing."""
     found, done = [], None
@@ -304,32 +315,41 @@ def main() -> int:
     arguments.add_argument("--cases", default=",".join(CASES), help="which runs, separated by commas")
     arguments.add_argument("--family", default="mixtral", choices=sorted(families.FAMILIES))
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--threads", type=int, help="compare with runs on so many threads, and kill nothing")
     arguments.add_argument("--work", type=Path, help="an empty folder to keep what went wrong; a temporary one otherwise")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         prepare(work, options.family)
-        wholes = {case: whole(work, case) for case in options.cases.split(",")}
+        cases = options.cases.split(",")
+        if options.threads:
+            for case in cases:
+                print(f"{case:<16}on 1 and {options.threads} threads differs: {on_threads(work, case, options.threads)}", flush=True)
+            return 0
+        wholes = {case: whole(work, case) for case in cases}
+        print(f"family {options.family}, seed {options.seed}")
+        print("\n".join(f"{case:<16}{one.seconds:5.1f} s, {one.changes} changes of the disk" for case, one in wholes.items()), flush=True)
         rows: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
-        for number, (case, when) in enumerate(plans(wholes, options)):
-            stages, wrong = killed(work, case, when, wholes[case], f"{case}-{number}")
-            for stage in stages:
-                rows[case, stage][0] += 1
-                rows[case, stage][1] += wrong is not None
-            if wrong:
-                print(f"{case}, {when}, killed in {stages}: {wrong}", flush=True)
-            if not options.every and sum(kills for kills, _ in rows.values()) >= options.kills:
-                break
-    print(
-        f"family {options.family}, seed {options.seed}; "
-        + ", ".join(f"{c} {w.seconds:.1f} s, {w.changes} changes" for c, w in wholes.items())
-    )
+        with contextlib.suppress(KeyboardInterrupt):  # the table so far
+            kill_all(work, wholes, rows, options)
     print(table(rows))
     return int(any(wrong for _, wrong in rows.values()))
 
 
-def plans(wholes: dict[str, Whole], options: argparse.Namespace) -> Any:
+def kill_all(work: Path, wholes: dict[str, Whole], rows: dict[tuple[str, str], list[int]], options: argparse.Namespace) -> None:
+    for number, (case, when) in enumerate(plans(wholes, options)):
+        stages, wrong = killed(work, case, when, wholes[case], f"{case}-{number}")
+        for stage in stages:
+            rows[case, stage][0] += 1
+            rows[case, stage][1] += wrong is not None
+        if wrong:
+            print(f"{case}, {when}, killed in {stages}: {wrong}", flush=True)
+        if not options.every and sum(kills for kills, _ in rows.values()) >= options.kills:
+            return
+
+
+def plans(wholes: dict[str, Whole], options: argparse.Namespace) -> Iterator[tuple[str, list[Moment]]]:
     """Case and moments of one run after the other."""
     if options.every:
         yield from ((case, [{"at": at}]) for case, whole in wholes.items() for at in range(2 * whole.changes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 import struct
 import subprocess
@@ -18,7 +19,9 @@ import pytest
 import transformers
 from transformers import AutoConfig
 
-from trimoe import cli
+from trimoe import calibration, card, cli
+from trimoe.checkpoint import Checkpoint
+from trimoe.errors import UserError
 
 BASE = ["--samples", "4", "--length", "32", "--quiet"]
 UNIFORM = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform", "search": "greedy"}}]}
@@ -181,6 +184,82 @@ def negative(header: dict[str, Any]) -> None:
     next(entry for key, entry in header.items() if key != "__metadata__")["data_offsets"] = [-8, -4]
 
 
+def hole(header: dict[str, Any]) -> None:
+    """The last tensor ends later than it did, and nothing else does."""
+    entry = max((entry for key, entry in header.items() if key != "__metadata__"), key=lambda entry: entry["data_offsets"])
+    entry["data_offsets"] = [entry["data_offsets"][0], entry["data_offsets"][0]]
+    entry["shape"] = [0]
+
+
+def integers(header: dict[str, Any]) -> None:
+    next(entry for key, entry in header.items() if key != "__metadata__")["dtype"] = "I32"
+
+
+def rename(header: dict[str, Any]) -> None:
+    header["\x1b[2Jevil"] = header.pop(next(key for key in header if key != "__metadata__"))
+
+
+def named_twice(source: Path) -> None:
+    path = shards(source)[0]
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    text = data[8 : 8 + length].rstrip()[:-1] + b',"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' * 2 + b"}"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def promised_twice(source: Path) -> None:
+    path = source / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"weight_map": {', '"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors",'))
+
+
+def wrong_shard(weight_map: dict[str, str]) -> None:
+    files = sorted(set(weight_map.values()))
+    weight_map["model.norm.weight"] = next(file for file in files if file != weight_map["model.norm.weight"])
+
+
+def names_as(name: Any) -> Callable[[Path], None]:
+    """An index that says so of its first tensor."""
+
+    def change(source: Path) -> None:
+        to_index(source, lambda weight_map: weight_map.__setitem__(next(iter(weight_map)), name))
+
+    return change
+
+
+def link_out(name: str) -> Callable[[Path], None]:
+    """A file of the model that has become a link to one elsewhere."""
+
+    def change(source: Path) -> None:
+        path = source.parent / "elsewhere"
+        (source / name).rename(path) if (source / name).exists() else path.write_text("secret")
+        (source / name).symlink_to(path)
+
+    return change
+
+
+def poison(value: float, key: str = "model.layers.1.") -> Callable[[Path], None]:
+    """One number of one tensor is something else."""
+
+    def change(source: Path) -> None:
+        checkpoint = Checkpoint.open(source)
+        info = next(info for name, info in checkpoint.tensors.items() if name.startswith(key) and info.dtype == "F32")
+        with open(source / info.file, "r+b") as file:
+            file.seek(info.end - 4)
+            file.write(struct.pack("<f", value))
+
+    return change
+
+
+def says(**fields: Any) -> Callable[[Path], None]:
+    """A configuration with other values."""
+
+    def change(source: Path) -> None:
+        path = source / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
+
+
 def to_index(source: Path, change: Callable[[dict[str, str]], None]) -> None:
     path = source / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -229,11 +308,38 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda s: shards(s)[0].write_bytes(struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc"),
         "has a header that is not valid JSON",
     ),
+    "hole": (lambda s: edit_header(shards(s)[0], hole), "bytes that belong to no tensor"),
+    "tail": (lambda s: shards(s)[0].write_bytes(shards(s)[0].read_bytes() + b"more"), "bytes that belong to no tensor"),
+    "integers": (lambda s: edit_header(shards(s)[0], integers), "weights are floating-point numbers"),
+    "escape-sequence": (lambda s: edit_header(shards(s)[0], rename), "the header entry of '\\x1b[2Jevil'"),
+    "named-twice": (named_twice, "has a header that names 'a' twice"),
+    "promised-twice": (promised_twice, "names 'model.norm.weight' twice"),
+    "wrong-shard": (lambda s: to_index(s, wrong_shard), "The index promises 'model.norm.weight'"),
+    "absolute-index": (names_as("/etc/x.safetensors"), "only plain *.safetensors names"),
+    "subfolder-index": (names_as("fp16/x.safetensors"), "only plain *.safetensors names"),
+    "pickle-index": (names_as("pytorch_model.bin"), "only plain *.safetensors names"),
+    "number-index": (names_as(7), "only plain *.safetensors names"),
+    "list-index": (names_as(["x.safetensors"]), "only plain *.safetensors names"),
+    "linked-shard": (lambda s: link_out(shards(s)[0].name)(s), "is a link to"),
+    "linked-config": (link_out("config.json"), "is a link to"),
+    "linked-licence": (link_out("LICENSE"), "is a link to"),
+    "negative-layers": (says(num_hidden_layers=-1), "num_hidden_layers = -1; 1 to 1000 is allowed"),
+    "many-layers": (says(num_hidden_layers=10**9), "num_hidden_layers = 1000000000; 1 to 1000 is allowed"),
+    "many-experts": (says(num_local_experts=10**9), "2 to 4096 is allowed"),
+    "wide": (says(hidden_size=10**15), "cannot be built"),
+    "words": (says(hidden_size="many"), "cannot read"),
+    "typed": (says(model_type=["mixtral"]), "model_type = \"['mixtral']\"; a name is expected"),
+    "kernel": (says(attn_implementation="someone/kernel"), "attention or experts kernel from the hub"),
+    "deep-config": (lambda s: (s / "config.json").write_text('{"a":' * 100_000), "is not valid JSON"),
+    "nested-config": (lambda s: (s / "config.json").write_text('{"a":' * 200 + "1" + "}" * 200), "nested more than 100 deep"),
+    "long-number": (lambda s: (s / "config.json").write_text('{"a": ' + "9" * 10_000 + "}"), "is not valid JSON"),
+    "half-pair": (lambda s: (s / "config.json").write_text('{"a": "\\ud800"}'), "is not valid JSON"),
     "pickle": (pickle_only, "holds pickled .bin weights"),
     "bad-config": (lambda s: (s / "config.json").write_text("{"), "is not valid JSON"),
     "list-config": (lambda s: (s / "config.json").write_text("[]"), "a JSON object is expected"),
     "unknown-type": (lambda s: (s / "config.json").write_text('{"model_type": "nothing"}'), "cannot read"),
     "other-config": (more_experts, "does not fit"),
+    "no-vocabulary": (lambda s: (s / "tokenizer.json").write_text('{"model": 5}'), "has no tokenizer that transformers can load"),
     "no-tokenizer": (lambda s: [path.unlink() for path in s.glob("tokenizer*")], "has no tokenizer"),
 }
 
@@ -243,6 +349,43 @@ def test_damaged_checkpoints_are_refused(damage: str, line: Line, source: Path, 
     change, message = DAMAGE[damage]
     change(source)
     refused(line, message, source, text_file, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "key"), [(math.nan, "model.layers.1."), (-math.inf, "model.layers.2."), (math.nan, "model.embed_tokens")]
+)
+def test_numbers_that_are_not_finite_are_named(value: float, key: str, line: Line, source: Path, text_file: Path, tmp_path: Path) -> None:
+    """Seen when the tensor is read: by then the journal lies in the output folder, but nothing of a model does."""
+    poison(value, key)(source)
+    out = tmp_path / "out"
+    line.refused(
+        f"the tensor '{key}", "compress", source, "--recipe", recipe_file(tmp_path), "--out", out, "--calibration", text_file, *BASE
+    )
+    assert {path.name for path in out.iterdir()} <= {".trimoe"}
+    line.refused(
+        "holds NaN or infinite numbers; every weight must be finite", "eval", source, "--text", text_file, "--length", 32, "--quiet"
+    )
+
+
+def test_a_cache_of_the_hub_is_links(source: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "models--org--name"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "snapshots").mkdir()
+    commit = source.rename(hub / "snapshots" / "0123")
+    for number, path in enumerate(sorted(commit.iterdir())):
+        path.rename(hub / "blobs" / str(number))
+        path.symlink_to(Path("..") / ".." / "blobs" / str(number))
+    assert Checkpoint.open(commit).files()
+    (commit / "LICENSE").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="is a link to"):
+        Checkpoint.open(commit)
+
+
+def test_names_do_not_speak_in_the_model_card() -> None:
+    name = "</script>`x`\n---\n# [a](http://b)|"
+    assert card._escaped(name) == "\\</script\\>\\`x\\` --- # \\[a\\](http://b)\\|"
+    assert card._code(name) == "`` </script>`x` --- # [a](http://b)| ``"
+    assert card._fenced("a\n```\nb").splitlines()[0] == "````"
 
 
 # ---- recipes and texts
@@ -269,6 +412,22 @@ def test_recipes_that_cannot_be(line: Line, source: Path, text_file: Path, tmp_p
     go("dtype 'float8' is not one of float32, bfloat16, float16", "--dtype", "float8")
 
 
+def test_recipe_files_that_mean_harm(line: Line, source: Path, text_file: Path, tmp_path: Path) -> None:
+    laughs = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 8)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    bodies = {
+        "laughs": (laughs, "it has an alias"),
+        "large": ("steps: [expert_drop]\n" + "#" * 70_000, "at most 65,536 are read"),
+        "deep": ("steps: " + "[" * 20_000, "is not valid YAML"),
+        "object": ("steps: !!python/object/apply:os.system [ls]", "is not valid YAML"),
+        "number": ("steps: " + "9" * 10_000, "is not valid YAML"),
+    }
+    for name, (body, message) in bodies.items():
+        (tmp_path / f"{name}.yaml").write_text(body)
+        refused(line, message, source, text_file, tmp_path, recipe=str(tmp_path / f"{name}.yaml"))
+
+
 def test_ratios_that_break_router_groups(line: Line, family_folder: Family, text_file: Path, tmp_path: Path) -> None:
     folder = family_folder("deepseek_v3")
     refused(line, "in 2 router groups", folder, text_file, tmp_path, recipe={"steps": [{"expert_drop": {"count": 1, "counts": "uniform"}}]})
@@ -277,7 +436,7 @@ def test_ratios_that_break_router_groups(line: Line, family_folder: Family, text
     )
 
 
-def test_texts_that_cannot_be(line: Line, source: Path, tmp_path: Path) -> None:
+def test_texts_that_cannot_be(line: Line, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {
         "short.txt": (b"abc", "has 4 tokens, fewer than one sample of 32"),
         "empty.txt": (b"", "has 0 tokens"),
@@ -286,14 +445,24 @@ def test_texts_that_cannot_be(line: Line, source: Path, tmp_path: Path) -> None:
         "fields.jsonl": (b'{"text": "abc"}\n{"content": "x"}\n', 'line 2 is not a JSON object with a "text" field'),
         "list.jsonl": (b"[1, 2]\n", "line 1 is not a JSON object"),
         "number.jsonl": (b'{"text": 5}\n', "field that holds text"),
+        "nul.txt": (b"abc\0def" * 100, "has NUL bytes"),
+        "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", "line 1 is not a JSON object"),
+        "half.jsonl": (b'{"text": "\\ud800"}\n', "field that holds text"),
         "broken.jsonl": (b'{"text": \n', "line 1 is not a JSON object"),
     }
     for name, (data, message) in texts.items():
         (tmp_path / name).write_bytes(data)
         refused(line, message, source, tmp_path / name, tmp_path)
+    line.refused("is not UTF-8 text", "eval", source, "--text", tmp_path / "binary.txt", "--quiet")
+    (tmp_path / "folder.txt").mkdir()
+    refused(line, "is not a file; a .txt or .jsonl file", source, tmp_path / "folder.txt", tmp_path)
+    monkeypatch.setattr(calibration, "MAX_LINE", 1000)
+    (tmp_path / "long.jsonl").write_text('{"text": "' + "x" * 2000 + '"}')
+    refused(line, "line 1 has more than 1,000 characters", source, tmp_path / "long.jsonl", tmp_path)
+    (tmp_path / "long.txt").write_text("x" * 2000)
+    refused(line, "at most 1,000 are read as one text", source, tmp_path / "long.txt", tmp_path)
     refused(line, "There is no text file", source, tmp_path / "absent.txt", tmp_path)
     refused(line, "There is no built-in text 'builtin:latin'", source, Path("builtin:latin"), tmp_path)
-    line.refused("is not UTF-8 text", "eval", source, "--text", tmp_path / "binary.txt", "--quiet")
 
 
 def test_statistics_that_do_not_belong(line: Line, source: Path, family_folder: Family, text_file: Path, tmp_path: Path) -> None:
@@ -306,6 +475,10 @@ def test_statistics_that_do_not_belong(line: Line, source: Path, family_folder: 
     refused(line, "was made for another calibration", source, text_file, tmp_path, "--stats", mine)
     refused(line, "is not a statistics file", source, text_file, tmp_path, "--stats", shards(source)[0])
     refused(line, "is not a statistics file", source, text_file, tmp_path, "--stats", tmp_path / "absent.stats")
+    whole = mine.read_bytes()
+    for data in (whole[:-100], whole.replace(b'"0.count_E"', b'"x.count_E"'), whole.replace(b'"0.count_E"', b'"9.count_E"'), b""):
+        mine.write_bytes(data)
+        refused(line, "statistics file", source, text_file, tmp_path, "--stats", mine, "--seed", 1)
 
 
 # ---- where the result goes

@@ -59,18 +59,29 @@ def read_text(source: str, split: str = "calib") -> list[Text]:
     label, _, path = ("", "", source) if Path(source).expanduser().is_file() else source.rpartition("=")
     file = Path(path).expanduser()
     if file.is_file():
-        documents = _jsonl(file) if file.suffix in (".jsonl", ".json") else _plain(file)
+        try:
+            documents = _jsonl(file) if file.suffix in (".jsonl", ".json") else _plain(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}).") from None
         return [Text(label or file.stem, tuple(documents))]
+    if file.exists():
+        raise UserError(f"{file} is not a file; a .txt or .jsonl file is expected.")
     if file.suffix in (".txt", ".jsonl", ".json") or path.count("/") != 1:
         raise UserError(f"There is no text file {path!r} (a .txt or .jsonl file, a datasets id, or builtin:mixed is expected).")
     return [_from_hub(path, label)]
 
 
 def _plain(file: Path) -> list[str]:
+    if file.stat().st_size > MAX_LINE:
+        raise UserError(
+            f"{file} has {file.stat().st_size:,} bytes; at most {MAX_LINE:,} are read as one text (a .jsonl file may hold many)."
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text.") from None
+    if "\0" in text:
+        raise UserError(f"{file} has NUL bytes: it is not text.")
     return [text] if text.strip() else []
 
 
@@ -78,11 +89,11 @@ def _jsonl(file: Path) -> list[str]:
     documents = []
     try:
         with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), ""), 1):  # never more than that in memory
                 if not line.strip():
                     continue
                 if len(line) > MAX_LINE:
-                    raise UserError(f"{file}, line {number} has {len(line):,} characters; at most {MAX_LINE:,} are read.")
+                    raise UserError(f"{file}, line {number} has more than {MAX_LINE:,} characters, the most that are read.")
                 try:
                     text = json.loads(line)["text"]
                     text.encode()  # half a surrogate pair is no text
@@ -113,13 +124,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint.name} has no tokenizer that transformers can load ({str(error).splitlines()[0][:120]}).") from None
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{checkpoint.name} has no tokenizer that transformers can load ({reason}).") from None
 
 
 def encode(tokenizer: Any, text: Text, vocabulary: int) -> list[torch.Tensor]:
     """One int64 tensor a document, without special tokens."""
-    ids = tokenizer(list(text.documents), add_special_tokens=False, verbose=False)["input_ids"] if text.documents else []
+    try:
+        ids = tokenizer(list(text.documents), add_special_tokens=False, verbose=False)["input_ids"] if text.documents else []
+    except Exception as error:  # a tokenizer that loads may still hold settings that cannot be
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"The model's tokenizer cannot read the text {text.domain!r} ({reason}).") from None
     tensors = [torch.tensor(row, dtype=torch.int64) for row in ids if len(row)]
     top = max((int(row.max()) for row in tensors), default=0)
     if top >= vocabulary:
@@ -155,7 +171,9 @@ def calibrate(
         whole = stream[: len(stream) // length * length].view(-1, length)
         low, high = (len(whole) if end == 1 else min(round(end * len(whole)), len(whole) - 1) for end in part)
         if low == high:
-            raise UserError(f"The text {text.domain!r} is one sample of {length} tokens, too few for a part of it to be held out; give more text.")
+            raise UserError(
+                f"The text {text.domain!r} is one sample of {length} tokens, too few for a part of it to be held out; give more text."
+            )
         windows.setdefault(text.domain, []).extend(whole[low:high])
     generator = torch.Generator().manual_seed(seed)
     shuffled = {domain: [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()] for domain, rows in windows.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ def text(record: dict[str, Any]) -> str:
         ("routed-expert parameters", "experts"),
     ]  # fmt: skip
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {Path(model).name or model}, compressed",
-        f"Made by trimoe {record['trimoe']} from `{model}`.",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {_escaped(Path(model).name or model)}, compressed",
+        f"Made by trimoe {record['trimoe']} from {_code(model)}.",
         (NATIVE if plan["form"] == "native" else STOCK)
         + (PACKED if any(name == "quantize" for name, _ in steps) else "")
         + (SQUEEZED if any(fields.get("form") == "bitmask" for _, fields in steps) else ""),
         "## What was done",
         "\n".join(f"- `{name}`: {_fields(fields)}" for name, fields in steps),
-        f"Calibration: {given['samples']} samples of {given['length']} tokens ({', '.join(given['domains'])}), seed {record['seed']}.",
+        f"Calibration: {given['samples']} samples of {given['length']} tokens ({_escaped(', '.join(given['domains']))}), seed {record['seed']}.",
         _table(
             ("layer", "experts before", "after", "mean rank, first / last projection"),
             [(row["layer"], row["experts"], GONE.get(row.get("gone"), row["kept"]), row["rank"] or "-") for row in plan["layers"]],
@@ -54,7 +55,7 @@ def text(record: dict[str, Any]) -> str:
         *_traffic(record.get("evaluation")),
         "## Quality on held-out text",
         _quality(record.get("evaluation")),
-        f"## Command\n\n```\n{record['command']}\n```\n",
+        f"## Command\n\n{_fenced(record['command'])}\n",
         *(recovered(entry) for entry in record.get("recovered", ())),
     ]
     return "\n\n".join(parts)
@@ -66,9 +67,9 @@ def recovered(entry: dict[str, Any]) -> str:
     names = list(metrics["before"])
     lines = ["| held-out text | before | after |", "| --- | --- | --- |"]
     lines += [f"| {name.replace('_', ' ')} | {metrics['before'][name]:.4f} | {metrics['after'][name]:.4f} |" for name in names]
-    text = f"{data['samples']} samples of {data['length']} tokens ({', '.join(data['domains'])}), {data['held']} more held out"
-    what = f"Trained by `{entry['method']}`" + (f" from `{entry['teacher']}`" if entry["teacher"] else "") + f" on {text}."
-    return "## Recovered\n\n" + what + "\n\n" + "\n".join(lines) + f"\n\n```\n{entry['command']}\n```\n"
+    text = f"{data['samples']} samples of {data['length']} tokens ({_escaped(', '.join(data['domains']))}), {data['held']} more held out"
+    what = f"Trained by `{entry['method']}`" + (f" from {_code(entry['teacher'])}" if entry["teacher"] else "") + f" on {text}."
+    return "## Recovered\n\n" + what + "\n\n" + "\n".join(lines) + f"\n\n{_fenced(entry['command'])}\n"
 
 
 def made_from(folder: Path) -> str | None:
@@ -83,6 +84,27 @@ def add_evaluation(folder: Path, report: dict[str, Any]) -> None:
     record["evaluation"] = report
     write_text(folder / "trimoe.json", json.dumps(record, indent=1) + "\n")
     write_text(folder / "README.md", text(record))
+
+
+def _escaped(given: str) -> str:
+    """A name from outside on one line of markdown, shown as it is: it opens no tag, link, cell or code."""
+    line = "".join(letter if letter.isprintable() else " " for letter in given)
+    return re.sub(r"([\\`*\[\]<>|&~$])", r"\\\1", line)
+
+
+def _ticks(given: str, least: int) -> str:
+    """More backticks than stand together anywhere in `given`."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", given)), default=0))
+
+
+def _code(given: str) -> str:
+    line = "".join(letter if letter.isprintable() else " " for letter in given)
+    ticks, space = _ticks(line, 1), " " * ("`" in line)
+    return f"{ticks}{space}{line}{space}{ticks}"
+
+
+def _fenced(given: str) -> str:
+    return f"{_ticks(given, 3)}\n{given}\n{_ticks(given, 3)}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -108,7 +130,13 @@ def _quality(report: dict[str, Any] | None) -> str:
     if report is None:
         return "Not evaluated yet; `trimoe eval` on this folder adds the numbers here."
     rows = [
-        (row["name"], f"{row['against']['perplexity']:.3f}", f"{row['perplexity']:.3f}", f"{row['kl']:.4f}", f"{row['agreement']:.1%}")
+        (
+            _escaped(row["name"]),
+            f"{row['against']['perplexity']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['kl']:.4f}",
+            f"{row['agreement']:.1%}",
+        )
         for row in report["texts"]
     ]
     table = _table(("text", "perplexity before", "after", "KL, nats/token", "top-1 agreement"), rows)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
-import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,47 +15,17 @@ from typing import Any
 import torch
 
 from trimoe.errors import UserError
+from trimoe.headers import DTYPES, TensorInfo, info_of, read_header, read_json
 from trimoe.modeling_trimoe import BITMASK, bits_of, expand
 from trimoe.packing import BITS, PARTS, Packed, packed_columns, unpack
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 BUILTIN = Path(__file__).parent / "builtin" / "models"
 # Everything beside the weights that makes a checkpoint usable: read by us, or carried over unchanged.
 # (On the hub, names with a folder in them are other formats of the same model.)
 SAMPLE, SAMPLES = 1 << 14, 16  # bytes of a piece of a shard, and how many of them, for the fingerprint
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `start` and `end` are byte offsets from the beginning of the file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
 
 
 class Checkpoint:
@@ -99,7 +67,11 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json as written."""
-        return read_json(self.folder / "config.json")
+        config = read_json(self.folder / "config.json")
+        kind = config.get("model_type")
+        if kind is not None and not (isinstance(kind, str) and kind.isprintable()):
+            raise UserError(f"{self.name}: config.json says model_type = {str(kind)[:60]!a}; a name is expected.")
+        return config
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor in its own dtype, in fresh memory (no mapped pages stay behind)."""
@@ -123,7 +95,7 @@ class Checkpoint:
                 self._fill(piece, key, info)
             else:
                 piece.view(DTYPES[info.dtype]).view(info.shape).copy_(self.packed(key).dense())
-            out[key] = piece.view(DTYPES[info.dtype]).view(info.shape)
+            out[key] = self._finite(key, piece.view(DTYPES[info.dtype]).view(info.shape))
             start += size
         return out
 
@@ -133,11 +105,20 @@ class Checkpoint:
         bits, _ = self.scheme
         words, scale_OG = (self._stored(f"{key.removesuffix('weight')}{part}") for part in PARTS[:2])
         columns = self.tensors[key].shape[1]
-        return Packed(unpack(words, bits, columns), scale_OG, bits, columns // scale_OG.shape[1])
+        return Packed(unpack(words, bits, columns), self._finite(key, scale_OG), bits, columns // scale_OG.shape[1])
 
     def kept(self, key: str) -> torch.Tensor:
         """Which weights of a tensor whose zeros are left out are not: bool, of its dense shape."""
         return bits_of(self._stored(key + BITMASK))
+
+    def _finite(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, or UserError if it holds NaN or infinities, which would spread over everything computed from it."""
+        if tensor.numel() and tensor.is_floating_point():
+            # smallest and largest, not isfinite().all(): ten times as fast and without a copy; 8-bit floats only have the latter
+            ends = torch.stack(tensor.aminmax()) if tensor.element_size() > 1 else tensor.half()
+            if not bool(ends.isfinite().all()):
+                raise UserError(f"{self.name}: the tensor {key!r} holds NaN or infinite numbers; every weight must be finite.")
+        return tensor
 
     def _stored(self, key: str) -> torch.Tensor:
         info = self.stored[key]
@@ -220,6 +201,8 @@ def _dense_view(name: str, stored: dict[str, TensorInfo], bits: int, group: int)
         scale = stored.get(f"{base}.{PARTS[1]}")
         if scale is None or len(info.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != info.shape[0] or info.dtype != "I32":
             raise UserError(f"{name}: {key} has no fitting {PARTS[1]} beside it.")
+        if not DTYPES[scale.dtype].is_floating_point:
+            raise UserError(f"{name}: {base}.{PARTS[1]} is stored as {scale.dtype}; scales are floating-point numbers.")
         columns = scale.shape[1] * group
         if packed_columns(columns, bits) != info.shape[1]:
             raise UserError(f"{name}: {key} of shape {list(info.shape)} does not hold {scale.shape[1]} groups of {group} in {bits} bits.")
@@ -240,118 +223,78 @@ def _expanded_view(name: str, stored: dict[str, TensorInfo], masks: list[str]) -
     return out
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}: it is not a model folder.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}; a JSON object is expected.")
-    return value
-
-
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     read_json(folder / "config.json")
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / INDEX} has no weight_map.")
-        files = sorted({str(file) for file in weight_map.values()})
-    elif (folder / SINGLE).is_file():
-        weight_map, files = None, [SINGLE]
-    else:
+    _refuse_links(folder)
+    weight_map = _weight_map(folder)
+    if weight_map is None:
+        if (folder / SINGLE).is_file():
+            return read_header(folder / SINGLE)
         if any(folder.glob("*.bin")):
             raise UserError(f"{folder} holds pickled .bin weights, which can run code when read; convert it to safetensors first.")
         raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}.")
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(f"The index names {file!r}; only plain *.safetensors names inside the folder are allowed.")
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             raise UserError(f"Shard {file} named in the index is missing from {folder}.")
-        tensors.update(read_header(folder / file))
-    if weight_map is not None:
-        lost = [key for key in weight_map if key not in tensors]
-        if lost:
-            raise UserError(f"The index promises {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it ({len(lost)} such).")
-        tensors = {key: tensors[key] for key in weight_map}
-    return tensors
+        headers[file] = read_header(folder / file)
+    lost = [key for key, file in weight_map.items() if key not in headers[file]]
+    if lost:
+        raise UserError(f"The index promises {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it ({len(lost)} such).")
+    return {key: headers[file][key] for key, file in weight_map.items()}
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The header of one safetensors file, checked against the file's size.
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Which shard holds which tensor, by the index; None without one."""
+    if not (folder / INDEX).is_file():
+        return None
+    weight_map = read_json(folder / INDEX, repeats=False).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX} has no weight_map.")
+    for file in weight_map.values():
+        plain = isinstance(file, str) and file.isprintable() and len(file) < 256 and not {"/", "\\"} & set(file)
+        if not plain or not file.endswith(".safetensors"):
+            raise UserError(f"The index names {str(file)[:80]!r}; only plain *.safetensors names inside the folder are allowed.")
+    return weight_map
 
-    https://huggingface.co/docs/safetensors: 8 bytes little-endian length, JSON, tensor bytes.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise UserError(f"{path} is not a safetensors file or is truncated (header of {length} bytes in a file of {size}).")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} has a header that is not valid JSON.") from None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} has a header that is not a JSON object.")
-    tensors, base = {}, 8 + length
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        try:
-            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            wrong = not all(type(n) is int and n >= 0 for n in (*shape, start, end))
-        except (TypeError, KeyError, ValueError):
-            wrong = True
-        if wrong or not isinstance(dtype, str) or dtype not in DTYPES:
-            raise UserError(f"{path}: the header entry of {key!r} is not one trimoe can read: {str(entry)[:120]}.")
-        if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise UserError(f"{path}: {key!r} has shape {list(shape)} of {dtype} but {end - start} bytes.")
-        if base + end > size:
-            raise UserError(f"{path} is truncated: {key!r} should end at byte {base + end}, the file has {size}.")
-        tensors[key] = TensorInfo(path.name, dtype, shape, base + start, base + end)
-    spans = sorted((info.start, info.end) for info in tensors.values())
-    if any(before[1] > after[0] for before, after in itertools.pairwise(spans)):
-        raise UserError(f"{path} has overlapping tensors.")
-    return tensors
+
+def _refuse_links(folder: Path) -> None:
+    """Files that are links out of the folder could carry anything on this machine into the result. The hub's cache has such links, from
+    snapshots/COMMIT to blobs beside it."""
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    for path in sorted(folder.iterdir()):
+        target = path.resolve() if path.is_symlink() else root
+        if not target.is_relative_to(root) and target.parent != blobs:
+            raise UserError(f"{path} is a link to {target}, outside the folder; put the file itself there.")
 
 
 def _open_hub(name: str, *, weights: bool) -> Checkpoint:
     """A hub id: side files always, shards only if wanted (headers come by range requests otherwise)."""
     import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        SafetensorsParsingError,
+    )
 
     try:
         folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES], ignore_patterns=["*/*"]))
         if weights:
-            shards = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if (folder / INDEX).is_file() else [SINGLE]
+            shards = sorted(set((_weight_map(folder) or {SINGLE: SINGLE}).values()))
             folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, *shards], ignore_patterns=["*/*"]))
             return Checkpoint(name, folder, _read_headers(folder))
         metadata = hub.get_safetensors_metadata(name)
     except HFValidationError:
         raise UserError(f"{name!r} is neither a folder nor a valid hub id.") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(f"{name!r} is not a folder here and could not be had from the hub ({reason}).") from None
     tensors = {
-        key: TensorInfo(file, str(info.dtype), tuple(info.shape), *info.data_offsets)
+        key: info_of(Path(file), key, {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}, 0)
         for file, parsed in metadata.files_metadata.items()
         for key, info in parsed.tensors.items()
     }
     return Checkpoint(name, folder, tensors)
-
-
-def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """The exact header of a safetensors file holding `entries` (key, dtype, shape) in that order, length word included."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, dtype, shape in entries:
-        end = offset + math.prod(shape) * DTYPES[dtype].itemsize
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -235,7 +236,9 @@ def _writable(path: Path | None) -> None:
 
 
 def _write_json(path: Path | None, value: dict[str, Any]) -> None:
-    if path is not None:
+    from trimoe import distributed
+
+    if path is not None and distributed.speaks():
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
@@ -243,13 +246,17 @@ def main() -> None:
     """Entry point: turns a user's mistake into one sentence on standard error and exit code 2."""
     from transformers.utils import logging
 
+    from trimoe import distributed
     from trimoe.errors import UserError
 
     logging.set_verbosity_error()  # this process is ours: warnings about configurations are not the user's business here
+    if not distributed.speaks():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
     try:
         app()
     except UserError as mistake:
-        print(f"trimoe: {mistake}", file=sys.stderr)
+        if not isinstance(mistake, distributed.Elsewhere):
+            print(f"trimoe: {mistake}", file=sys.stderr)
         sys.exit(2)
     except OSError as failure:
         print(f"trimoe: {failure}", file=sys.stderr)

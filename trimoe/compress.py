@@ -15,10 +15,11 @@ import torch
 from trimoe import card
 from trimoe import recipe as recipes
 from trimoe.calibration import Calibration, calibrate
-from trimoe.checkpoint import DTYPES
 from trimoe.decide import Run, decide
+from trimoe.distributed import Team, team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
+from trimoe.headers import DTYPES
 from trimoe.journal import FOLDER, Journal
 from trimoe.layout import Layout
 from trimoe.methods import ExpertDrop, LowRank, WeightPrune
@@ -68,6 +69,7 @@ def compress(
     stats           a statistics file (trimoe stats) to take the first step's statistics from
     A recipe with a `recover` section compresses into OUT/.trimoe first, and what is trained from there is written to `out`.
     device, dtype   where and in which precision the layers run; the result keeps the source's dtypes
+    Started by torchrun the processes share the work (docs/scale.md); rank 0 writes, all return the result.
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
     out = Path(out)
@@ -75,31 +77,28 @@ def compress(
         f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={list(changes)!r}, calibration={list(calibration)!r}, "
         f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
     )
-    parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
-    skeleton = Skeleton.of(str(model), compute_dtype(dtype))
-    before = plan(skeleton, parsed)
-    refuse_inside(out, skeleton)
-    usable_device(device)
-    _refuse_narrow(parsed, skeleton)
-    text = calibration_for(skeleton, parsed.calibration, seed, reporter)
-    about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
-    inputs = {"recipe": parsed.to_json(), **about, "version": VERSION}
-    finished = _finished(out, inputs)
-    if finished is not None:
-        shutil.rmtree(out / FOLDER, ignore_errors=True)  # killed between the last file and tidying up
-        reporter.say(f"{out} holds the finished result of this very command already.")
-        return finished
-    given = _given_stats(stats, about, skeleton, parsed)
-    run = Run(skeleton, parsed, text.batches(device), seed, device, about, reporter)
-    job = _Job(run, text, inputs, given, command or call)
-    if parsed.recover is None:
-        return job.compressed(out, before)
-    stage = out / FOLDER / "compressed"
-    if not stage.exists():
-        Journal(out, inputs).refuse_other_content()
-    made = _finished(stage, inputs) or job.compressed(stage, before)
-    trained = recover(stage, out, parsed.recover, seed=seed, device=device, command=command or call, reporter=reporter)
-    return replace(made, out=out, metrics={**made.metrics, "recover": trained.metrics})
+    with team(device) as processes:
+        reporter = reporter if processes.main else QUIET
+
+        def on_paper() -> tuple[_Job, Plan]:
+            parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
+            skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+            before = plan(skeleton, parsed)
+            refuse_inside(out, skeleton)
+            place = processes.place(device)
+            usable_device(place)
+            _refuse_narrow(parsed, skeleton)
+            if parsed.recover is not None and processes.count > 1:
+                raise UserError(
+                    "A recipe with recover runs in one process; leave recover out, then: accelerate launch -m trimoe.cli recover ..."
+                )
+            text = calibration_for(skeleton, parsed.calibration, seed, reporter)
+            about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
+            run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes)
+            return _Job(run, text, {"recipe": parsed.to_json(), **about, "version": VERSION}, command or call), before
+
+        job, before = processes.after_main(on_paper)
+        return job.done(out, before, stats)
 
 
 @dataclass(frozen=True)
@@ -109,22 +108,42 @@ class _Job:
     run: Run
     text: Calibration
     inputs: dict[str, Any]
-    given: Stats | None
     command: str
 
-    def compressed(self, out: Path, before: Plan) -> Result:
+    def done(self, out: Path, before: Plan, stats: str | os.PathLike[str] | None) -> Result:
+        """The result in `out`: found there, or made, and trained where the recipe says so."""
+        run, main = self.run, self.run.team
+        finished = main.from_main(lambda: _finished(out, self.inputs))
+        if finished is not None:
+            Journal(out, self.inputs, main).tidy()
+            run.reporter.say(f"{out} holds the finished result of this very command already.")
+            return finished
+        given = main.from_main(lambda: _given_stats(stats, run.about, run.skeleton, run.recipe))
+        if run.recipe.recover is None:
+            return self.compressed(out, before, given)
+        stage = out / FOLDER / "compressed"
+        if not stage.exists():
+            Journal(out, self.inputs).refuse_other_content()
+        made = _finished(stage, self.inputs)
+        if made is None:
+            made = self.compressed(stage, before, given)
+        Journal(stage, self.inputs).tidy()
+        trained = recover(stage, out, run.recipe.recover, seed=run.seed, device=run.device, command=self.command, reporter=run.reporter)
+        return replace(made, out=out, metrics={**made.metrics, "recover": trained.metrics})
+
+    def compressed(self, out: Path, before: Plan, given: Stats | None) -> Result:
         """Decide, transform, write; what a killed run has done already is taken from `out`."""
         run, text, parsed, skeleton = self.run, self.text, self.run.recipe, self.run.skeleton
-        journal = Journal(out, self.inputs)
-        journal.refuse_other_content()
-        _check_disk(out, before.disk)
+        journal = Journal(out, self.inputs, run.team)
+        run.team.from_main(journal.refuse_other_content)
+        run.team.from_main(lambda: _check_disk(out, before.disk))
         with journal:
             decisions, metrics = unchanged(skeleton.sites), {}
             for number, step in enumerate(parsed.steps):
                 name = f"{number}.{step.name}"
-                decisions, metrics[name] = decide(run, journal, number, step, decisions, self.given if number == 0 else None)
+                decisions, metrics[name] = decide(run, journal, number, step, decisions, given if number == 0 else None)
             final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
-            _check_disk(out, final.disk)
+            run.team.from_main(lambda: _check_disk(out, final.disk))
             writer = Writer(Layout(skeleton, decisions), out)
             metrics |= transform(run, decisions, writer, journal)
             record = {
@@ -133,7 +152,8 @@ class _Job:
                 "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
                 "command": self.command, "seed": run.seed, "versions": versions(), "inputs": self.inputs,
             }  # fmt: skip
-            writer.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
+            if run.team.main:
+                writer.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
             journal.close()
         size = final.after.file_bytes
         run.reporter.say(f"Wrote {out}: {human(size)} of safetensors ({size / final.before.file_bytes:.1%}).")
@@ -146,21 +166,28 @@ def gather_statistics(
 ) -> Stats:  # fmt: skip
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
     base = Recipe(steps=(ExpertDrop(ratio=0.25),))
-    spec = with_calibration(base, calibration, samples, length).calibration
-    skeleton = Skeleton.of(str(model), compute_dtype(dtype))
-    refuse_inside(Path(out), skeleton)
-    usable_device(device)
-    if Path(out).exists():
-        raise UserError(f"The statistics file {out} exists already; give another name.")
-    text = calibration_for(skeleton, spec, seed, reporter)
-    about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype}
-    reach = max(site.num_experts for site in skeleton.sites.values())
-    stats = statistics(
-        skeleton, text.batches(device), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory, seed=seed,
-        device=device, about=about, reporter=reporter,
-    )  # fmt: skip
-    stats.save(Path(out))
-    return stats
+    with team(device) as processes:
+        reporter = reporter if processes.main else QUIET
+
+        def on_paper() -> tuple[Skeleton, CalibrationSpec, Calibration]:
+            spec = with_calibration(base, calibration, samples, length).calibration
+            skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+            refuse_inside(Path(out), skeleton)
+            usable_device(processes.place(device))
+            if processes.main and Path(out).exists():
+                raise UserError(f"The statistics file {out} exists already; give another name.")
+            return skeleton, spec, calibration_for(skeleton, spec, seed, reporter)
+
+        skeleton, spec, text = processes.after_main(on_paper)
+        about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype}
+        reach, place = max(site.num_experts for site in skeleton.sites.values()), processes.place(device)
+        stats = statistics(
+            skeleton, _batches(text, place, processes), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory,
+            seed=seed, device=place, about=about, reporter=reporter, team=processes,
+        )  # fmt: skip
+        if processes.main:
+            stats.save(Path(out))
+        return stats
 
 
 def _lasting(skeleton: Skeleton) -> str:
@@ -195,6 +222,16 @@ def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, report
     if len(text.samples_NL) < spec.samples:
         reporter.say(f"The calibration text gives {len(text.samples_NL)} of the {spec.samples} samples asked for.")
     return text
+
+
+def _batches(text: Calibration, device: str, processes: Team) -> list[torch.Tensor]:
+    """The batches of one process, whatever the number of processes: each takes some whole."""
+    batches = text.batches(device)
+    if len(batches) < processes.count:
+        raise UserError(
+            f"The calibration text makes {len(batches)} batches, too few for {processes.count} processes; start fewer, or take more --samples."
+        )
+    return batches
 
 
 def refuse_inside(out: Path, skeleton: Skeleton) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from trimoe import depth, gather, parts, receptive_field, search
+from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
 from trimoe.journal import Journal
@@ -26,6 +28,8 @@ from trimoe.stats import Stats
 from trimoe.subset import SubsetLoss
 from trimoe.variants import affordable, divergence, skipped, without_moe
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -38,10 +42,25 @@ class Run:
     device: str
     about: dict[str, Any]
     reporter: Reporter
+    team: Team = ALONE
 
     @property
     def spec(self) -> CalibrationSpec:
         return self.recipe.calibration
+
+    @property
+    def own(self) -> list[torch.Tensor]:
+        """This process's batches."""
+        return self.batches[self.team.span(len(self.batches))]
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.numel() for batch in self.batches)
+
+    @property
+    def first(self) -> int:
+        """How many tokens lie before this process's."""
+        return sum(batch.numel() for batch in self.batches[: self.team.span(len(self.batches)).start])
 
 
 def decide(
@@ -81,7 +100,7 @@ def _stats_for(
         stats = statistics(
             run.skeleton, run.batches, decisions=decisions, reach=reach, search_tokens=run.spec.search_tokens,
             search_memory=run.spec.search_memory, seed=run.seed, device=run.device, about=run.about, reporter=run.reporter, needs=step.needs & gather.ROUTING,
-            extra=step.spectra if isinstance(step, LowRank) and "spectra" in step.needs else None,
+            extra=step.spectra if isinstance(step, LowRank) and "spectra" in step.needs else None, team=run.team,
         )  # fmt: skip
         journal.put_stats(f"stats-{number}", stats)
     return stats
@@ -100,9 +119,11 @@ def _decide_drops(
         sites, stats.layers, run.seed,
         menus=None if menus is None else {i: {n: loss for n, (_, loss) in menu.items()} for i, menu in menus.items()}, sensitivity=sensitive,
     )  # fmt: skip
-    found: dict[int, search.Found] = {}
-    for index, site in run.reporter.track(sites.items(), "Search", len(sites)):
-        found[index] = step.drop_sets(site, stats.layers[index], counts[index], protected.get(index, ()), run.seed, run.device)
+
+    def searched(index: int) -> search.Found:
+        return step.drop_sets(sites[index], stats.layers[index], counts[index], protected.get(index, ()), run.seed, run.device)
+
+    found: dict[int, search.Found] = _by_layer(run, sites, searched, "Search")
     drops: dict[int, Drop] = {index: best.drops[0] for index, best in found.items()}
     metrics: dict[str, Any] = {"layers": _drop_metrics(run, step, sites, stats, found, counts, protected)}
     if sensitive is not None:
@@ -118,6 +139,7 @@ def _decide_drops(
             decisions=decisions,
             device=run.device,
             reporter=run.reporter,
+            team=run.team,
         )
         drops, metrics["receptive_field"] = chosen.drops, chosen.blocks
     return step.decide(decisions, drops), metrics
@@ -133,21 +155,31 @@ def _drop_menus(
     protected: dict[int, Drop],
 ) -> tuple[dict[int, dict[int, tuple[Drop, float]]], dict[int, float]]:
     """Per layer the best nested set and its loss for every count, and how much the model minds: KL per squared relative loss."""
-    menus, perturb = {}, {}
-    for index, site in run.reporter.track(sites.items(), "Loss of every count", len(sites)):
+
+    def menu(index: int) -> dict[int, tuple[Drop, float]]:
+        site = sites[index]
         loss = SubsetLoss(stats.layers[index], device=run.device)
         most = min(site.num_experts - step.floor(site, step.share(sites)), loss.max_drop)
-        menus[index] = search.greedy_path(
-            loss, site.num_experts, most, site.rule.groups, _spare(step, site, most, protected.get(index, ()))
-        )
+        return search.greedy_path(loss, site.num_experts, most, site.rule.groups, _spare(step, site, most, protected.get(index, ())))
+
+    menus, perturb = _by_layer(run, sites, menu, "Loss of every count"), {}
+    for index, site in sites.items():
         probe = max((n for n in menus[index] if n <= max(uniform[index], site.rule.groups)), default=0)
         if probe:
             drop = menus[index][probe][0]
             perturb[index] = lambda layer, at, drop=drop: masked(layer, at, drop)
     few = affordable(run.skeleton, run.batches, len(sites), run.device)
-    measured = sensitivity(run.skeleton, few, perturb, decisions=decisions, device=run.device, reporter=run.reporter).weights()
+    measured = sensitivity(
+        run.skeleton, few, perturb, decisions=decisions, device=run.device, reporter=run.reporter, team=run.team
+    ).weights()
     mean = sum(measured.values()) / max(1, len(measured))
     return menus, {i: measured.get(i, mean or 1.0) for i in sites}
+
+
+def _by_layer(run: Run, sites: dict[int, Site], work: Callable[[int], Value], label: str) -> dict[int, Value]:
+    """work(layer) for every layer of `sites`; of a team each process does some."""
+    made = run.team.shared(list(sites), work, lambda mine: run.reporter.track(mine, label, len(mine)))
+    return dict(zip(sites, made, strict=True))
 
 
 def _spare(step: ExpertDrop, site: Site, most: int, protected: Drop) -> Drop:
@@ -159,9 +191,9 @@ def _drop_metrics(
     run: Run, step: ExpertDrop, sites: dict[int, Site], stats: Stats, found: dict[int, search.Found], counts: dict[int, int], protected: dict[int, Drop]
 ) -> dict[str, Any]:  # fmt: skip
     """What was chosen in each layer and what it costs, beside greedy and random where the exact loss is at hand."""
-    rows: dict[str, Any] = {}
-    for index, site in sites.items():
-        layer, best = stats.layers[index], found[index]
+
+    def row_of(index: int) -> dict[str, Any]:
+        site, layer, best = sites[index], stats.layers[index], found[index]
         row: dict[str, Any] = {
             "dropped": counts[index], "drop": best.drops[0], "protected": protected.get(index, ()), "evaluations": best.evaluations,
             "tokens_per_expert": layer["count_E"].tolist(),
@@ -180,8 +212,9 @@ def _drop_metrics(
                 row["history"] = list(best.history)
         else:
             row["score"] = step.importance(layer, run.seed).tolist()
-        rows[str(index)] = row
-    return rows
+        return row
+
+    return {str(index): row for index, row in _by_layer(run, sites, row_of, "Compare with greedy and random").items()}
 
 
 def _decide_ranks(
@@ -195,7 +228,7 @@ def _decide_ranks(
     if "sensitivity" in step.needs:
         few = affordable(run.skeleton, run.batches, len(sites), run.device)
         sensitive = sensitivity(
-            run.skeleton, few, dict.fromkeys(sites, shrunk), decisions=decisions, device=run.device, reporter=run.reporter
+            run.skeleton, few, dict.fromkeys(sites, shrunk), decisions=decisions, device=run.device, reporter=run.reporter, team=run.team
         ).weights()
     decided = step.decide(sites, decisions, stats.layers, sensitivity=sensitive)
     metrics = {
@@ -240,7 +273,7 @@ def _rerank(
         versions = {part: {index: skipped if kind == "block" else without_moe for kind, index in new} for part, new in grown.items()}
         kl = divergence(
             run.skeleton, few, {**versions, None: {}}, None, decisions=decisions, device=run.device, reporter=run.reporter,
-            label=f"Rerank, {len(chosen)} dropped",
+            label=f"Rerank, {len(chosen)} dropped", team=run.team,
         )  # fmt: skip
         costs = {part: (kl[part] - before) / left.cost(part, chosen, mixed=mixed) for part in grown}
         best = min(costs, key=lambda part: (costs[part], -part[1]))

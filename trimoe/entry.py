@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from trimoe.checkpoint import DTYPES
+from trimoe.headers import DTYPES
 from trimoe.methods.method import LayerDecision
 from trimoe.modeling_trimoe import BITMASK, expand
 from trimoe.packing import PARTS, Packed, packed_columns, unpack

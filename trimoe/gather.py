@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimoe.distributed import ALONE, Team
 from trimoe.methods.method import Decisions, decided_site
 from trimoe.modeling_trimoe import drop_block, first_projection
 from trimoe.observe import Observer
 from trimoe.progress import QUIET, Reporter
 from trimoe.residual import dropped_entry
 from trimoe.seen import Recorder, Seen
+from trimoe.shares import share
 from trimoe.skeleton import Site, Skeleton, keep_experts
-from trimoe.stats import LayerStats, Stats
+from trimoe.stats import BLOCK, LayerStats, Stats, added
 from trimoe.stream import LayerWalk
 from trimoe.subset import search_budget
 
@@ -76,44 +78,83 @@ def statistics(
     extra: Extra | None = None,
     about: dict[str, Any] | None = None,
     reporter: Reporter = QUIET,
+    team: Team = ALONE,
 ) -> Stats:
-    """Statistics of every MoE layer, the model taken as `decisions` leave it.
+    """Statistics of every MoE layer, the model taken as `decisions` leave it; of a team each process walks its stretch of the batches, and
+    all get the statistics of all.
 
     `reach` > 0 keeps the Gram among each search token's `reach` best experts (k + the most experts that may be dropped). `extra` is
     called with (experts module, site, what the experts were given, the layer's statistics) while the layer is in memory.
     """
     stats = Stats(about or {})
-    walk = LayerWalk(skeleton, batches, device=device)
+    mine = team.span(len(batches))
+    walk = LayerWalk(skeleton, batches[mine], device=device)
     wanted = search_budget(list(skeleton.sites.values()), reach, search_tokens, search_memory)
-    tokens = sum(batch.numel() for batch in batches)
+    tokens, first, own = (sum(batch.numel() for batch in some) for some in (batches, batches[: mine.start], batches[mine]))
     if wanted < min(search_tokens, tokens) and reach:
         reporter.say(
             f"Searching on {wanted:,} of {min(search_tokens, tokens):,} tokens, which is what search_memory {search_memory} GiB holds."
         )
-    rows = [r.to(walk.device) for r in search_rows(batches, wanted, seed)]
+    rows = [r.to(walk.device) for r in search_rows(batches, wanted, seed)[mine]]
     left = survivors(skeleton, decisions)
     for index in reporter.track(left, "Statistics", len(left)):
         with walk.layer(index) as layer:
             site = prune_layer(skeleton, index, layer, decisions)
+            parts = _Parts(stats, index, team)
             if site is None:
                 for batch, hidden in enumerate(walk.hidden):
                     walk.hidden[batch] = walk.step(index, layer, hidden, batch)
                     stats.see_block(index, hidden, walk.hidden[batch])
+                    parts.take()
+                parts.put_together()
                 continue
             layer_stats = stats.layers[index] = LayerStats(index, site.rule)
             experts = site.experts_of(layer)
-            layer_stats.sums["weight_score_E"] = weight_scores(experts)
             observer = Observer(site, layer_stats, needs, reach=min(reach, site.num_experts))
-            recorder = Recorder(tokens)
+            recorder = Recorder(own)
             with observer.attached(layer), recorder.attached(layer, site) if extra is not None else nullcontext():
                 for batch in range(len(walk.batches)):
                     observer.rows = rows[batch] if reach else None
                     hidden, walk.hidden[batch] = walk.hidden[batch], walk.step(index, layer, walk.hidden[batch], batch)
                     stats.see_block(index, hidden, walk.hidden[batch])
+                    parts.take()
+            parts.put_together()
+            layer_stats.sums["weight_score_E"] = weight_scores(experts)
             if extra is not None:
-                extra(experts, site, recorder.seen(), layer_stats)
+                part = share(team, experts, site, recorder.seen(), first, tokens)
+                made = LayerStats(index, site.rule)
+                if not part.empty:
+                    extra(part.experts, part.site, part.seen, made)
+                sums = [one for one in team.everyone(made.sums) if one]
+                layer_stats.sums |= {name: torch.cat([one[name] for one in sums]) for name in sums[0]}
             layer_stats.to_cpu()
     return stats
+
+
+class _Parts:
+    """One layer's statistics batch by batch, where several processes have batches: added up in the order of one process."""
+
+    def __init__(self, stats: Stats, index: int, team: Team):
+        self.stats, self.index, self.team = stats, index, team
+        self.parts: list[dict[str, torch.Tensor]] = []
+
+    def take(self) -> None:
+        """The batch that was just seen, put aside."""
+        if self.team.count > 1:
+            layer = self.stats.layers.get(self.index)
+            self.parts.append({BLOCK: self.stats.blocks.pop(self.index).cpu(), **(layer.taken() if layer is not None else {})})
+
+    def put_together(self) -> None:
+        """All batches of all processes."""
+        if self.team.count == 1:
+            return
+        sums = self.team.fold(self.parts, added)
+        self.stats.blocks[self.index] = sums.pop(BLOCK)
+        layer = self.stats.layers.get(self.index)
+        if layer is not None:
+            layer.sums = sums
+            found = [search for search in self.team.everyone(layer.search) if search]
+            layer.search = {name: torch.cat([search[name] for search in found]) for name in (found[0] if found else ())}
 
 
 def weight_scores(experts: Any) -> torch.Tensor:

@@ -39,10 +39,14 @@ TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_
 def load_config(folder: Path) -> PreTrainedConfig:
     """The configuration object; code inside the folder is never run."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and its validators raise types of their own
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {reason}") from None
+    for part in (config, config.get_text_config()):  # names with a slash are hub repositories whose code would be fetched and run
+        if any("/" in str(getattr(part, field, "")) for field in ("_attn_implementation", "_experts_implementation")):
+            raise UserError(f"{folder / 'config.json'} asks for an attention or experts kernel from the hub; remove that field.")
+    return config
 
 
 def config_from(values: Mapping[str, Any], like: PreTrainedConfig) -> PreTrainedConfig:
@@ -115,9 +119,16 @@ def trial_load(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dt
     ignorable = model._keys_to_ignore_on_load_unexpected or ()
     missing = {key for key in info.missing_keys if key not in tied}
     if info.conversion_errors:
-        raise UserError(f"The checkpoint's tensors do not fit together: {next(iter(info.conversion_errors.values()))!s:.300}")
+        told = str(next(iter(info.conversion_errors.values()))).strip().splitlines() or ["no reason given"]  # a traceback: its end says why
+        raise UserError(f"The checkpoint's tensors do not fit together: {' '.join(told[-1].split())[:300]}")
     used = list(model._weight_conversions)
     source_of = _sources(model, tensors)
+    floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for key in (key for name, keys in source_of.items() if name in floating for key in keys):
+        if not tensors[key].is_floating_point():
+            raise UserError(
+                f"The tensor {key!r} is stored as {str(tensors[key].dtype).removeprefix('torch.')}; weights are floating-point numbers."
+            )
     unexpected = {key for key in info.unexpected_keys if not any(re.search(pattern, key) for pattern in ignorable)}
     return Conversion(used, source_of, missing, unexpected, sorted(info.mismatched_keys, key=str))
 

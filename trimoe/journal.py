@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
 from trimoe.stats import Stats
 from trimoe.write import write_text
@@ -16,10 +17,11 @@ FOLDER = ".trimoe"  # inside the output folder until the run is finished
 
 
 class Journal:
-    """Stage results kept in `OUT/.trimoe`, valid for one set of inputs (model, recipe, calibration, seed, version)."""
+    """Stage results kept in `OUT/.trimoe`, valid for one set of inputs (model, recipe, calibration, seed, version). Of a team only the main
+    process touches the folder; what it reads all get."""
 
-    def __init__(self, out: Path, inputs: dict[str, Any]):
-        self.out, self.folder, self.inputs = out, out / FOLDER, inputs
+    def __init__(self, out: Path, inputs: dict[str, Any], team: Team = ALONE):
+        self.out, self.folder, self.inputs, self.team = out, out / FOLDER, inputs, team
         self._lock: Any = None
 
     def refuse_other_content(self) -> None:
@@ -43,33 +45,46 @@ class Journal:
             )
 
     def __enter__(self) -> Journal:
+        self.team.from_main(self._begin)
+        return self
+
+    def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the run ends)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise UserError(f"Another run is writing to {self.out}; wait for it, or give another folder.") from None
         write_text(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
-        return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def get(self, stage: str) -> dict[str, Any] | None:
         path = self.folder / f"{stage}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return self.team.from_main(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
 
     def put(self, stage: str, value: dict[str, Any]) -> None:
-        write_text(self.folder / f"{stage}.json", json.dumps(value))
+        if self.team.main:
+            write_text(self.folder / f"{stage}.json", json.dumps(value))
 
     def get_stats(self, stage: str) -> Stats | None:
         path = self.folder / f"{stage}.safetensors"
-        return Stats.load(path) if path.is_file() else None
+        return self.team.from_main(lambda: Stats.load(path) if path.is_file() else None)
 
     def put_stats(self, stage: str, stats: Stats) -> None:
-        stats.save(self.folder / f"{stage}.safetensors")
+        if self.team.main:
+            stats.save(self.folder / f"{stage}.safetensors")
+
+    def tidy(self) -> None:
+        """What a run leaves that was killed between its last file and `close`; nobody else may be at it."""
+        if self.team.from_main(self.folder.exists):
+            with self:
+                self.close()
 
     def close(self) -> None:
         """The run is finished: nothing but the checkpoint stays."""
-        shutil.rmtree(self.folder)
+        if self.team.main:
+            shutil.rmtree(self.folder)

@@ -107,6 +107,6 @@ class Inputs:
         return hook
 
     def moment(self, path: str) -> torch.Tensor | None:
-        """None where the module was never called, or its last call was not like the others."""
+        """None where the module was never called."""
         owner = self.owner.get(path)
         return None if owner is None else self.sums[owner] / self.tokens[owner]

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from trimoe import hf, modeling_trimoe, running
-from trimoe.checkpoint import DTYPES, Checkpoint
+from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
+from trimoe.headers import DTYPES
 from trimoe.linears import linears
 from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trimoe.distributed import ALONE, Team
 from trimoe.gather import prune_layer, survivors
 from trimoe.methods.expert_drop import Drop, ReceptiveField
 from trimoe.methods.method import Decisions
@@ -47,13 +48,15 @@ def choose(
     decisions: Decisions | None = None,
     device: str = "cpu",
     reporter: Reporter = QUIET,
+    team: Team = ALONE,
 ) -> Chosen:
-    """The best combination in each block. `candidates[i]`: layer i's best sets, best first, in the model as `decisions` leave it.
+    """The best combination in each block. `candidates[i]`: layer i's best sets, best first, in the model as `decisions` leave it. Of a team
+    each process carries its stretch of the batches.
 
     `progressive`: a block starts from the hidden states that the pruned blocks before it leave, and is compared with the original
     model's; `layerwise`: it starts from the original's.
     """
-    walk = LayerWalk(skeleton, batches, device=device)
+    walk = LayerWalk(skeleton, batches[team.span(len(batches))], device=device)
     branches = [_Branch((), (), list(walk.hidden))]
     chosen: dict[int, Drop] = {}
     blocks: list[dict[str, object]] = []
@@ -76,7 +79,7 @@ def choose(
             errors: list[float] = []
             best = branches[0]
             for branch in grown:  # of all that end here, only the best so far is kept
-                error = _distance(branch.hidden, list(walk.hidden))
+                error = _distance(branch.hidden, list(walk.hidden), team)
                 best = branch if error < min(errors, default=math.inf) else best
                 errors.append(error)
         chosen |= dict(zip(layers, best.drops, strict=True))
@@ -97,8 +100,13 @@ def _grown(
             yield _Branch((*branch.drops, drop), (*branch.places, place), out)
 
 
-def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    """Frobenius distance over all tokens, relative to the original."""
-    off = torch.stack([torch.linalg.vector_norm(x - y, dim=-1).double().square().sum() for x, y in zip(a, b, strict=True)]).sum()
-    whole = torch.stack([torch.linalg.vector_norm(y, dim=-1).double().square().sum() for y in b]).sum()
+def _distance(a: list[torch.Tensor], b: list[torch.Tensor], team: Team) -> float:
+    """Frobenius distance over all processes' tokens, relative to the original."""
+    pairs = [torch.stack([_square(x - y), _square(y)]).cpu() for x, y in zip(a, b, strict=True)]
+    squares = [pair for own in team.everyone(pairs) for pair in own]
+    off, whole = (torch.stack([square[place] for square in squares]).sum() for place in (0, 1))
     return float((off / whole.clamp_min(1e-30)).sqrt())
+
+
+def _square(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).double().square().sum()

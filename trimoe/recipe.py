@@ -19,6 +19,7 @@ from trimoe.recover.spec import Recover
 
 BUILTIN = Path(__file__).parent / "recipes"
 STRICT = ConfigDict(extra="forbid")
+LARGEST = 1 << 16  # bytes of a recipe; a long one has two thousand
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -92,10 +93,15 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
     else:
         path = Path(recipe)
         where = f"recipe {recipe}"
+        given = path.suffix in (".yaml", ".yml") and path.is_file()
+        if given and path.stat().st_size > LARGEST:
+            raise UserError(f"{where} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read.")
         try:
-            source = path.read_text(encoding="utf-8") if path.suffix in (".yaml", ".yml") and path.is_file() else text_of(str(recipe))
+            source = path.read_text(encoding="utf-8") if given else text_of(str(recipe))
         except UnicodeDecodeError:
             raise UserError(f"{where} is not UTF-8 text.") from None
+        except OSError as error:
+            raise UserError(f"{where} cannot be read ({error.strerror}).") from None
         raw = _yaml(source, where)
     if not isinstance(raw, dict):
         raise UserError(f"{where} holds a {type(raw).__name__}; a mapping with steps is expected.")
@@ -104,9 +110,18 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
     return _parse(raw, where)
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a few lines of them stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, written *name; write the value out")
+        return super().compose_node(parent, index)
+
+
 def _yaml(source: str, where: str) -> Any:
     try:
-        return yaml.safe_load(source)
+        return yaml.load(source, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{where} is not valid YAML ({str(error).splitlines()[0]}).") from None
 

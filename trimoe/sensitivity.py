@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimoe.distributed import ALONE, Team
 from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Site, Skeleton
@@ -54,6 +55,7 @@ def sensitivity(
     decisions: Decisions | None = None,
     device: str = "cpu",
     reporter: Reporter = QUIET,
+    team: Team = ALONE,
 ) -> Sensitivity:
     """Perturb the MoE layers of `perturb` one at a time in the model that `decisions` leave, and measure what comes out at the end.
     `perturb[i]`: (layer, site) -> context manager that holds while layer i runs wrong."""
@@ -63,15 +65,18 @@ def sensitivity(
     versions = {ORIGINAL: right}
     for index in probes:  # watched up to the layer that goes wrong, on its own from there
         versions[index] = {i: change for i, change in right.items() if i < index} | {index: wrong[index]}
-    kl = divergence(skeleton, batches, versions, ORIGINAL, decisions=decisions, device=device, label="Sensitivity", reporter=reporter)
-    return Sensitivity(kl, {index: probe.error for index, probe in probes.items()})
+    kl = divergence(
+        skeleton, batches, versions, ORIGINAL, decisions=decisions, device=device, label="Sensitivity", reporter=reporter, team=team
+    )
+    return Sensitivity(kl, {index: probe.error(team) for index, probe in probes.items()})
 
 
 class _Probe:
     """Two versions of one layer, right and wrong, and how far apart its experts' outputs are in them."""
 
     def __init__(self, change: Any):
-        self.change, self.error = change, 0.0
+        self.change = change
+        self.squares: list[torch.Tensor] = []  # of each batch: [||wrong - right||^2, ||right||^2]
         self.outputs: dict[str, list[torch.Tensor]] = {"right": [], "wrong": []}
         # bound methods are made anew at every access; versions share streams by identity
         self.right, self.wrong = self._watched("right"), self._watched("wrong")
@@ -92,14 +97,19 @@ class _Probe:
         return run
 
     def _compare(self) -> None:
-        """Once both versions ran: error = ||wrong - right|| / ||right|| over all batches; the outputs are let go."""
+        """Once both versions ran, how far they are apart is kept and the outputs are let go."""
         wrong, right = self.outputs["wrong"], self.outputs["right"]
         if len(wrong) == len(right):
-            off = torch.stack([(a - b).double().square().sum() for a, b in zip(wrong, right, strict=True)]).sum()
-            whole = torch.stack([b.double().square().sum() for b in right]).sum()
-            self.error = float((off / whole.clamp_min(1e-30)).sqrt())
+            pairs = zip(wrong, right, strict=True)
+            self.squares = [torch.stack([(a - b).double().square().sum(), b.double().square().sum()]).cpu() for a, b in pairs]
             wrong.clear()
             right.clear()
+
+    def error(self, team: Team) -> float:
+        """||wrong - right|| / ||right|| over all batches."""
+        squares = [square for own in team.everyone(self.squares) for square in own]
+        off, whole = (torch.stack([square[place] for square in squares]).sum() if squares else torch.zeros(()) for place in (0, 1))
+        return float((off / whole.clamp_min(1e-30)).sqrt())
 
 
 @contextmanager

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from trimoe import hf, modeling_trimoe, routing
-from trimoe.checkpoint import DTYPES, Checkpoint
+from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
+from trimoe.headers import DTYPES
 from trimoe.routing import RoutingRule
 
 LOGITS = 1 << 24  # logits that are held at once, several times over, where versions of a model are compared

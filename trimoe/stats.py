@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from trimoe.aside import aside
 from trimoe.errors import UserError
 from trimoe.routing import RoutingRule
 
@@ -63,6 +64,12 @@ class LayerStats:
         else:
             self.sums[name] += value.to(self.sums[name].device)
 
+    def taken(self) -> dict[str, torch.Tensor]:
+        """The sums so far, on the CPU, after which it starts again from nothing."""
+        self.to_cpu()
+        sums, self.sums = self.sums, {}
+        return sums
+
     def merge(self, other: LayerStats) -> None:
         """Take in the statistics of other tokens of the same layer."""
         for name, value in other.sums.items():
@@ -85,6 +92,18 @@ class LayerStats:
     def output_norm(self) -> float:
         """||F(X)||_F over all calibration tokens."""
         return float(self.sums["energy_EE"].sum().clamp_min(0).sqrt())
+
+
+def added(total: dict[str, torch.Tensor], part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`total` with another batch's sums (or maxima) taken in, in place."""
+    for name, value in part.items():
+        if name not in total:
+            total[name] = value
+        elif name in MAXIMA:
+            torch.maximum(total[name], value, out=total[name])
+        else:
+            total[name] += value
+    return total
 
 
 @dataclass(eq=False)
@@ -122,9 +141,8 @@ class Stats:
         tensors |= {f"{index}.{BLOCK}": sums.cpu() for index, sums in self.blocks.items()}
         head = {"format": FORMAT, "about": json.dumps(self.about), "rules": json.dumps(rules)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        save_file(tensors, aside, metadata=head)
-        aside.replace(path)
+        with aside(path) as part:
+            save_file(tensors, part, metadata=head)
 
     @classmethod
     def load(cls, path: Path) -> Stats:
@@ -142,16 +160,16 @@ class Stats:
             stats = cls(json.loads(head["about"]))
             for index, rule in json.loads(head["rules"]).items():
                 stats.layers[int(index)] = LayerStats(int(index), RoutingRule(**rule))
-        except (KeyError, ValueError, TypeError, AttributeError):
+            for key, tensor in tensors.items():
+                index, _, name = key.partition(".")
+                if name == BLOCK:
+                    stats.blocks[int(index)] = tensor
+                    continue
+                layer = stats.layers[int(index)]
+                if name == "bias_E":
+                    layer.bias_E = tensor
+                else:
+                    (layer.search if name in SEARCH else layer.sums)[name] = tensor
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} is a damaged statistics file: its description cannot be read.") from None
-        for key, tensor in tensors.items():
-            index, _, name = key.partition(".")
-            if name == BLOCK:
-                stats.blocks[int(index)] = tensor
-                continue
-            layer = stats.layers[int(index)]
-            if name == "bias_E":
-                layer.bias_E = tensor
-            else:
-                (layer.search if name in SEARCH else layer.sums)[name] = tensor
         return stats

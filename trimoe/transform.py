@@ -2,29 +2,33 @@
 
 Low-rank factors are fitted to the inputs of the *unfactored* model: that was better on every model and ratio tried (LOG.md). Integers
 and zeros are fitted progressively, to what the changed layers before give (and so are factors, where their product is changed in one recipe).
-A resumed run reads the layers that it wrote back, so nothing is done twice.
+A resumed run reads the layers that it wrote back, so nothing is done twice. Of a team each process carries its stretch of the batches and
+changes its share of each layer's experts; the main process writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from trimoe import hf
-from trimoe.checkpoint import DTYPES
 from trimoe.decide import Run
 from trimoe.gather import prune_layer, survivors
+from trimoe.headers import DTYPES
 from trimoe.journal import Journal
 from trimoe.linears import Inputs
 from trimoe.methods import LowRank, Quantize, WeightPrune
 from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.methods.quantize import QuantizedLayer, put_back
 from trimoe.seen import FEW, Recorder, Seen
+from trimoe.shares import factored, pruned, quantized, share
 from trimoe.skeleton import Site, tensor_at
+from trimoe.stats import added
 from trimoe.stream import LayerWalk
 from trimoe.write import Writer
 
@@ -37,33 +41,39 @@ def transform(run: Run, decisions: Decisions, writer: Writer, journal: Journal) 
     change = next((step for step in run.recipe.steps if isinstance(step, Quantize | WeightPrune)), None)
     left = survivors(run.skeleton, decisions)
     computed = [i for i in left if (d := decisions.get(i)) and (d.changed or (d.gone is None and d.in_ranks is not None))]
-    writer.put(0)
+    done = set(run.team.from_main(lambda: [group for group in range(len(run.skeleton.layers) + 1) if writer.done(group)]))
+    _put(run, writer, 0)
     label = f"{change.label} and write" if change else "Factor and write" if factor else "Write"
     fitted = factor is not None or (change is not None and change.calibrated)
     walk = None
-    if computed and not all(writer.done(index + 1) for index in computed):
-        walk = LayerWalk(run.skeleton, run.batches if fitted else [], device=run.device)
+    if computed and not all(index + 1 in done for index in computed):
+        walk = LayerWalk(run.skeleton, run.own if fitted else [], device=run.device)
     for index in run.reporter.track(range(len(run.skeleton.layers)), label, len(run.skeleton.layers)):
         if walk is None or index not in left or (index not in computed and not fitted):
-            writer.put(index + 1)
+            _put(run, writer, index + 1)
             continue
         with walk.layer(index) as layer:
             site = prune_layer(run.skeleton, index, layer, decisions)
             if index not in computed:
                 walk.advance(index, layer)
-                writer.put(index + 1)
+                _put(run, writer, index + 1)
+            elif change is not None and index + 1 in done:
+                dense = run.team.from_main(partial(writer.layout.read_back, index, writer.out))
+                hf.load_into(run.skeleton.model, dense, walk.device, run.skeleton.dtype)
+                walk.advance(index, layer)
             elif change is not None:
                 _change(run, walk, index, layer, site, decisions[index], writer, journal, factor, change)
-            elif writer.done(index + 1):
+            elif index + 1 in done:
                 walk.advance(index, layer)
             else:
                 assert factor is not None and site is not None
-                recorder = Recorder(sum(batch.numel() for batch in run.batches))
+                recorder = Recorder(sum(batch.numel() for batch in walk.batches))
                 with recorder.attached(layer, site):
                     walk.advance(index, layer)
-                new = factor.transform(site.experts_of(layer), site, decisions[index], recorder.seen())
-                writer.put(index + 1, writer.layout.disk_form(index, _made(writer, site, index, new)))
-                del recorder, new  # not beside the next layer
+                part = share(run.team, site.experts_of(layer), site, recorder.seen(), run.first, run.tokens)
+                new = factored(part, factor, decisions[index])
+                _put(run, writer, index + 1, partial(_factored_form, writer, site, index, new))
+                del recorder, part, new  # not beside the next layer
     if change is None:
         return {}
     known = {str(i): journal.get(f"changed-{i}") or {} for i in computed}
@@ -82,39 +92,55 @@ def _change(
 ) -> None:  # fmt: skip
     """One layer's matrices to integers or with zeros (their product of factors, where they were factored before), and the batches through
     them."""
-    if writer.done(index + 1):
-        dense = writer.layout.read_back(index, writer.out)
-        hf.load_into(run.skeleton.model, dense, walk.device, run.skeleton.dtype)
-        walk.advance(index, layer)
-        return
-    seen, inputs = _watched(walk, index, layer, site, decision.linears) if walk.batches else (None, None)
-    experts = site.experts_of(layer) if site is not None else None
-    if decision.in_ranks is not None and site is not None:
-        assert factor is not None and seen is not None
-        experts = factor.transform(experts, site, decision, seen)
-    linears = {path: (tensor_at(layer, f"{path}.weight"), None if inputs is None else inputs.moment(path)) for path in decision.linears}
+    seen, inputs = _watched(run, walk, index, layer, site, decision.linears) if walk.batches else (None, None)
+    part = None
+    if site is not None:
+        whole = isinstance(change, WeightPrune) and change.compare == "layer"
+        part = share(run.team, site.experts_of(layer), site, seen, run.first, run.tokens, divide=not whole)
+        if decision.in_ranks is not None:
+            assert factor is not None and seen is not None
+            factored(part, factor, decision)
+    weights = {path: tensor_at(layer, f"{path}.weight") for path in decision.linears}
+    moments = {path: None if inputs is None else inputs.moment(path) for path in weights}
     if isinstance(change, Quantize):
         group, packed = decision.group or 0, QuantizedLayer()
-        if site is not None:
-            packed = change.transform(experts, site, seen, group, DTYPES[writer.layout.expert_dtype(index, run.skeleton.sites[index])])
-        for path, (weight, moment) in linears.items():
-            packed.linears[path] = change.linear(weight, moment, group, DTYPES[writer.layout.linear_dtype(index, path)])
+        if part is not None:
+            packed = quantized(part, change, group, DTYPES[writer.layout.expert_dtype(index, run.skeleton.sites[index])])
+
+        def rounded(path: str) -> Any:
+            return change.linear(weights[path], moments[path], group, DTYPES[writer.layout.linear_dtype(index, path)])  # type: ignore[call-arg]
+
+        packed.linears |= dict(zip(weights, run.team.shared(list(weights), rounded), strict=True))
+        for path, weight in weights.items():
             weight.copy_(packed.linears[path].dense())
         journal.put(f"changed-{index}", {"borrowed": packed.borrowed})
-        writer.put(index + 1, writer.layout.packed_form(index, packed))
-        if site is not None:
-            put_back(experts, packed)
+        _put(run, writer, index + 1, lambda: writer.layout.packed_form(index, packed))
+        if part is not None:
+            put_back(part.whole, packed)
     else:
-        about = change.transform(experts, site, seen) if site is not None else {}
-        for weight, moment in linears.values():
-            change.linear(weight, moment)
+        about = pruned(part, change) if part is not None else {}
+
+        def thinned(path: str) -> torch.Tensor:
+            change.linear(weights[path], moments[path])  # type: ignore[call-arg]
+            return weights[path]
+
+        for weight, made in zip(weights.values(), run.team.shared(list(weights), thinned), strict=True):
+            weight.copy_(made)
         journal.put(f"changed-{index}", about)
-        writer.put(index + 1, writer.layout.pruned_form(index, layer))
+        _put(run, writer, index + 1, lambda: writer.layout.pruned_form(index, layer))
     walk.advance(index, layer)
 
 
-def _watched(walk: LayerWalk, index: int, layer: nn.Module, site: Site | None, linears: tuple[str, ...]) -> tuple[Seen | None, Inputs]:
-    """What the layer's experts and linears are given, as the layers before leave it."""
+def _put(run: Run, writer: Writer, group: int, made: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> None:
+    """Write one group, in the main process."""
+    if run.team.main:
+        writer.put(group, made() if made is not None else None)
+
+
+def _watched(
+    run: Run, walk: LayerWalk, index: int, layer: nn.Module, site: Site | None, linears: tuple[str, ...]
+) -> tuple[Seen | None, Inputs]:
+    """What the layer's experts (here) and linears (in all processes) are given, as the layers before leave it."""
     recorder, inputs = Recorder(sum(batch.numel() for batch in walk.batches)), Inputs(layer, linears)
     with ExitStack() as stack:
         stack.enter_context(inputs.attached())
@@ -123,11 +149,17 @@ def _watched(walk: LayerWalk, index: int, layer: nn.Module, site: Site | None, l
             stack.enter_context(_without_experts(layer, site))
         for batch, hidden in enumerate(walk.hidden):
             walk.step(index, layer, hidden, batch)
+    if run.team.count > 1 and linears:
+        sums = run.team.fold([{path: total.cpu() for path, total in inputs.sums.items()}], added)
+        inputs.sums = {path: total.to(walk.device) for path, total in sums.items()}
+        everyones = run.team.everyone(inputs.tokens)
+        inputs.tokens = {path: sum(tokens[path] for tokens in everyones) for path in sums}
     return recorder.seen() if site is not None else None, inputs
 
 
-def _made(writer: Writer, site: Site, index: int, new: nn.Module) -> dict[str, torch.Tensor]:
-    return {f"{site.block}.{site.experts}.{name}": tensor_at(new, name).detach() for name in writer.layout.made(index)}
+def _factored_form(writer: Writer, site: Site, index: int, new: nn.Module) -> dict[str, torch.Tensor]:
+    made = {f"{site.block}.{site.experts}.{name}": tensor_at(new, name).detach() for name in writer.layout.made(index)}
+    return writer.layout.disk_form(index, made)
 
 
 class _without_experts:

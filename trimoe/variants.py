@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from trimoe.calibration import in_batches
+from trimoe.distributed import ALONE, Team
 from trimoe.gather import prune_layer, survivors
 from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
@@ -77,36 +78,37 @@ def divergence(
     device: str = "cpu",
     label: str = "Versions",
     reporter: Reporter = QUIET,
+    team: Team = ALONE,
 ) -> dict[Name, float]:
-    """Mean KL(original || version) in nats per token at the model's output, for every version but `original` itself.
+    """Mean KL(original || version) in nats per token at the model's output, for every version but `original` itself. Of a team each
+    process carries its stretch of the batches.
 
     Changes stand on the model that `decisions` leave. Two versions share a layer's run if they had the very same (identical, not just
     equal) changes up to it.
     """
-    walk = LayerWalk(skeleton, batches, device=device)
+    walk = LayerWalk(skeleton, batches[team.span(len(batches))], device=device)
     streams = [_Stream(list(versions), list(walk.hidden))]
-    left = survivors(skeleton, decisions)
+    left = survivors(skeleton, decisions) if walk.batches else []
     for index in reporter.track(left, label, len(left)):
         with walk.layer(index) as layer:
             site = prune_layer(skeleton, index, layer, decisions)
             streams = [grown for stream in streams for grown in _step(walk, index, layer, site, stream, versions)]
-    total = dict.fromkeys((name for name in versions if name != original), 0.0)
+    pieces: list[dict[Hashable, float]] = []
     ends = {name: stream.hidden for stream in streams for name in stream.names}
-    tokens = 0
     with walk.head() as head:
         for batch in range(len(walk.batches)):
             for positions in walk.pieces(batch):
                 log_p = head(ends[original][batch], batch, positions).float().log_softmax(-1)
-                tokens += log_p.shape[0] * log_p.shape[1]
+                pieces.append({})
                 for stream in streams:
                     if stream.names == [original]:
                         continue
                     log_q = head(stream.hidden[batch], batch, positions).float().log_softmax(-1)
                     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-                    for name in stream.names:
-                        if name != original:
-                            total[name] += kl  # type: ignore[index]
-    return {name: value / tokens for name, value in total.items()}
+                    pieces[-1] |= dict.fromkeys(stream.names, kl)
+    everyones = [piece for own in team.everyone(pieces) for piece in own]
+    tokens = sum(batch.numel() for batch in batches)
+    return {name: sum(piece.get(name, 0.0) for piece in everyones) / tokens for name in versions if name != original}
 
 
 def _step(

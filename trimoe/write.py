@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 
 from trimoe import modeling_trimoe
-from trimoe.checkpoint import DTYPES, INDEX
+from trimoe.aside import aside, disk_errors
+from trimoe.checkpoint import INDEX
+from trimoe.headers import DTYPES
 from trimoe.layout import Entry, Layout, Shard
 
 PIECE = 64 << 20  # bytes copied at a time
@@ -39,6 +40,10 @@ class Writer:
         shard = self.shard_of(group)
         if self.done(group):
             return
+        with disk_errors(self.out / shard.name):
+            self._fill(shard, group, made)
+
+    def _fill(self, shard: Shard, group: int, made: Mapping[str, torch.Tensor] | None) -> None:
         if self._open is None:
             file = open(self.out / (shard.name + ".part"), "wb")  # noqa: SIM115 (kept open over several groups)
             file.write(shard.header)
@@ -58,8 +63,9 @@ class Writer:
                 assert tensor.shape == entry.shape, (entry, tensor.shape)
                 _write_tensor(file, tensor.detach().to("cpu", DTYPES[entry.dtype]))
         if group == shard.groups[-1]:
-            _close_and_rename(file, self.out / shard.name)
-            self._open = None
+            file.close()
+            with aside(self.out / shard.name):
+                self._open = None
 
     def _copy(self, entry: Entry, file: Any) -> None:
         assert entry.source is not None
@@ -97,21 +103,11 @@ def _write_tensor(file: Any, tensor: torch.Tensor) -> None:
         file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _close_and_rename(file: Any, path: Path) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(path.with_name(path.name + ".part"), path)
-
-
 def write_text(path: Path, text: str) -> None:
-    file = open(path.with_name(path.name + ".part"), "wb")  # noqa: SIM115 (closed by the rename)
-    file.write(text.encode())
-    _close_and_rename(file, path)
+    with aside(path) as part:
+        part.write_bytes(text.encode())
 
 
 def copy_file(source: Path, target: Path) -> None:
-    with open(source, "rb") as given:
-        file = open(target.with_name(target.name + ".part"), "wb")  # noqa: SIM115 (closed by the rename)
-        shutil.copyfileobj(given, file)
-    _close_and_rename(file, target)
+    with aside(target) as part:
+        shutil.copyfile(source, part)

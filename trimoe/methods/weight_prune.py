@@ -117,8 +117,8 @@ class WeightPrune:
         self._prune_layer(experts, site, seen) if self.compare == "layer" else self._prune_rows(experts, site, seen)
         whole = [tensor for expert in range(site.num_experts) for tensor in matrices(experts, expert)]
         zeros = sum(int((tensor == 0).sum()) for tensor in whole)
-        unseen = 0 if seen is None else sum(not bool((seen.index_TK == expert).any()) for expert in range(site.num_experts))
-        return {"unseen_experts": unseen, "zeros": zeros / sum(tensor.numel() for tensor in whole)}
+        tokens_E = None if seen is None else torch.bincount(seen.index_TK.flatten(), minlength=site.num_experts)
+        return {"unseen_experts": 0 if tokens_E is None else int((tokens_E == 0).sum()), "zeros": zeros / sum(tensor.numel() for tensor in whole)}
 
     def _prune_rows(self, experts: Any, site: Site, seen: Seen | None) -> None:
         for expert in range(site.num_experts):

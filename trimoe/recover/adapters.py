@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimoe.aside import disk_errors
 from trimoe.errors import UserError
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
@@ -106,7 +108,9 @@ def save(adapted: Any, base: Path, aside: Path, out: Path, about: str) -> None:
     """peft's own files, first written to `aside`; `base` is the model they belong to, `about` goes into the card."""
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = str(base.resolve())
-    adapted.save_pretrained(aside, save_embedding_layers=False)
+    shutil.rmtree(aside, ignore_errors=True)  # peft adds to a card that a killed run left behind, and so would we
+    with disk_errors(aside):
+        adapted.save_pretrained(aside, save_embedding_layers=False)
     path = aside / FILES[-1]
     body = json.loads(path.read_text(encoding="utf-8"))
     for name in ("target_modules", "target_parameters"):  # sets in peft: another order in every process

@@ -9,7 +9,6 @@ a token.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from trimoe.aside import aside
 from trimoe.errors import UserError
 from trimoe.progress import PLAIN_EVERY, Reporter
 from trimoe.recover.experts import expert_loss
@@ -254,9 +254,8 @@ class Training:
             "optimizer": self.optimizer.state_dict(), "step": self.step, "bad": self.bad, "curve": self.curve,
             "constants": dict(self.job.constants),
         }  # fmt: skip
-        path = self.folder / STATE
-        torch.save(state, path.with_name(path.name + ".part"))
-        os.replace(path.with_name(path.name + ".part"), path)
+        with aside(self.folder / STATE) as part:
+            torch.save(state, part)
         for old in self.folder.glob("best-*.safetensors"):
             if old != self._best_file():  # only now: the state before this one could have named it
                 old.unlink()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from trimoe.aside import disk_errors
 from trimoe.checkpoint import Checkpoint
 from trimoe.headers import DTYPES, TensorInfo
 from trimoe.write import copy_file, write_text
@@ -42,7 +43,7 @@ class Rewriter:
         is not finite then."""
         cast = {key: self._cast(key, tensor) for key, tensor in tensors.items()}
         for name in sorted({self._info(key).file for key in cast}):
-            with open(self._path(name), "r+b") as file:
+            with disk_errors(self.out / name), open(self._path(name), "r+b") as file:
                 for key, tensor in cast.items():
                     if self._info(key).file == name and tensor.numel():
                         file.seek(self._info(key).start)

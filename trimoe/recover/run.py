@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,15 +95,16 @@ def recover(
         "teacher": original.checkpoint.fingerprint if original else None, "recover": spec.to_json(), "seed": seed,
         "text": text.fingerprint, "version": VERSION,
     }  # fmt: skip
+    processes = launcher()
     finished = _finished(out, spec, inputs)
     if finished is not None:
-        shutil.rmtree(out / FOLDER, ignore_errors=True)  # killed between the last file and tidying up
+        if processes.is_main_process:
+            Journal(out, inputs).tidy()
         reporter.say(f"{out} holds the finished result of this very command already.")
         return finished
     journal = Journal(out, inputs)
     journal.refuse_other_content()
     run = Run(student, original, record, spec, text, count, out, seed, device, reporter)
-    processes = launcher()
     with journal if processes.is_main_process else contextlib.nullcontext():
         rewriter = Rewriter(student.checkpoint, out)
         by_layer = spec.method == "experts" and spec.stream

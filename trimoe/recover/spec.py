@@ -49,7 +49,7 @@ class Recover:
     train: Literal["lora", "full"] = "lora"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_k: Annotated[int, Field(ge=1)] = 64
-    patience: Annotated[int, Field(ge=1)] = 3
+    patience: Annotated[int, Field(ge=1)] = 8
     adapter: bool = False
     stream: bool = True
 

@@ -8,7 +8,6 @@ Letters: N samples, B samples of a batch, L tokens of a sample, V tokens of the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from trimoe.aside import aside
 from trimoe.calibration import in_batches
 from trimoe.errors import UserError
 from trimoe.progress import Reporter
@@ -120,8 +120,8 @@ def _save(parts: Sequence[Kept], path: Path) -> None:
 
 def save_aside(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """A safetensors file that is either whole or not there."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path.with_name(path.name + ".part"))
-    os.replace(path.with_name(path.name + ".part"), path)
+    with aside(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
 
 
 def refuse_other_vocabulary(teacher: Skeleton, student: Skeleton) -> None:

@@ -1,0 +1,232 @@
+"""Runs that are killed, that find no room on the disk or no permission, and that are started twice: the same bytes in the end, or one
+sentence. The kills themselves are in benchmarks/kills.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_bad_input import FACTORED, UNIFORM, Line, snapshot
+
+import trimoe
+from trimoe.aside import aside, disk_errors
+from trimoe.journal import FOLDER, Journal
+from trimoe.recover.rewrite import Rewriter
+from trimoe.write import Writer
+
+Family = Callable[[str], Path]
+ROOT = Path(__file__).resolve().parents[1]
+TRAINED = {**UNIFORM, "recover": {"method": "lora", "samples": 8, "length": 32, "batch": 4, "holdout": 0.25, "rank": 2}}
+TRAIN = ["--method", "lora", "--samples", "8", "--length", "32", "--set", "batch=4", "--set", "holdout=0.25", "--set", "rank=2"]
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Line:
+    return Line(monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_to_the_same_bytes() -> None:
+    cases = "moe-i2,gptq,recipe-recover,lora,adapter"
+    words = [sys.executable, ROOT / "benchmarks/kills.py", "--kills", "12", "--seed", "7", "--cases", cases]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].split()[0] == "all"
+
+
+# ---- the disk
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """Writing beyond it is an OSError, as on a full disk (Python ignores the signal)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[None]:
+    """Something mounted over a folder, where that is allowed."""
+    done = subprocess.run(["mount", *options, folder], capture_output=True) if os.geteuid() == 0 else None
+    if done is None or done.returncode:
+        pytest.skip("mounting takes root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a failed run may still hold a file open
+
+
+def failed(line: Line, words: list[Any], message: str) -> None:
+    """Exit code 1, one sentence, and nothing that looks like a model."""
+    code, out, err = line.run(*words)
+    assert (code, out) == (1, ""), err
+    assert err.count("\n") == 1 and err.startswith("trimoe: ") and message in err, err
+
+
+def compressing(source: Path, text: Path, folder: Path, recipe: dict[str, Any]) -> list[Any]:
+    (folder / "mine.yaml").write_text(json.dumps(recipe))
+    return ["compress", source, "-r", folder / "mine.yaml", "-o", "out", "-c", text, "--samples", "4", "--length", "32", "-q"]
+
+
+def both(line: Line, folder: Path, words: list[Any], fail: Callable[[], None]) -> None:
+    """Uninterrupted in one folder, and in another one after a failure: the same bytes."""
+    for name in ("whole", "cut"):
+        (folder / name).mkdir(exist_ok=True)
+        line.monkeypatch.chdir(folder / name)
+        if name == "cut":
+            fail()
+            assert not (folder / name / "out" / "config.json").exists()
+        code, _, err = line.run(*words)
+        assert (code, err) == (0, "")
+    assert snapshot(folder / "cut" / "out") == snapshot(folder / "whole" / "out")
+
+
+@pytest.mark.parametrize("room", [100, 1500, 20_000, 50_000, 90_000])
+def test_a_full_disk_while_compressing(room: int, family_folder: Family, text_file: Path, tmp_path: Path, line: Line) -> None:
+    words = compressing(family_folder("mixtral"), text_file, tmp_path, FACTORED)
+
+    def fail() -> None:
+        with largest_file(room):
+            failed(line, words, "File too large")
+
+    both(line, tmp_path, words, fail)
+
+
+@pytest.mark.parametrize("room", [100, 2000, 20_000])
+def test_a_full_disk_while_training(room: int, family_folder: Family, text_file: Path, tmp_path: Path, line: Line) -> None:
+    trimoe.compress(family_folder("mixtral"), UNIFORM, tmp_path / "made", calibration=[str(text_file)], samples=4, length=32)
+    words = ["recover", tmp_path / "made", "-o", "out", "-q", *TRAIN]
+
+    def fail() -> None:
+        with largest_file(room):
+            failed(line, words, "out")
+
+    both(line, tmp_path, words, fail)
+
+
+def test_no_space_left(family_folder: Family, text_file: Path, tmp_path: Path, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = compressing(family_folder("mixtral"), text_file, tmp_path, FACTORED)
+    small = tmp_path / "small"
+    small.mkdir()
+    with mounted(small, "-t", "tmpfs", "-o", "size=200k", "none"):
+        line.monkeypatch.chdir(small)
+        line.refused("of disk", *words)
+        monkeypatch.setattr(sys.modules["trimoe.compress"], "_check_disk", lambda out, wanted: None)
+        failed(line, words, "No space left on device")
+        shutil.copytree(small / "out", tmp_path / "cut" / "out")
+        line.monkeypatch.chdir(tmp_path)
+    both(line, tmp_path, words, lambda: None)
+
+
+@pytest.mark.parametrize("recipe", [UNIFORM, TRAINED])
+def test_a_folder_that_cannot_be_written_to(
+    recipe: dict[str, Any], family_folder: Family, text_file: Path, tmp_path: Path, line: Line
+) -> None:
+    words = compressing(family_folder("mixtral"), text_file, tmp_path, recipe)
+    fixed = tmp_path / "fixed"
+    fixed.mkdir()
+    with mounted(fixed, "-t", "tmpfs", "-o", "ro", "none"):
+        line.monkeypatch.chdir(fixed)
+        failed(line, words, "Read-only file system")
+        line.monkeypatch.chdir(tmp_path)
+
+
+def test_what_cannot_be_written_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(4096)}
+    writers: list[Callable[[Path], Any]] = [
+        lambda part: save_file(tensors, part), lambda part: torch.save(tensors, part), lambda part: part.write_bytes(bytes(9999)),
+    ]  # fmt: skip
+    for number, write in enumerate(writers):
+        with largest_file(5000), pytest.raises(OSError, match=f"file-{number}"), aside(tmp_path / f"file-{number}") as part:
+            write(part)
+        assert not (tmp_path / f"file-{number}").exists()
+        with aside(tmp_path / f"file-{number}") as part:
+            write(part)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file-0", "file-1", "file-2"]
+    with pytest.raises(RuntimeError, match="mine"), disk_errors(tmp_path):
+        raise RuntimeError("mine")
+
+
+def test_killed_before_the_first_half_of_a_recipe_was_tidied_up(
+    family_folder: Family, text_file: Path, tmp_path: Path, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = compressing(family_folder("mixtral"), text_file, tmp_path, TRAINED)
+
+    def stop(journal: Journal) -> None:
+        raise KeyError("power cut")
+
+    def fail() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "close", stop)
+            with pytest.raises(KeyError, match="power cut"):
+                line.run(*words)
+
+    both(line, tmp_path, words, fail)
+
+
+# ---- two at once, and the source
+
+
+@pytest.mark.parametrize("recipe", [UNIFORM, TRAINED])
+def test_a_second_compress_is_refused(recipe: dict[str, Any], family_folder: Family, text_file: Path, tmp_path: Path, line: Line) -> None:
+    words = compressing(family_folder("mixtral"), text_file, tmp_path, recipe)
+    line.monkeypatch.chdir(tmp_path)
+    refused = []
+
+    def busy(real: Callable[..., None]) -> Callable[..., None]:
+        def finish(*given: Any) -> None:
+            line.refused("Another run is writing to", *words)
+            refused.append(real.__qualname__)
+            real(*given)
+
+        return finish
+
+    with line.monkeypatch.context() as patch:
+        for kind in (Writer, Rewriter):
+            patch.setattr(kind, "finish", busy(kind.finish))
+        code, _, _ = line.run(*words)
+    assert code == 0
+    assert refused == (["Writer.finish", "Rewriter.finish"] if "recover" in recipe else ["Writer.finish"])
+    assert not (tmp_path / "out" / FOLDER).exists()
+
+
+def test_a_second_recover_is_refused_and_the_sources_stay_as_they_were(
+    family_folder: Family, text_file: Path, tmp_path: Path, line: Line
+) -> None:
+    source = Path(shutil.copytree(family_folder("mixtral"), tmp_path / "source"))
+    before = state(source)
+    line.monkeypatch.chdir(tmp_path)
+    line.run(*compressing(source, text_file, tmp_path, UNIFORM))
+    (tmp_path / "out").rename(tmp_path / "made")
+    made = state(tmp_path / "made")
+    for path in (*source.rglob("*"), *(tmp_path / "made").rglob("*")):
+        path.chmod(0o444)
+    words = ["recover", tmp_path / "made", "-o", "out", "-q", *TRAIN]
+    words[words.index("lora")] = "logits"
+    out = tmp_path / "out"
+    out.mkdir()
+    with Journal(out, {}):
+        (out / FOLDER / "inputs.json").unlink()  # the inputs are not what this is about
+        line.refused("Another run is writing to", *words)
+    code, _, err = line.run(*words)
+    assert (code, err) == (0, "")
+    assert state(source) == before and state(tmp_path / "made") == made
+
+
+def state(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
+    return snapshot(folder), {str(path): path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}

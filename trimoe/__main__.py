@@ -1,0 +1,5 @@
+"""python -m trimoe, torchrun -m trimoe."""
+
+from trimoe.cli import main
+
+main()
