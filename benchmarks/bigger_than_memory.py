@@ -27,9 +27,9 @@ from alternate import table, write_json
 
 from trimoe.plan import human
 
-ROOTS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
+ROOTS = (  # folder, a file that is there where memory is accounted for, the limit, the peak
+    (Path("/sys/fs/cgroup"), "cgroup.controllers", "memory.max", "memory.peak"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
 )
 
 
@@ -38,8 +38,10 @@ class Limit:
 
     def __init__(self, size: int):
         self.size, self.folder, self.peak_file = size, None, ""
-        for root, limit, peak in ROOTS:
+        for root, sign, limit, peak in ROOTS:
             folder = root / f"trimoe-{os.getpid()}"
+            if not (root / sign).exists():
+                continue
             try:
                 folder.mkdir()
                 (folder / limit).write_text(str(size))

@@ -325,6 +325,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "linked-licence": (link_out("LICENSE"), "is a link to"),
     "negative-layers": (says(num_hidden_layers=-1), "num_hidden_layers = -1; 1 to 1000 is allowed"),
     "many-layers": (says(num_hidden_layers=10**9), "num_hidden_layers = 1000000000; 1 to 1000 is allowed"),
+    "layers-without-tensors": (says(num_hidden_layers=900), "no more than tensors"),
     "many-experts": (says(num_local_experts=10**9), "2 to 4096 is allowed"),
     "wide": (says(hidden_size=10**15), "cannot be built"),
     "words": (says(hidden_size="many"), "cannot read"),

@@ -198,8 +198,8 @@ class Skeleton:
         if hf.causal_lm_class(self.config) is None:
             raise UserError(f"{name} ({kind}) is not a decoder-only language model that transformers' AutoModelForCausalLM knows.")
         layers = getattr(self.config.get_text_config(), "num_hidden_layers", None)
-        if not isinstance(layers, int) or not 1 <= layers <= 1000:
-            raise UserError(f"{name}: config.json says num_hidden_layers = {layers!r}; 1 to 1000 is allowed.")
+        if not isinstance(layers, int) or not 1 <= layers <= min(1000, len(self.checkpoint.tensors)):
+            raise UserError(f"{name}: config.json says num_hidden_layers = {layers!r}; 1 to 1000 is allowed, no more than tensors.")
         field = hf.canonical(self.config.get_text_config(), hf.TOP_K_NAMES)
         top_k = getattr(self.config.get_text_config(), field) if field else 1
         if not 1 <= top_k <= self.num_experts:
