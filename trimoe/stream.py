@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -64,6 +64,17 @@ class _Stand(nn.Module):
         return hidden_states if self.answer is None else self.answer
 
 
+class _Blank(nn.Module):
+    """In an embedding table's place: zeros of the hidden size; in the head's: nothing but a token's first number."""
+
+    def __init__(self, dtype: torch.dtype, hidden: int | None):
+        super().__init__()
+        self.dtype, self.hidden = dtype, hidden
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return given[..., :1] if self.hidden is None else torch.zeros(*given.shape, self.hidden, dtype=self.dtype, device=given.device)
+
+
 class LayerWalk:
     """Runs token batches through a checkpoint, layer by layer.
 
@@ -80,7 +91,7 @@ class LayerWalk:
                     module._buffers[name] = buffer.to(self.device)
         self.calls: list[list[Call]] = []
         self.hidden = Carried()
-        with self._outer(), torch.no_grad():
+        with self._outer("head"), torch.no_grad():
             for batch in self.batches:
                 first, calls = self._capture(batch)
                 self.hidden.append(first)
@@ -89,15 +100,29 @@ class LayerWalk:
     # ---- weights in, weights out
 
     @contextmanager
-    def _outer(self) -> Iterator[None]:
-        """Embeddings, final norm and head in memory."""
-        checkpoint = self.skeleton.checkpoint
-        self._put({key: checkpoint.read(key) for key in self.skeleton.outer_keys})
-        self.model.tie_weights()
+    def _outer(self, without: Literal["embeddings", "head"]) -> Iterator[None]:
+        """What lies outside the layers in memory, but for the one of two large tables that is not needed: a stub stands in for it. Where
+        head and embeddings are one table, it is there."""
+        checkpoint, model = self.skeleton.checkpoint, self.model
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        left_out, put = (table, model.set_input_embeddings) if without == "embeddings" else (head, model.set_output_embeddings)
+        apart = head is not None and head.weight is not table.weight and not model.config.get_text_config().tie_word_embeddings
+        names = {f"{name}.weight" for name, module in model.named_modules() if apart and module is left_out}
+        keys = {key for name in names for key in self.skeleton.source_keys(name)}
+        for key in self.skeleton.outer_keys:
+            if key not in keys:
+                self._put({key: checkpoint.read(key)})
+        if apart:
+            put(_Blank(self.skeleton.dtype, table.weight.shape[1] if left_out is table else None))
+        else:
+            model.tie_weights()
         try:
             yield
         finally:
-            _to_meta(self.model)
+            if apart:
+                put(left_out)
+            _to_meta(model)
+            give_back()
 
     def _put(self, tensors: dict[str, torch.Tensor]) -> None:
         hf.load_into(self.model, tensors, self.device, self.skeleton.dtype)
@@ -184,7 +209,7 @@ class LayerWalk:
             with self._stands(stands):
                 return self.model(input_ids=self.batches[batch], use_cache=False, logits_to_keep=wanted).logits
 
-        with self._outer():
+        with self._outer("embeddings"):
             yield logits
 
 
