@@ -138,7 +138,7 @@ def main() -> None:
         rows = [
             run(limit, ["plan", str(model), "--recipe", str(recipe), *text]),
             run(limit, ["stats", str(model), "--out", str(stats), *text]),
-            run(limit, ["compress", str(model), "--recipe", str(recipe), "--out", str(out), *text]),
+            run(limit, ["compress", str(model), "--recipe", str(recipe), "--out", str(out), "--stats", str(stats), *text]),
             run(limit, ["eval", str(out), "--length", str(given.length), "--tokens", "512"]),
         ]
     limit.close()

@@ -66,7 +66,7 @@ def recovered(entry: dict[str, Any]) -> str:
     metrics, data = entry["metrics"], entry["data"]
     names = list(metrics["before"])
     lines = ["| held-out text | before | after |", "| --- | --- | --- |"]
-    lines += [f"| {name.replace('_', ' ')} | {metrics['before'][name]:.4f} | {metrics['after'][name]:.4f} |" for name in names]
+    lines += [f"| {name.replace('_', ' ')} | {metrics['before'][name]:.4g} | {metrics['after'][name]:.4g} |" for name in names]
     text = f"{data['samples']} samples of {data['length']} tokens ({_escaped(', '.join(data['domains']))}), {data['held']} more held out"
     what = f"Trained by `{entry['method']}`" + (f" from {_code(entry['teacher'])}" if entry["teacher"] else "") + f" on {text}."
     return "## Recovered\n\n" + what + "\n\n" + "\n".join(lines) + f"\n\n{_fenced(entry['command'])}\n"

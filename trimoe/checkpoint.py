@@ -24,6 +24,7 @@ SINGLE = "model.safetensors"
 BUILTIN = Path(__file__).parent / "builtin" / "models"
 # Everything beside the weights that makes a checkpoint usable: read by us, or carried over unchanged.
 # (On the hub, names with a folder in them are other formats of the same model.)
+SMALL = 1 << 20  # bytes of a tensor that the fingerprint takes whole
 SAMPLE, SAMPLES = 1 << 14, 16  # bytes of a piece of a shard, and how many of them, for the fingerprint
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
@@ -151,10 +152,12 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the configuration, every header entry and pieces of every shard's bytes, spread over it: training changes bytes everywhere."""
+        """Of the configuration, every header entry, every small tensor (training may change routers alone) and pieces of every shard's bytes."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for key in sorted(self.stored):
             digest.update(f"{key}{self.stored[key]}".encode())
+            if self.stored[key].nbytes <= SMALL:
+                digest.update(self._stored(key).view(-1).view(torch.uint8).numpy().data)
         for file in self.files():
             size = os.path.getsize(self.folder / file)
             with open(self.folder / file, "rb") as stream:

@@ -134,7 +134,7 @@ def recover(
         reporter=_reporter(quiet),
     )
     for name, before in made.metrics["before"].items():
-        print(f"{name.replace('_', ' ')} on held-out text: {before:.4f} -> {made.metrics['after'][name]:.4f}")
+        print(f"{name.replace('_', ' ')} on held-out text: {before:.4g} -> {made.metrics['after'][name]:.4g}")
     _write_json(json_file, {"out": str(made.out), "metrics": made.metrics})
 
 

@@ -28,6 +28,8 @@ from trimoe.plan import Plan, final_plan, human, plan
 from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.recover import recover
+from trimoe.recover.run import check
+from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
 from trimoe.stream import compute_dtype, usable_device
@@ -93,9 +95,12 @@ def compress(
                     "A recipe with recover runs in one process; leave recover out, then: accelerate launch -m trimoe.cli recover ..."
                 )
             text = calibration_for(skeleton, parsed.calibration, seed, reporter)
+            if parsed.recover is not None:
+                check(parsed.recover, skeleton, parsed.calibration.data, seed)
             about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
             run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes)
-            return _Job(run, text, {"recipe": parsed.to_json(), **about, "version": VERSION}, command or call), before
+            inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
+            return _Job(run, text, inputs, command or call), before
 
         job, before = processes.after_main(on_paper)
         return job.done(out, before, stats)
@@ -113,7 +118,7 @@ class _Job:
     def done(self, out: Path, before: Plan, stats: str | os.PathLike[str] | None) -> Result:
         """The result in `out`: found there, or made, and trained where the recipe says so."""
         run, main = self.run, self.run.team
-        finished = main.from_main(lambda: _finished(out, self.inputs))
+        finished = main.from_main(lambda: _finished(out, self.inputs, run.recipe.recover))
         if finished is not None:
             Journal(out, self.inputs, main).tidy()
             run.reporter.say(f"{out} holds the finished result of this very command already.")
@@ -124,7 +129,7 @@ class _Job:
         stage = out / FOLDER / "compressed"
         if not stage.exists():
             Journal(out, self.inputs).refuse_other_content()
-        made = _finished(stage, self.inputs)
+        made = _finished(stage, self.inputs, None)
         if made is None:
             made = self.compressed(stage, before, given)
         Journal(stage, self.inputs).tidy()
@@ -266,14 +271,15 @@ def _check_disk(out: Path, wanted: int) -> None:
         raise UserError(f"The result needs {human(wanted)} of disk at {existing}, which has {human(free)} free.")
 
 
-def _finished(out: Path, inputs: dict[str, Any]) -> Result | None:
-    """The result that `out` holds, if it is the finished one of the same inputs."""
+def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None) -> Result | None:
+    """The result that `out` holds, if it is the finished one of the same inputs, trained in the same way."""
     path = out / "trimoe.json"
     if not path.is_file() or not (out / "config.json").is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["inputs"] != json.loads(json.dumps(inputs)):
+        trained = [] if recover is None else [recover.to_json()]
+        if record["inputs"] != json.loads(json.dumps(inputs)) or [entry["spec"] for entry in record.get("recovered", [])] != trained:
             return None
         decisions = {int(i): LayerDecision.from_json(value) for i, value in record["decisions"].items()}
     except (ValueError, KeyError, TypeError):

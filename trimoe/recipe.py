@@ -206,4 +206,5 @@ def _validated(kind: Any, value: Any, where: str) -> Any:
         if first["type"] == "missing":
             raise UserError(f"{where} needs the field {path!r}.") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: {path} is {first['input']!r}; {message[0].lower()}{message[1:].rstrip('.')}.") from None
+        given = f"{path} is {first['input']!r}; " if path else ""
+        raise UserError(f"{where}: {given}{message[0].lower()}{message[1:].rstrip('.')}.") from None

@@ -1,4 +1,5 @@
-"""Tensors that grow with the calibration text: in memory up to a budget, in mapped temporary files beyond it (in TMPDIR, gone with the process).
+"""Tensors that grow with the calibration text: in memory up to a budget, in mapped temporary files beyond it (in TMPDIR, which must
+not be memory itself; gone with the process).
 
 The system writes mapped pages out when memory is short, so what lies there costs disk and time, not memory.
 """
@@ -6,11 +7,15 @@ The system writes mapped pages out when memory is short, so what lies there cost
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import MutableSequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from trimoe.aside import disk_errors
 
 BUDGET = 2 << 30  # bytes of hidden states in memory, and of what one layer's experts are given
 
@@ -21,7 +26,11 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, taken
     if not nbytes or taken + nbytes <= BUDGET:
         return torch.empty(shape, dtype=dtype, device=device)
     with tempfile.NamedTemporaryFile(prefix="trimoe-") as file:  # the mapping outlives the name
-        file.truncate(nbytes)
+        with disk_errors(Path(file.name)):
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is found now, not by the first page that cannot be written
+            else:
+                file.truncate(nbytes)
         return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 

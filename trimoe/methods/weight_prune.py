@@ -28,7 +28,8 @@ from trimoe.sparsity import Pattern, input_norms, keep_pattern, keep_per_layer, 
 
 def _unread(value: Any) -> Any:
     """YAML takes 2:4 without quotes for a number to the base of 60."""
-    return "{}:{}".format(*divmod(value, 60)) if type(value) is int else value
+    keep, of = divmod(value, 60) if type(value) is int else (0, 0)
+    return f"{keep}:{of}" if 0 < keep < of else str(value) if type(value) is int else value
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -118,7 +119,10 @@ class WeightPrune:
         whole = [tensor for expert in range(site.num_experts) for tensor in matrices(experts, expert)]
         zeros = sum(int((tensor == 0).sum()) for tensor in whole)
         tokens_E = None if seen is None else torch.bincount(seen.index_TK.flatten(), minlength=site.num_experts)
-        return {"unseen_experts": 0 if tokens_E is None else int((tokens_E == 0).sum()), "zeros": zeros / sum(tensor.numel() for tensor in whole)}
+        return {
+            "unseen_experts": 0 if tokens_E is None else int((tokens_E == 0).sum()),
+            "zeros": zeros / sum(tensor.numel() for tensor in whole),
+        }
 
     def _prune_rows(self, experts: Any, site: Site, seen: Seen | None) -> None:
         for expert in range(site.num_experts):

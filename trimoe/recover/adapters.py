@@ -45,7 +45,7 @@ class Targets:
         return [*(f"{name}.weight" for name in self.modules), *self.parameters]
 
 
-def targets(model: nn.Module, skeleton: Skeleton, *, experts: bool = True, avoid: Collection[str] = ()) -> Targets:
+def targets(model: nn.Module, skeleton: Skeleton, *, avoid: Collection[str] = ()) -> Targets:
     """What gets an adapter; `avoid`: parameters that get none. Raises UserError where nothing would."""
     routers = [f"{skeleton.layer_name(i)}.{site.block}.{site.router}" for i, site in skeleton.sites.items()]
     linear = [
@@ -55,7 +55,7 @@ def targets(model: nn.Module, skeleton: Skeleton, *, experts: bool = True, avoid
     ]  # fmt: skip
     mistaken = [name for name in linear if name.rpartition(".")[2] in MISTAKEN]
     stacks = dict(expert_weights(model, skeleton))
-    reached = [name for name in stacks if experts and name not in avoid]
+    reached = [name for name in stacks if name not in avoid]
     if not linear and not reached:
         raise UserError(
             f"Every matrix of {skeleton.name} was pruned, and merged adapters would fill the zeros; give adapter: true, or method: logits and train: full."
@@ -97,11 +97,11 @@ def _reached(adapted: Any) -> Iterator[str]:
             yield f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
 
 
-def merged(adapted: Any) -> dict[str, torch.Tensor]:
-    """Full parameter name -> weight with its adapter added. The adapters are gone afterwards."""
+def merged(adapted: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """Full parameter name -> weight with its adapter added, and the model that has these. The adapters are gone afterwards."""
     names = sorted(_reached(adapted))
     model = adapted.merge_and_unload()
-    return {name: model.get_parameter(name).detach() for name in names}
+    return {name: model.get_parameter(name).detach() for name in names}, model
 
 
 def save(adapted: Any, base: Path, aside: Path, out: Path, about: str) -> None:

@@ -30,7 +30,7 @@ from trimoe.progress import Reporter
 from trimoe.recover.pairs import Pair, pairs
 from trimoe.recover.rewrite import Rewriter
 from trimoe.recover.spec import Recover
-from trimoe.recover.zeros import Held, pruned, zero_masks
+from trimoe.recover.zeros import Held, zero_masks
 from trimoe.seen import Recorder, Seen
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
@@ -70,7 +70,7 @@ def distil(
                 with own_walk.layer(new) as own:
                     learned = learn(
                         lesson, student.sites[new].experts_of(own), spec, stored[new],
-                        keep_zeros=pruned(record), size=spec.batch * train[0].shape[1], seed=seed * SEEDS + new,
+                        size=spec.batch * train[0].shape[1], seed=seed * SEEDS + new,
                     )  # fmt: skip
                 if learned.state is not None:
                     rewriter.put(_on_disk(student, new, learned.state))
@@ -165,7 +165,7 @@ def trainable(experts: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def learn(
-    lesson: Lesson, student: nn.Module, spec: Recover, stored: Mapping[str, torch.dtype], *, keep_zeros: bool, size: int, seed: int
+    lesson: Lesson, student: nn.Module, spec: Recover, stored: Mapping[str, torch.dtype], *, size: int, seed: int
 ) -> Learned:  # fmt: skip
     """Train one layer's experts on minibatches of `size` tokens. `stored`: in which dtype each parameter will be written; the result is
     judged as it reads then."""
@@ -176,7 +176,7 @@ def learn(
         return Learned(None, before, before, 0)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    masks = zero_masks(parameters) if keep_zeros else {}
+    masks = zero_masks(parameters)
     zeros = Held({parameters[name]: mask for name, mask in masks.items()})
     zeros.register()
     best, steps = _descend(lesson, student, parameters, zeros, spec, before, size, seed)

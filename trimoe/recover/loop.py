@@ -145,6 +145,8 @@ class Training:
             raise UserError(f"{world} processes share batches of {min(spec.batch, count)} samples; every one needs at least one.")
         self.each = count // self.batch
         self.steps = min(spec.steps or 1 << 60, spec.epochs * self.each)
+        if spec.steps is not None and self.steps < spec.steps:
+            reporter.say(f"{spec.epochs} epochs of {count} samples are {self.steps} steps, fewer than {spec.steps}; give more epochs.")
         self.every = max(1, -(-self.steps // VALIDATIONS))
         self.step, self.bad, self.curve = 0, 0, list[dict[str, Any]]()
         self.model = accelerator.prepare(job.model)
@@ -175,7 +177,7 @@ class Training:
         self.accelerator.wait_for_everyone()
         self._give(self._best_file())
         rounds = {"steps": self.steps, "stopped": self.step, "best": self.best["step"], "curve": self.curve}
-        return {"before": self._numbers(self.curve[0]), "after": self._numbers(self.best), **rounds, **self.job.constants}
+        return {"before": numbers(self.curve[0]), "after": numbers(self.best), **rounds, **self.job.constants}
 
     def _optimise(self) -> float:
         """One step on one batch; its loss (of this process's share)."""
@@ -212,8 +214,8 @@ class Training:
     # ---- validation
 
     @torch.no_grad()
-    def _validate(self) -> None:
-        """On the samples held out: perplexity, and KL where the original's distributions are known."""
+    def measured(self) -> dict[str, Any]:
+        """The model as it is now, on the samples held out: perplexity, and KL where the original's distributions are known."""
         held = range(self.count, len(self.samples_NL))
         loss = kl = 0.0
         for part in self._pieces(held):
@@ -230,6 +232,10 @@ class Training:
             raise UserError(
                 f"Training diverged at step {self.step}: the loss on held-out text is {loss}; give a rate below {self.spec.peak:g}."
             )
+        return entry
+
+    def _validate(self) -> None:
+        entry = self.measured()
         self.curve.append(entry)
         if self.best is entry:
             self.bad = 0
@@ -237,9 +243,6 @@ class Training:
                 save_aside({name: parameter.detach().cpu() for name, parameter in self.job.trained.items()}, self._best_file())
         else:
             self.bad += 1
-
-    def _numbers(self, entry: dict[str, Any]) -> dict[str, float]:
-        return {name: value for name, value in entry.items() if name != "step"}
 
     # ---- a state on disk
 
@@ -278,6 +281,10 @@ class Training:
     def _set(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.job.trained.items():
             parameter.copy_(values[name])
+
+
+def numbers(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if name != "step"}
 
 
 def launcher() -> Accelerator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,17 @@ from trimoe import card, hf
 from trimoe.calibration import Calibration, calibrate, in_batches
 from trimoe.errors import UserError
 from trimoe.evaluate import origin
+from trimoe.headers import DTYPES
 from trimoe.journal import FOLDER, Journal
 from trimoe.loading import load
 from trimoe.progress import QUIET, Reporter
 from trimoe.recover import adapters, experts
-from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, text_loss
+from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
 from trimoe.recover.rewrite import Rewriter
 from trimoe.recover.spec import Recover, parsed
 from trimoe.recover.teacher import Teacher, refuse_other_vocabulary
-from trimoe.recover.zeros import Held, pruned, zero_masks
+from trimoe.recover.zeros import Held, zero_masks
 from trimoe.skeleton import Skeleton
 from trimoe.stream import give_back, usable_device
 from trimoe.version import VERSION, versions
@@ -96,6 +98,10 @@ def recover(
         "text": text.fingerprint, "version": VERSION,
     }  # fmt: skip
     processes = launcher()
+    if processes.num_processes > 1 and spec.method == "experts" and spec.stream:
+        raise UserError(
+            "recover: method experts goes layer by layer in one process; start it without accelerate launch, or set stream=false."
+        )
     finished = _finished(out, spec, inputs)
     if finished is not None:
         if processes.is_main_process:
@@ -108,7 +114,7 @@ def recover(
     with journal if processes.is_main_process else contextlib.nullcontext():
         rewriter = Rewriter(student.checkpoint, out)
         by_layer = spec.method == "experts" and spec.stream
-        metrics, job = (_by_layer(run, rewriter, journal), None) if by_layer else _as_a_whole(run, processes)
+        metrics, job, changed = (_by_layer(run, rewriter, journal), None, {}) if by_layer else _as_a_whole(run, processes)
         if processes.is_main_process:
             entry = {
                 "method": spec.method, "spec": spec.to_json(), "metrics": metrics, "teacher": original.name if original else None,
@@ -118,7 +124,7 @@ def recover(
             if spec.adapter and job is not None:
                 _keep_adapter(run, job, entry)
             else:
-                _rewrite(run, rewriter, job, entry)
+                _rewrite(run, rewriter, changed, entry)
             journal.close()
     processes.wait_for_everyone()
     reporter.say(f"Wrote {out}: {_sentence(metrics)}.")
@@ -141,8 +147,9 @@ def _by_layer(run: Run, rewriter: Rewriter, journal: Journal) -> dict[str, Any]:
     return {**sums, "layers": layers}
 
 
-def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job]:
-    """The other methods: the model, and for `experts` the original too, in memory."""
+def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, dict[str, torch.Tensor]]:
+    """The other methods: the model, and for `experts` the original too, in memory. The last of the three are the weights to be written, none
+    where the start was best."""
     teacher = _answers(run, processes) if run.spec.method in ("router", "logits") else None
     place = processes.device if processes.num_processes > 1 else run.device
     options: dict[str, Any] = {} if run.student.checkpoint.scheme is None else {"backend": "dequantize"}  # gradients flow through it
@@ -151,7 +158,31 @@ def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job]:
     training = Training(
         job, run.text.samples_NL, run.count, run.spec, run.folder, processes, seed=run.seed, device=run.device, reporter=run.reporter,
     )  # fmt: skip
-    return {**training.run(), **about, "trained": sum(parameter.numel() for parameter in job.trained.values())}, job
+    metrics = {**training.run(), **about, "trained": sum(parameter.numel() for parameter in job.trained.values())}
+    changed: dict[str, torch.Tensor] = {}
+    if metrics["best"] > 0 and not run.spec.adapter:
+        changed = _rounded(run, job)
+        after = training.measured()
+        if after[job.goal] < metrics["before"][job.goal]:
+            metrics["after"] = numbers(after)
+        else:  # what training gained is less than what rounding to the stored dtype takes
+            changed, metrics["best"], metrics["after"] = {}, 0, metrics["before"]
+    return metrics, job, changed
+
+
+@torch.no_grad()
+def _rounded(run: Run, job: Job) -> dict[str, torch.Tensor]:
+    """The trained weights, adapters merged, in the dtypes that they are stored in; the job's model has them from now on."""
+    if hasattr(job.model, "merge_and_unload"):
+        changed, job.model = adapters.merged(job.model)
+    else:
+        changed = {name: parameter.detach() for name, parameter in job.trained.items()}
+    out = {}
+    for name, tensor in changed.items():
+        stored = DTYPES[run.student.checkpoint.tensors[run.student.source_keys(name)[0]].dtype]
+        out[name] = tensor.to(stored)
+        tensor.copy_(out[name])
+    return out
 
 
 def _loaded(skeleton: Skeleton, place: Any, **options: Any) -> Any:
@@ -179,17 +210,17 @@ def _answers(run: Run, processes: Any) -> Teacher:
 def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job, dict[str, Any]]:
     """What trains, by which loss; and what trimoe.json says of it."""
     spec, student = run.spec, run.student
-    zeros = zero_masks(dict(model.named_parameters())) if pruned(run.record) else {}
+    zeros = zero_masks(dict(model.named_parameters()))
     if spec.method == "experts":
         return _experts_job(run, model, zeros, place), {}
     loss, goal = (distilled(teacher), "kl") if teacher is not None else (text_loss, "loss")
     if spec.method in ("lora", "logits") and spec.train == "lora":
-        stays = {} if spec.adapter else zeros
-        wanted = adapters.targets(model, student, experts=spec.adapter or not zeros, avoid=stays)
-        if stays:
-            run.reporter.say(
-                f"Merged adapters would fill pruned zeros: {len(wanted.modules)} linear modules without zeros get one, experts none."
-            )
+        inside = {name: mask for name, mask in zeros.items() if name.startswith(student.prefix + ".")}
+        wanted = adapters.targets(model, student, avoid={} if spec.adapter else inside)
+        if inside and spec.adapter:
+            run.reporter.say("Adapters on pruned matrices fill their zeros once they are merged.")
+        elif inside:
+            run.reporter.say(f"Merged adapters would fill pruned zeros: the {len(inside)} parameters that have some get none.")
         model = adapters.attach(model, wanted, spec, run.seed)
         return Job(model, adapters.trainable(model), loss, goal, teacher), adapters.described(wanted)
     if spec.method == "router":
@@ -225,16 +256,13 @@ def _held(trained: dict[str, Any], zeros: dict[str, torch.Tensor]) -> Held | Non
 # ---- writing
 
 
-def _rewrite(run: Run, rewriter: Rewriter, job: Job | None, entry: dict[str, Any]) -> None:
-    """The folder's copy with the trained numbers; where nothing was better than the start, with the old ones."""
+def _rewrite(run: Run, rewriter: Rewriter, changed: Mapping[str, torch.Tensor], entry: dict[str, Any]) -> None:
+    """The folder's copy with the trained numbers."""
     rewriter.begin()
-    if job is not None and entry["metrics"]["best"] > 0:
-        adapted = hasattr(job.model, "merge_and_unload")
-        changed = adapters.merged(job.model) if adapted else {name: parameter.detach() for name, parameter in job.trained.items()}
-        for name, tensor in changed.items():
-            disk = hf.to_disk_format(run.student.model, {name: tensor.cpu()}, run.student.conversion)
-            assert set(disk) == set(run.student.source_keys(name)), f"{name} would be written under other names than it was read from"
-            rewriter.put(disk)
+    for name, tensor in changed.items():
+        disk = hf.to_disk_format(run.student.model, {name: tensor.cpu()}, run.student.conversion)
+        assert set(disk) == set(run.student.source_keys(name)), f"{name} would be written under other names than it was read from"
+        rewriter.put(disk)
     record = {name: value for name, value in run.record.items() if name != "evaluation"}  # which was of other numbers
     record["recovered"] = [*record.get("recovered", []), entry]
     rewriter.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
@@ -252,6 +280,13 @@ def _sentence(metrics: dict[str, Any]) -> str:
 
 
 # ---- input
+
+
+def check(spec: Recover, skeleton: Skeleton, data: Any, seed: int) -> None:
+    """What can be found before the folder is there that is to be trained. Raises UserError."""
+    if spec.method in ("lora", "logits") and spec.train == "lora":
+        adapters.import_peft()
+    _text(skeleton, {"recipe": {"calibration": {"data": data}}}, spec, seed, QUIET)
 
 
 def _record(folder: Path) -> dict[str, Any]:

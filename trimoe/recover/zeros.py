@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-STEP = "weight_prune"  # the recipe step that leaves zeros inside matrices
-SPARSE = 0.01  # share of exact zeros from which on a matrix counts as pruned
-
-
-def pruned(record: Mapping[str, Any] | None) -> bool:
-    """Whether the trimoe.json record's recipe has a step that leaves zeros inside matrices."""
-    recipe = (record or {}).get("recipe")
-    steps = recipe.get("steps") if isinstance(recipe, Mapping) else None
-    return any(isinstance(step, Mapping) and STEP in step for step in steps or ())
+SPARSE = 0.001  # share of exact zeros from which on a matrix counts as pruned; others have next to none
 
 
 def zero_masks(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
