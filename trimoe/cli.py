@@ -150,7 +150,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Perplexity on each text; KL and agreement against the original. Both models are streamed."""
     import trimoe
-    from trimoe import UserError, card, tables
+    from trimoe import UserError, card, distributed, tables
     from trimoe.evaluate import origin
     from trimoe.stream import compute_dtype
 
@@ -167,7 +167,12 @@ def evaluate(
         dtype=compute_dtype(dtype), reporter=reporter,
     )  # fmt: skip
     tables.evaluation(report)
-    if made_from is not None and against is not None and (against == made_from or Path(against).resolve() == Path(made_from)):
+    if (
+        distributed.speaks()
+        and made_from is not None
+        and against is not None
+        and (against == made_from or Path(against).resolve() == Path(made_from))
+    ):
         card.add_evaluation(Path(folder), report)
     _write_json(json_file, report)
 
@@ -204,12 +209,13 @@ def demo(
 ) -> None:  # fmt: skip
     """The main job on a built-in model: MoE-I2, evaluated before and after on held-out text."""
     import trimoe
-    from trimoe import card, tables
+    from trimoe import card, distributed, tables
 
     reporter = _reporter(quiet)
     result = trimoe.compress(model, "moe-i2", out, command=_command(), reporter=reporter)
     report = trimoe.evaluate(out, against=model, reporter=reporter)
-    card.add_evaluation(out, report)
+    if distributed.speaks():
+        card.add_evaluation(out, report)
     print(result.plan)
     tables.evaluation(report)
     print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")

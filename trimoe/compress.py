@@ -22,6 +22,7 @@ from trimoe.gather import statistics
 from trimoe.headers import DTYPES
 from trimoe.journal import FOLDER, Journal
 from trimoe.layout import Layout
+from trimoe.linears import linears
 from trimoe.methods import ExpertDrop, LowRank, WeightPrune
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.plan import Plan, final_plan, human, plan
@@ -249,12 +250,12 @@ def refuse_inside(out: Path, skeleton: Skeleton) -> None:
 
 def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
     """Factors, pruned weights, and matrices that stay dense beside them, are written from what was computed with."""
-    keys = [
-        key
-        for index, site in skeleton.sites.items()
-        for path in site.expert_paths()
-        for key in skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}")
-    ]
+    names = [f"{skeleton.layer_name(i)}.{site.block}.{path}" for i, site in skeleton.sites.items() for path in site.expert_paths()]
+    if any(isinstance(step, WeightPrune) and step.scope != "experts" for step in recipe.steps):
+        names += [
+            f"{skeleton.layer_name(i)}.{path}.weight" for i in range(len(skeleton.layers)) for path in linears(skeleton, i, block=True)
+        ]
+    keys = [key for name in names for key in skeleton.source_keys(name)]
     stored = {DTYPES[skeleton.checkpoint.tensors[key].dtype] for key in keys}
     wider = [dtype for dtype in stored if torch.promote_types(dtype, skeleton.dtype) != skeleton.dtype]
     step = next((step for step in recipe.steps if isinstance(step, LowRank | WeightPrune)), None)

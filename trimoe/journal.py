@@ -56,6 +56,8 @@ class Journal:
         except OSError:
             self._lock.close()
             raise UserError(f"Another run is writing to {self.out}; wait for it, or give another folder.") from None
+        if (self.folder / "inputs.json").is_file():  # of a run that came in between
+            self.refuse_other_content()
         write_text(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
 
     def __exit__(self, *error: object) -> None:

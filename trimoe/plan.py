@@ -18,6 +18,7 @@ from trimoe.paper import Paper, search_memory
 from trimoe.recipe import Recipe
 from trimoe.recipe import load as load_recipe
 from trimoe.skeleton import LOGITS, Site, Skeleton
+from trimoe.spill import BUDGET
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 IMPORTS = 700 << 20  # bytes of memory that Python, torch and transformers take themselves
@@ -210,7 +211,7 @@ def describe(
     loads = dict.fromkeys(ENGINES, others) | {"transformers": "yes" + (f", with {' and '.join(own)}" if own else "")}
     if any(decision.bits for decision in layout.decisions.values()):
         loads["llama.cpp"] = "no (it does not read compressed-tensors)"
-    hidden = next(iter(skeleton.sites.values())).hidden * tokens * skeleton.dtype.itemsize
+    hidden = min(BUDGET, next(iter(skeleton.sites.values())).hidden * tokens * skeleton.dtype.itemsize)
     search = max(search_memory(step, dict(skeleton.sites), recipe) for step in recipe.steps)
     logits = 5 * 4 * min(LOGITS, 2048 * skeleton.config.get_text_config().vocab_size)
     peak = int(2.5 * skeleton.largest_layer + 2 * hidden + search + logits + IMPORTS)

@@ -32,7 +32,7 @@ class PartSeen(Seen):
     pool_PH: torch.Tensor
 
     def of(self, expert: int) -> Given:
-        return replace(super().of(expert), pool_PH=self.pool_PH)
+        return replace(super().of(expert), pool_PH=self.pool_PH.to(self.index_TK.device))
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Share:
     site: Site
     seen: Any
     spans: list[slice]
+    own: slice
 
     @property
     def empty(self) -> bool:
@@ -52,7 +53,7 @@ class Share:
 
     def decision(self, decision: LayerDecision) -> LayerDecision:
         """The layer's decision, about these experts alone."""
-        span = self.spans[self.team.rank]
+        span = self.own
         assert decision.in_ranks is not None and decision.out_ranks is not None
         return replace(decision, keep=decision.keep[span], in_ranks=decision.in_ranks[span], out_ranks=decision.out_ranks[span])
 
@@ -68,13 +69,13 @@ def share(team: Team, experts: Any, site: Site, seen: Seen | None, first: int, t
     main one's weights count)."""
     count = site.num_experts
     if team.count == 1:
-        return Share(team, experts, experts, site, seen, [slice(0, count)])
+        return Share(team, experts, experts, site, seen, [slice(0, count)], slice(0, count))
     spans = [team.span(count, rank) for rank in range(team.count)] if divide else [slice(0, count)] * team.count
     own = spans[team.rank]
     part = _routed(team, seen, spans, first, tokens) if seen is not None else None
     if not divide:
         spans = [slice(0, count), *[slice(0, 0)] * (team.count - 1)]
-    return Share(team, experts, narrowed(experts, own, count), replace(site, num_experts=own.stop - own.start), part, spans)
+    return Share(team, experts, narrowed(experts, own, count), replace(site, num_experts=own.stop - own.start), part, spans, own)
 
 
 def narrowed(experts: Any, span: slice, count: int) -> Any:
@@ -92,7 +93,8 @@ def _routed(team: Team, seen: Seen, spans: Sequence[slice], first: int, tokens: 
     """Every token's input goes to the processes that own experts of its choice; every so-many-th goes to all, as the layer's pool."""
     goes = [((seen.index_TK >= span.start) & (seen.index_TK < span.stop)).any(1) for span in spans]
     x, index, weight = (
-        team.exchanged([tensor[mask] for mask in goes]) for tensor in (seen.x_TH, seen.index_TK.contiguous(), seen.weight_TK.contiguous())
+        team.exchanged([tensor[mask.to(tensor.device)].to(mask.device) for mask in goes])
+        for tensor in (seen.x_TH, seen.index_TK.contiguous(), seen.weight_TK.contiguous())
     )
     own = spans[team.rank]
     mine = (index >= own.start) & (index < own.stop)

@@ -25,6 +25,7 @@ from trimoe.linears import Inputs
 from trimoe.methods import LowRank, Quantize, WeightPrune
 from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.methods.quantize import QuantizedLayer, put_back
+from trimoe.modeling_trimoe import first_projection
 from trimoe.seen import FEW, Recorder, Seen
 from trimoe.shares import factored, pruned, quantized, share
 from trimoe.skeleton import Site, tensor_at
@@ -126,6 +127,13 @@ def _change(
 
         for weight, made in zip(weights.values(), run.team.shared(list(weights), thinned), strict=True):
             weight.copy_(made)
+        stored = {path: writer.layout.linear_dtype(index, path) for path in weights}
+        for path, weight in weights.items():
+            weight.copy_(weight.to(DTYPES[stored[path]]))  # what the next layers see is what is written: a resumed run reads it back
+        if part is not None:
+            dtype = DTYPES[writer.layout.expert_dtype(index, run.skeleton.sites[index])]
+            for parameter in (first_projection(part.whole), part.whole.down_proj):
+                parameter.copy_(parameter.to(dtype))
         journal.put(f"changed-{index}", about)
         _put(run, writer, index + 1, lambda: writer.layout.pruned_form(index, layer))
     walk.advance(index, layer)

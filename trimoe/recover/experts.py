@@ -74,6 +74,14 @@ def distil(
                     )  # fmt: skip
                 if learned.state is not None:
                     rewriter.put(_on_disk(student, new, learned.state))
+                else:  # a run that was killed while it wrote may have left other numbers there
+                    rewriter.put(
+                        {
+                            key: student.checkpoint.read(key)
+                            for leaf in stored[new]
+                            for key in student.source_keys(_name(student, new, leaf))
+                        }
+                    )
                 metrics[new] = learned.to_json()
                 journal.put(f"layer-{new}", learned.to_json())
                 del recorder, lesson, learned  # not beside the next layer

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -235,7 +235,7 @@ class Training:
         return entry
 
     def _validate(self) -> None:
-        entry = self.measured()
+        entry = broadcast_object_list([self.measured()])[0]  # every process goes by the main one's: last bits may differ
         self.curve.append(entry)
         if self.best is entry:
             self.bad = 0

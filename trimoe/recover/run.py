@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from trimoe import card, hf
+from trimoe import card, distributed, hf
 from trimoe.calibration import Calibration, calibrate, in_batches
 from trimoe.errors import UserError
 from trimoe.evaluate import origin
-from trimoe.headers import DTYPES
+from trimoe.headers import DTYPES, read_json
 from trimoe.journal import FOLDER, Journal
 from trimoe.loading import load
 from trimoe.progress import QUIET, Reporter
@@ -80,11 +80,18 @@ def recover(
     teacher   the original; by default the model that trimoe.json names
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
-    out, spec = Path(out), parsed(spec)
+    out, spec, processes = Path(out), parsed(spec), launcher()
+    if processes.num_processes == 1 and distributed.launched():
+        raise UserError("recover: torchrun's processes do not share this work on this device; start it with accelerate launch.")
+    if processes.num_processes > 1 and spec.method == "experts" and spec.stream:
+        raise UserError(
+            "recover: method experts goes layer by layer in one process; start it without accelerate launch, or set stream=false."
+        )
+    reporter = reporter if processes.is_main_process else QUIET
     call = f"trimoe.recover({str(folder)!r}, out, {spec.to_json()!r}, teacher={None if teacher is None else str(teacher)!r}, seed={seed!r}, device={device!r})"
     record = _record(Path(folder))
     student = Skeleton.of(str(folder))
-    original = _teacher(spec, teacher, Path(folder), student)
+    original = _teacher(spec, teacher, Path(folder), record, student)
     _refuse_packed(spec, student)
     for skeleton in (student, original):
         _refuse_inside(out, skeleton)
@@ -95,13 +102,8 @@ def recover(
     inputs = {
         "folder": student.checkpoint.fingerprint,
         "teacher": original.checkpoint.fingerprint if original else None, "recover": spec.to_json(), "seed": seed,
-        "text": text.fingerprint, "version": VERSION,
+        "text": text.fingerprint, "version": VERSION, "batch": len(in_batches(text.samples_NL, device)[0]),
     }  # fmt: skip
-    processes = launcher()
-    if processes.num_processes > 1 and spec.method == "experts" and spec.stream:
-        raise UserError(
-            "recover: method experts goes layer by layer in one process; start it without accelerate launch, or set stream=false."
-        )
     finished = _finished(out, spec, inputs)
     if finished is not None:
         if processes.is_main_process:
@@ -294,13 +296,15 @@ def _record(folder: Path) -> dict[str, Any]:
         raise UserError(f"There is no folder {str(folder)!r}; recovery trains a finished folder of trimoe.")
     if (folder / FOLDER).exists() or not (folder / "config.json").is_file() or not (folder / "trimoe.json").is_file():
         raise UserError(f"{folder} is not a finished folder of trimoe (which has config.json and trimoe.json); finish its run first.")
-    record = json.loads((folder / "trimoe.json").read_text(encoding="utf-8"))
-    if not isinstance(record, dict) or not {"model", "recipe", "decisions", "inputs"} <= set(record):
+    record = read_json(folder / "trimoe.json")
+    if not {"model", "recipe", "decisions", "inputs"} <= set(record) or not isinstance(record["recipe"], dict):
         raise UserError(f"{folder / 'trimoe.json'} is not what trimoe writes; the folder is damaged.")
     return record
 
 
-def _teacher(spec: Recover, given: str | os.PathLike[str] | None, folder: Path, student: Skeleton) -> Skeleton | None:
+def _teacher(
+    spec: Recover, given: str | os.PathLike[str] | None, folder: Path, record: dict[str, Any], student: Skeleton
+) -> Skeleton | None:
     if spec.method == "lora":
         if given is not None:
             raise UserError("recover: lora learns from the text alone; leave the teacher out, or take method: logits.")
@@ -308,7 +312,7 @@ def _teacher(spec: Recover, given: str | os.PathLike[str] | None, folder: Path, 
     teacher = Skeleton.of(str(given if given is not None else origin(folder)))
     refuse_other_vocabulary(teacher, student)
     if spec.method == "experts":
-        pairs(json.loads((folder / "trimoe.json").read_text(encoding="utf-8")), teacher, student)
+        pairs(record, teacher, student)
     return teacher
 
 
