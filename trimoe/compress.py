@@ -29,7 +29,7 @@ from trimoe.plan import Plan, final_plan, human, plan
 from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.recover import recover
-from trimoe.recover.run import check
+from trimoe.recover.given import check, refuse_inside
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
@@ -238,14 +238,6 @@ def _batches(text: Calibration, device: str, processes: Team) -> list[torch.Tens
             f"The calibration text makes {len(batches)} batches, too few for {processes.count} processes; start fewer, or take more --samples."
         )
     return batches
-
-
-def refuse_inside(out: Path, skeleton: Skeleton) -> None:
-    source, target = skeleton.checkpoint.folder.resolve(), out.resolve()
-    if any(parent.is_file() for parent in target.parents):
-        raise UserError(f"The output {out} cannot be made: a part of its path is a file.")
-    if target == source or source in target.parents:
-        raise UserError(f"The output folder {out} lies in the source model's folder; the source is never written to.")
 
 
 def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:

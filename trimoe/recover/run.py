@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from trimoe import card, distributed, hf
-from trimoe.calibration import Calibration, calibrate, in_batches
+from trimoe.calibration import Calibration, in_batches
 from trimoe.errors import UserError
-from trimoe.evaluate import origin
-from trimoe.headers import DTYPES, read_json
+from trimoe.headers import DTYPES
 from trimoe.journal import FOLDER, Journal
 from trimoe.loading import load
 from trimoe.progress import QUIET, Reporter
 from trimoe.recover import adapters, experts
+from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for
 from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
 from trimoe.recover.rewrite import Rewriter
 from trimoe.recover.spec import Recover, parsed
-from trimoe.recover.teacher import Teacher, refuse_other_vocabulary
+from trimoe.recover.teacher import Teacher
 from trimoe.recover.zeros import Held, zero_masks
 from trimoe.skeleton import Skeleton
 from trimoe.stream import give_back, usable_device
@@ -89,16 +89,16 @@ def recover(
         )
     reporter = reporter if processes.is_main_process else QUIET
     call = f"trimoe.recover({str(folder)!r}, out, {spec.to_json()!r}, teacher={None if teacher is None else str(teacher)!r}, seed={seed!r}, device={device!r})"
-    record = _record(Path(folder))
+    record = record_of(Path(folder))
     student = Skeleton.of(str(folder))
-    original = _teacher(spec, teacher, Path(folder), record, student)
-    _refuse_packed(spec, student)
+    original = teacher_of(spec, teacher, Path(folder), record, student)
+    refuse_packed(spec, student)
     for skeleton in (student, original):
-        _refuse_inside(out, skeleton)
+        refuse_inside(out, skeleton)
     usable_device(device)
     if spec.method in ("lora", "logits") and spec.train == "lora":
         adapters.import_peft()
-    text, count = _text(student, record, spec, seed, reporter)
+    text, count = text_for(student, record, spec, seed, reporter)
     inputs = {
         "folder": student.checkpoint.fingerprint,
         "teacher": original.checkpoint.fingerprint if original else None, "recover": spec.to_json(), "seed": seed,
@@ -279,81 +279,6 @@ def _keep_adapter(run: Run, job: Job, entry: dict[str, Any]) -> None:
 def _sentence(metrics: dict[str, Any]) -> str:
     found = [f"{name.replace('_', ' ')} {value:.4g} -> {metrics['after'][name]:.4g}" for name, value in metrics["before"].items()]
     return ", ".join(found) + " on held-out text"
-
-
-# ---- input
-
-
-def check(spec: Recover, skeleton: Skeleton, data: Any, seed: int) -> None:
-    """What can be found before the folder is there that is to be trained. Raises UserError."""
-    if spec.method in ("lora", "logits") and spec.train == "lora":
-        adapters.import_peft()
-    _text(skeleton, {"recipe": {"calibration": {"data": data}}}, spec, seed, QUIET)
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {str(folder)!r}; recovery trains a finished folder of trimoe.")
-    if (folder / FOLDER).exists() or not (folder / "config.json").is_file() or not (folder / "trimoe.json").is_file():
-        raise UserError(f"{folder} is not a finished folder of trimoe (which has config.json and trimoe.json); finish its run first.")
-    record = read_json(folder / "trimoe.json")
-    if not {"model", "recipe", "decisions", "inputs"} <= set(record) or not isinstance(record["recipe"], dict):
-        raise UserError(f"{folder / 'trimoe.json'} is not what trimoe writes; the folder is damaged.")
-    return record
-
-
-def _teacher(
-    spec: Recover, given: str | os.PathLike[str] | None, folder: Path, record: dict[str, Any], student: Skeleton
-) -> Skeleton | None:
-    if spec.method == "lora":
-        if given is not None:
-            raise UserError("recover: lora learns from the text alone; leave the teacher out, or take method: logits.")
-        return None
-    teacher = Skeleton.of(str(given if given is not None else origin(folder)))
-    refuse_other_vocabulary(teacher, student)
-    if spec.method == "experts":
-        pairs(record, teacher, student)
-    return teacher
-
-
-def _refuse_packed(spec: Recover, student: Skeleton) -> None:
-    if student.checkpoint.scheme is not None and not spec.adapter:
-        raise UserError(
-            f"{student.name} has packed experts, which training cannot change; "
-            "give adapter: true with method lora or logits, or recover first and quantise then."
-        )
-
-
-def _refuse_inside(out: Path, skeleton: Skeleton | None) -> None:
-    if skeleton is None:
-        return
-    source, target = skeleton.checkpoint.folder.resolve(), out.resolve()
-    if any(parent.is_file() for parent in target.parents):
-        raise UserError(f"The output {out} cannot be made: a part of its path is a file.")
-    if target == source or source in target.parents:
-        raise UserError(f"The output folder {out} lies in {skeleton.checkpoint.folder}, which is never written to.")
-
-
-def _text(student: Skeleton, record: dict[str, Any], spec: Recover, seed: int, reporter: Reporter) -> tuple[Calibration, int]:
-    """Training samples, shuffled, then held-out ones, from the last stretch of each text; and how many of the former there are."""
-    data = spec.data or record["recipe"].get("calibration", {}).get("data") or "builtin:mixed"
-    if spec.length > student.context:
-        reporter.say(f"Samples of {spec.length} tokens are cut to {student.context}, the model's context.")
-    share = 1 - spec.holdout
-    held = max(1, round(spec.samples * spec.holdout))
-    train, kept = (
-        calibrate(
-            student.checkpoint, [data] if isinstance(data, str) else list(data), samples=count, length=spec.length,
-            context=student.context, vocabulary=student.config.get_text_config().vocab_size, seed=seed, part=part,
-        ) for count, part in ((max(1, spec.samples - held), (0.0, share)), (held, (share, 1.0)))
-    )  # fmt: skip
-    count = len(train.samples_NL)
-    if count + len(kept.samples_NL) < spec.samples:
-        reporter.say(f"The text gives {count} of the {spec.samples - held} samples asked for, and {len(kept.samples_NL)} held out.")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    samples_NL = torch.cat([train.samples_NL[order], kept.samples_NL])
-    domains = (*(train.domains[place] for place in order.tolist()), *kept.domains)
-    return Calibration(samples_NL, domains, train.fingerprint + kept.fingerprint), count
 
 
 def _finished(out: Path, spec: Recover, inputs: dict[str, Any]) -> Recovered | None:

@@ -1,0 +1,93 @@
+"""What a recovery is given: the finished folder, the original, the text. Everything that can be wrong with them is said here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimoe.calibration import Calibration, calibrate
+from trimoe.errors import UserError
+from trimoe.evaluate import origin
+from trimoe.headers import read_json
+from trimoe.journal import FOLDER
+from trimoe.progress import QUIET, Reporter
+from trimoe.recover import adapters
+from trimoe.recover.pairs import pairs
+from trimoe.recover.spec import Recover
+from trimoe.recover.teacher import refuse_other_vocabulary
+from trimoe.skeleton import Skeleton
+
+
+def check(spec: Recover, skeleton: Skeleton, data: Any, seed: int) -> None:
+    """What can be found before the folder is there that is to be trained. Raises UserError."""
+    if spec.method in ("lora", "logits") and spec.train == "lora":
+        adapters.import_peft()
+    text_for(skeleton, {"recipe": {"calibration": {"data": data}}}, spec, seed, QUIET)
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {str(folder)!r}; recovery trains a finished folder of trimoe.")
+    if (folder / FOLDER).exists() or not (folder / "config.json").is_file() or not (folder / "trimoe.json").is_file():
+        raise UserError(f"{folder} is not a finished folder of trimoe (which has config.json and trimoe.json); finish its run first.")
+    record = read_json(folder / "trimoe.json")
+    if not {"model", "recipe", "decisions", "inputs"} <= set(record) or not isinstance(record["recipe"], dict):
+        raise UserError(f"{folder / 'trimoe.json'} is not what trimoe writes; the folder is damaged.")
+    return record
+
+
+def teacher_of(
+    spec: Recover, given: str | os.PathLike[str] | None, folder: Path, record: dict[str, Any], student: Skeleton
+) -> Skeleton | None:
+    if spec.method == "lora":
+        if given is not None:
+            raise UserError("recover: lora learns from the text alone; leave the teacher out, or take method: logits.")
+        return None
+    teacher = Skeleton.of(str(given if given is not None else origin(folder)))
+    refuse_other_vocabulary(teacher, student)
+    if spec.method == "experts":
+        pairs(record, teacher, student)
+    return teacher
+
+
+def refuse_packed(spec: Recover, student: Skeleton) -> None:
+    if student.checkpoint.scheme is not None and not spec.adapter:
+        raise UserError(
+            f"{student.name} has packed experts, which training cannot change; "
+            "give adapter: true with method lora or logits, or recover first and quantise then."
+        )
+
+
+def refuse_inside(out: Path, skeleton: Skeleton | None) -> None:
+    if skeleton is None:
+        return
+    source, target = skeleton.checkpoint.folder.resolve(), out.resolve()
+    if any(parent.is_file() for parent in target.parents):
+        raise UserError(f"The output {out} cannot be made: a part of its path is a file.")
+    if target == source or source in target.parents:
+        raise UserError(f"The output folder {out} lies in the source model's folder, which is never written to.")
+
+
+def text_for(student: Skeleton, record: dict[str, Any], spec: Recover, seed: int, reporter: Reporter) -> tuple[Calibration, int]:
+    """Training samples, shuffled, then held-out ones, from the last stretch of each text; and how many of the former there are."""
+    data = spec.data or record["recipe"].get("calibration", {}).get("data") or "builtin:mixed"
+    if spec.length > student.context:
+        reporter.say(f"Samples of {spec.length} tokens are cut to {student.context}, the model's context.")
+    share = 1 - spec.holdout
+    held = max(1, round(spec.samples * spec.holdout))
+    train, kept = (
+        calibrate(
+            student.checkpoint, [data] if isinstance(data, str) else list(data), samples=count, length=spec.length,
+            context=student.context, vocabulary=student.config.get_text_config().vocab_size, seed=seed, part=part,
+        ) for count, part in ((max(1, spec.samples - held), (0.0, share)), (held, (share, 1.0)))
+    )  # fmt: skip
+    count = len(train.samples_NL)
+    if count + len(kept.samples_NL) < spec.samples:
+        reporter.say(f"The text gives {count} of the {spec.samples - held} samples asked for, and {len(kept.samples_NL)} held out.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    samples_NL = torch.cat([train.samples_NL[order], kept.samples_NL])
+    domains = (*(train.domains[place] for place in order.tolist()), *kept.domains)
+    return Calibration(samples_NL, domains, train.fingerprint + kept.fingerprint), count
