@@ -20,7 +20,7 @@ import trimoe
 from trimoe import UserError
 from trimoe.checkpoint import Checkpoint
 from trimoe.recover import adapters, loop, recover
-from trimoe.recover.spec import parsed
+from trimoe.recover.spec import parsed, schedule
 from trimoe.recover.teacher import Kept, distillation, keep
 from trimoe.skeleton import Skeleton
 
@@ -352,9 +352,10 @@ def test_without_peft_the_sentence_says_what_to_install(
 
 
 def test_the_schedule_rises_and_falls() -> None:
-    rates = [loop.schedule(step, 100, 0.1) for step in range(100)]
+    rates = [schedule(step, 100, 0.1) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.01
+    assert [schedule(0, 1, warmup) for warmup in (0.0, 0.5)] == [1.0, 1.0]
 
 
 def test_bf16_folders_keep_their_dtype(tmp_path: Path, repetitive: Path) -> None:

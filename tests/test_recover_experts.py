@@ -24,7 +24,7 @@ from trimoe.journal import Journal
 from trimoe.methods.method import LayerDecision
 from trimoe.modeling_trimoe import FactoredExperts
 from trimoe.progress import QUIET
-from trimoe.recover.experts import distil, expert_loss, share_of_peak
+from trimoe.recover.experts import distil, expert_loss
 from trimoe.recover.pairs import Pair, pairs
 from trimoe.recover.rewrite import Rewriter
 from trimoe.recover.spec import Recover
@@ -283,13 +283,6 @@ def test_expert_loss_and_its_gradient(family: str, family_folder: Family, text_f
 def test_expert_loss_without_tokens_is_zero(family_folder: Family) -> None:
     experts = experts_of(family_folder("mixtral"))[0]
     assert expert_loss(experts, experts, torch.randn(5, 32).double(), torch.zeros(5, 1, dtype=torch.long), (3,)).item() == 0
-
-
-def test_the_rate_rises_and_falls() -> None:
-    shares = [share_of_peak(step, 100, 0.1) for step in range(100)]
-    assert shares[:11] == sorted(shares[:11]) and shares[10] == 1 == max(shares) and shares[10:] == sorted(shares[10:], reverse=True)
-    assert 0 < shares[0] < 0.1 and 0 < shares[-1] < 1e-3
-    assert [share_of_peak(0, 1, warmup) for warmup in (0.0, 0.5)] == [1.0, 0.5]
 
 
 # ---- zeros

@@ -90,6 +90,24 @@ class Method(Protocol):
     def shape(self, sites: dict[int, Site], decisions: Decisions) -> None: ...
 
 
+class Fitted:
+    """What quantize and weight_prune share: matrices get other numbers in the last walk, and no statistics are gathered for it."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def reach(self, sites: Mapping[int, Site]) -> int:
+        """Among how many of a token's best experts the Gram is wanted: none is."""
+        return 0
+
+    def refuse_factored(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+        for index, site in sites.items():
+            if site.factored or decisions[index].factored:
+                raise UserError(
+                    f"{self.name}: the experts of layer {index} are factored; use low_rank with form: dense, or leave {self.name} out."
+                )
+
+
 @configured(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class DepthDrop:
     """What layer_drop and block_drop share: how many parts of the depth go, and how they are chosen."""

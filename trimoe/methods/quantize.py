@@ -19,7 +19,7 @@ from torch import nn
 
 from trimoe.errors import UserError
 from trimoe.expert import activate, matrices
-from trimoe.methods.method import Decisions
+from trimoe.methods.method import Decisions, Fitted
 from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed
 from trimoe.quantization import awq_scale, clipped, common_group, gptq, rounded
@@ -30,7 +30,7 @@ SMALLEST = 8  # inputs in a group: below, the scales weigh as much as the intege
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class Quantize:
+class Quantize(Fitted):
     """Store each expert's weights as integers with a scale per group of inputs; routers, norms, embeddings and the head stay.
 
     bits     4 or 8
@@ -60,22 +60,10 @@ class Quantize:
         """Whether calibration text is read."""
         return self.method != "round"
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
-
     # ---- on paper
 
-    def reach(self, sites: Mapping[int, Site]) -> int:
-        """Among how many of a token's best experts the Gram is wanted: none is."""
-        return 0
-
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
-        for index, site in sites.items():
-            if site.factored or decisions[index].factored:
-                raise UserError(
-                    f"quantize: the experts of layer {index} are factored; use low_rank with form: dense, or leave quantize out."
-                )
+        self.refuse_factored(sites, decisions)
         if self.group_of(sites.values()) < SMALLEST:
             widths = sorted({width for site in sites.values() for width in (site.hidden, site.width)})
             raise UserError(

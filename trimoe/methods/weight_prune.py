@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from trimoe.errors import UserError
 from trimoe.expert import activate, matrices
-from trimoe.methods.method import Decisions
+from trimoe.methods.method import Decisions, Fitted
 from trimoe.seen import FEW, Given, Seen
 from trimoe.skeleton import Site
 from trimoe.sparsity import Pattern, input_norms, keep_pattern, keep_per_layer, keep_per_row, magnitude, sparsegpt, weighted
@@ -28,12 +28,11 @@ from trimoe.sparsity import Pattern, input_norms, keep_pattern, keep_per_layer, 
 
 def _unread(value: Any) -> Any:
     """YAML takes 2:4 without quotes for a number to the base of 60."""
-    keep, of = divmod(value, 60) if type(value) is int else (0, 0)
-    return f"{keep}:{of}" if 0 < keep < of else str(value) if type(value) is int else value
+    return "{}:{}".format(*divmod(value, 60)) if type(value) is int else value
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class WeightPrune:
+class WeightPrune(Fitted):
     """Set the weights that matter least to zero, in every matrix of the routed experts.
 
     ratio     share of the weights that go; or
@@ -64,15 +63,7 @@ class WeightPrune:
         """Whether calibration text is read."""
         return self.score != "magnitude"
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
-
     # ---- on paper
-
-    def reach(self, sites: Mapping[int, Site]) -> int:
-        """Among how many of a token's best experts the Gram is wanted: none is."""
-        return 0
 
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
         if (self.ratio is None) == (self.pattern is None):
@@ -83,11 +74,8 @@ class WeightPrune:
             raise UserError(
                 "weight_prune: form: bitmask needs a number of weights a row that is known beforehand; use compare: row and, with sparsegpt, a pattern."
             )
-        for index, site in sites.items():
-            if site.factored or decisions[index].factored:
-                raise UserError(
-                    f"weight_prune: the experts of layer {index} are factored; use low_rank with form: dense, or leave weight_prune out."
-                )
+        self.refuse_factored(sites, decisions)
+        for site in sites.values():
             widths = {site.hidden, site.width}
             if self.n_of_m is not None and any(width % self.n_of_m.of for width in widths):
                 raise UserError(f"weight_prune: {self.n_of_m} does not divide the experts' widths {sorted(widths)}.")

@@ -29,7 +29,7 @@ from trimoe.observe import by_expert
 from trimoe.progress import Reporter
 from trimoe.recover.pairs import Pair, pairs
 from trimoe.recover.rewrite import Rewriter
-from trimoe.recover.spec import Recover
+from trimoe.recover.spec import Recover, schedule
 from trimoe.recover.zeros import Held, zero_masks
 from trimoe.seen import Recorder, Seen
 from trimoe.skeleton import Skeleton
@@ -205,7 +205,7 @@ def _descend(
     optimiser = torch.optim.AdamW(parameters.values(), lr=spec.peak, betas=BETAS, weight_decay=0.0, foreach=False)
     per_epoch = math.ceil(lesson.train / size)
     total = min(spec.epochs * per_epoch, spec.steps or spec.epochs * per_epoch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: share_of_peak(step, total, spec.warmup))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule(step, total, spec.warmup))
     best, idle, scale, step = None, 0, 0.0, 0
     for step, tokens in zip(range(1, total + 1), _minibatches(lesson.train, per_epoch, seed), strict=False):
         error = lesson.loss(student, tokens)
@@ -216,7 +216,7 @@ def _descend(
             torch.nn.utils.clip_grad_norm_(parameters.values(), spec.clip)
             optimiser.step()
             zeros.hold()
-        schedule.step()
+        rates.step()
         if step % max(1, total // CHECKS) and step < total:
             continue
         now, idle = lesson.held_loss(student, size), idle + 1
@@ -232,14 +232,6 @@ def _minibatches(tokens: int, parts: int, seed: int) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(tokens, generator=generator).tensor_split(parts)
-
-
-def share_of_peak(step: int, total: int, warmup: float) -> float:
-    """The learning rate at `step` (from 0): linear warmup, then a cosine down to zero after the last step."""
-    rising = math.ceil(warmup * total)
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
 # ---- the loss

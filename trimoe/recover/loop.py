@@ -30,7 +30,7 @@ from trimoe.errors import UserError
 from trimoe.progress import PLAIN_EVERY, Reporter
 from trimoe.recover.experts import expert_loss
 from trimoe.recover.pairs import Pair
-from trimoe.recover.spec import Recover
+from trimoe.recover.spec import Recover, schedule
 from trimoe.recover.teacher import Teacher, distillation, save_aside
 from trimoe.recover.zeros import Held
 from trimoe.skeleton import LOGITS, Skeleton
@@ -292,14 +292,6 @@ def launcher() -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # the others wait while the main process runs the original
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True), patient]  # unused: experts that no token chose
     return Accelerator(device_placement=False, mixed_precision="no", kwargs_handlers=handlers)
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """The share of the peak rate: linear up over the first `warmup` of the steps, then half a cosine down to 0."""
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -83,3 +84,11 @@ def parsed(spec: Recover | dict[str, Any]) -> Recover:
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
         raise UserError(f"recover{f'.{where}' if where else ''}: {message[0].lower()}{message[1:]}.") from None
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """The share of the peak rate: linear up over the first `warmup` of the steps, then half a cosine down to 0."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
