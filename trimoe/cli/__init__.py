@@ -1,0 +1,42 @@
+"""The command line. Exit code 0: done; 2: the user's mistake, one sentence; 1: anything else."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from trimoe.cli import look, make
+
+app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Make Mixture-of-Experts models smaller.")
+app.command()(look.inspect)
+app.command()(look.plan)
+app.command()(make.stats)
+app.command()(make.compress)
+app.command()(make.recover)
+app.command(name="eval")(look.evaluate)
+app.command()(look.bench)
+app.command()(make.demo)
+app.command()(look.recipes)
+
+
+def main() -> None:
+    """Entry point: turns a user's mistake into one sentence on standard error and exit code 2."""
+    from transformers.utils import logging
+
+    from trimoe import distributed
+    from trimoe.errors import UserError
+
+    logging.set_verbosity_error()  # this process is ours: warnings about configurations are not the user's business here
+    if not distributed.speaks():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+    try:
+        app()
+    except UserError as mistake:
+        if not isinstance(mistake, distributed.Elsewhere):
+            print(f"trimoe: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as failure:
+        print(f"trimoe: {failure}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,120 @@
+"""Verbs that make something: statistics, compressed and trained folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimoe.cli.options import (
+    Changes,
+    Device,
+    Dtype,
+    JsonFile,
+    Length,
+    Model,
+    Quiet,
+    RecipeName,
+    Samples,
+    Seed,
+    Texts,
+    check_writable,
+    command_line,
+    reporter_of,
+    write_json,
+)
+
+
+def stats(
+    model: Model, out: Annotated[Path, typer.Option(help="the statistics file to write")], calibration: Texts = [], samples: Samples = None,
+    length: Length = None, seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """The statistics pass alone; compress --stats then starts from the file."""
+    import trimoe
+
+    made = trimoe.gather_statistics(
+        model,
+        out,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        reporter=reporter_of(quiet),
+    )
+    print(f"Wrote {out}: statistics of {len(made.layers)} MoE layers.")
+
+
+def compress(
+    model: Model, recipe: RecipeName, out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
+    changes: Changes = [], calibration: Texts = [], samples: Samples = None, length: Length = None, seed: Seed = 0,
+    stats: Annotated[Path | None, typer.Option(help="a file written by trimoe stats")] = None, device: Device = "cpu",
+    dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Compress a model into a new folder. Killed and run again with the same arguments, it resumes."""
+    import trimoe
+
+    check_writable(json_file)
+
+    result = trimoe.compress(
+        model, recipe, out, changes=changes, calibration=calibration, samples=samples, length=length, seed=seed, stats=stats,
+        device=device, dtype=dtype, command=command_line(), reporter=reporter_of(quiet),
+    )  # fmt: skip
+    print(result.plan)
+    write_json(json_file, {"out": str(result.out), "plan": result.plan.to_json(), "metrics": result.metrics})
+
+
+def recover(
+    folder: Annotated[str, typer.Argument(help="a finished folder", show_default=False)],
+    method: Annotated[str, typer.Option(help="lora, logits, router or experts")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
+    teacher: Annotated[str | None, typer.Option(help="the original; by default the model that trimoe.json names")] = None,
+    data: Annotated[list[str], typer.Option(help="training text, as for calibration; repeatable. The recipe's calibration text by default")] = [],
+    samples: Annotated[int | None, typer.Option(help="sequences, a part of them held out")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens in a sequence (cut to the model's context)")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the samples")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps, at most")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="keep the adapters instead of merging them")] = False,
+    changes: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="any other field, e.g. rate=1e-4, rank=32, train=full")] = [],
+    seed: Seed = 0, device: Device = "cpu", json_file: JsonFile = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Train a compressed model to win back quality. Killed and run again with the same arguments, it resumes."""
+    import trimoe
+    from trimoe import recipe
+
+    check_writable(json_file)
+    given = {"data": list(data) or None, "samples": samples, "length": length, "epochs": epochs, "steps": steps, "adapter": adapter or None}
+    body = {"method": method, **{key: value for key, value in given.items() if value is not None}}
+    made = trimoe.recover(
+        folder,
+        out,
+        recipe.recovery(body, changes),
+        teacher=teacher,
+        seed=seed,
+        device=device,
+        command=command_line(),
+        reporter=reporter_of(quiet),
+    )
+    for name, before in made.metrics["before"].items():
+        print(f"{name.replace('_', ' ')} on held-out text: {before:.4g} -> {made.metrics['after'][name]:.4g}")
+    write_json(json_file, {"out": str(made.out), "metrics": made.metrics})
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")] = Path("demo-mini-mixtral"),
+    model: Annotated[str, typer.Option(help="which built-in model")] = "builtin:mini-mixtral", quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """The main job on a built-in model: MoE-I2, evaluated before and after on held-out text."""
+    import trimoe
+    from trimoe import card, distributed, tables
+
+    reporter = reporter_of(quiet)
+    result = trimoe.compress(model, "moe-i2", out, command=command_line(), reporter=reporter)
+    report = trimoe.evaluate(out, against=model, reporter=reporter)
+    if distributed.speaks():
+        card.add_evaluation(out, report)
+    print(result.plan)
+    tables.evaluation(report)
+    print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")

@@ -1,0 +1,51 @@
+"""What several verbs share: their options, progress, and results as JSON files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="a folder, a hub id, or builtin:NAME", show_default=False)]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a built-in recipe (see trimoe recipes) or a YAML file")]
+Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a recipe field, e.g. steps.0.ratio=0.5")]
+Texts = Annotated[
+    list[str], typer.Option("--calibration", "-c", help="text or jsonl file, name=path, datasets id, builtin:mixed; repeatable")
+]
+Samples = Annotated[int | None, typer.Option(help="calibration samples")]
+Length = Annotated[int | None, typer.Option(help="tokens in a sample (cut to the model's context)")]
+Seed = Annotated[int, typer.Option(help="of every random choice")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="precision the layers run in: float32, bfloat16, float16 (the result keeps the source's)")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+
+
+def reporter_of(quiet: bool) -> Any:
+    from trimoe.progress import Reporter
+
+    return Reporter("quiet" if quiet else "auto")
+
+
+def command_line() -> str:
+    return shlex.join(["trimoe", *sys.argv[1:]])
+
+
+def check_writable(path: Path | None) -> None:
+    """Find out before hours of work, not after."""
+    from trimoe.errors import UserError
+
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise UserError(f"--json {path} cannot be written: give a file in a folder that exists.")
+
+
+def write_json(path: Path | None, value: dict[str, Any]) -> None:
+    from trimoe import distributed
+
+    if path is not None and distributed.speaks():
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
