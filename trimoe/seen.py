@@ -5,9 +5,10 @@ Letters: T tokens, k chosen experts per token, S routed tokens of one expert, P 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,35 +36,62 @@ class Seen:
         device = self.index_TK.device
         return self.x_TH[tokens.to(self.x_TH.device)].to(device), self.index_TK[tokens.to(device)]
 
+    @cached_property
+    def pool(self) -> Pool:
+        """Every so-many-th token of the layer, whichever experts it chose."""
+        return Pool(self.x_TH[:: max(1, len(self.x_TH) // POOL_TOKENS)].to(self.index_TK.device))
+
     def of(self, expert: int) -> Given:
-        """What one expert was given, and the layer's pool: every so-many-th token, routed to it or not."""
+        """What one expert was given, and the layer's pool."""
         tokens, places = (self.index_TK == expert).nonzero(as_tuple=True)
-        pool = self.x_TH[:: max(1, len(self.x_TH) // POOL_TOKENS)]
-        return Given(self.rows(tokens)[0], self.weight_TK[tokens, places].float(), pool.to(tokens.device))
+        return Given(self.rows(tokens)[0], self.weight_TK[tokens, places].float(), self.pool)
+
+
+@dataclass
+class Pool:
+    """Inputs x_PN that stand for all of a layer's. Their moment is the same beside every expert, so it is taken once."""
+
+    x_PN: torch.Tensor
+
+    @cached_property
+    def moment(self) -> torch.Tensor:
+        return _mean_product(self.x_PN, self.x_PN)
+
+
+def _mean_product(a_PM: torch.Tensor, b_PN: torch.Tensor) -> torch.Tensor:
+    """The mean of a b^T, [M, N] float64."""
+    return (a_PM.float().T @ b_PN.float()).double() / len(a_PM)
 
 
 @dataclass
 class Given:
-    """Inputs x_SH of an expert's routed tokens with their weights gate_S, and pool_PH from the whole layer."""
+    """Inputs x_SH of an expert's routed tokens with their weights gate_S, and the pool of the whole layer's."""
 
     x_SH: torch.Tensor
     gate_S: torch.Tensor
-    pool_PH: torch.Tensor
+    pool: Pool
 
-    def moment(self, x_SN: torch.Tensor, pool_PN: torch.Tensor) -> torch.Tensor:
-        """The damped second moment to whiten by; see `blended`."""
-        return damped(self.blended(x_SN, x_SN, pool_PN, pool_PN), DAMP)
+    @property
+    def pool_PH(self) -> torch.Tensor:
+        return self.pool.x_PN
+
+    @property
+    def moment(self) -> torch.Tensor:
+        """The second moment of the inputs; see `blended`."""
+        return self._mixed(self.x_SH, self.x_SH, lambda: self.pool.moment)
 
     def blended(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pool_a: torch.Tensor, pool_b: torch.Tensor) -> torch.Tensor:
         """(n C + n0 C_pool) / (n + n0), float64: C = sum g^2 a b^T / sum g^2 over the expert's n tokens (weighted as they count in the
         layer's output), C_pool the plain mean of a b^T over the pool. An expert that saw few tokens leans on the layer."""
+        return self._mixed(a_SM, b_SN, lambda: _mean_product(pool_a, pool_b))
+
+    def _mixed(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pooled: Callable[[], torch.Tensor]) -> torch.Tensor:
         count = len(self.gate_S)
-        pooled = (pool_a.float().T @ pool_b.float()).double() / len(pool_a)
         if not count:
-            return pooled
+            return pooled()
         square_S = self.gate_S.square()
         own = ((a_SM.float() * square_S.unsqueeze(1)).T @ b_SN.float()).double() / square_S.double().sum().clamp_min(1e-12)
-        return (count * own + POOL_WEIGHT * pooled) / (count + POOL_WEIGHT)
+        return (count * own + POOL_WEIGHT * pooled()) / (count + POOL_WEIGHT)
 
 
 def damped(moment: torch.Tensor, share: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from trimoe.methods import LowRank, Quantize, WeightPrune
 from trimoe.methods.method import LayerDecision
 from trimoe.methods.quantize import QuantizedLayer
 from trimoe.modeling_trimoe import FactoredExperts, first_projection
-from trimoe.seen import POOL_TOKENS, Given, Seen
+from trimoe.seen import POOL_TOKENS, Pool, Seen
 from trimoe.skeleton import Site
 
 
@@ -31,8 +32,9 @@ class PartSeen(Seen):
 
     pool_PH: torch.Tensor
 
-    def of(self, expert: int) -> Given:
-        return replace(super().of(expert), pool_PH=self.pool_PH.to(self.index_TK.device))
+    @cached_property
+    def pool(self) -> Pool:
+        return Pool(self.pool_PH.to(self.index_TK.device))
 
 
 @dataclass

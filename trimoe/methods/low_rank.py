@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from scipy.linalg import eigh
 from torch import nn
 
 from trimoe import budget, knapsack, scores
@@ -161,7 +162,7 @@ class LowRank:
                 cut_out = factor(w_out, None, decision.out_ranks[expert])
             else:
                 given = seen.of(expert)
-                cut_in = factor(w_in, given.moment(given.x_SH, given.pool_PH), decision.in_ranks[expert])
+                cut_in = factor(w_in, damped(given.moment, DAMP), decision.in_ranks[expert])
                 target, moment = _refit(experts, expert, given, cut_in, w_out)
                 cut_out = factor(target, moment, decision.out_ranks[expert])
             factored.set_expert(expert, cut_in, cut_out)
@@ -184,8 +185,9 @@ class LowRank:
             in_moment = out_moment = None
             if self.whiten == "input":
                 given = seen.of(expert)
-                in_moment = given.moment(given.x_SH, given.pool_PH)
-                out_moment = given.moment(run_expert(experts, expert, given.x_SH)[0], run_expert(experts, expert, given.pool_PH)[0])
+                in_moment = damped(given.moment, DAMP)
+                inner, pooled = (run_expert(experts, expert, x)[0] for x in (given.x_SH, given.pool_PH))
+                out_moment = damped(given.blended(inner, inner, pooled, pooled), DAMP)
             inside.append(spectrum(w_in, in_moment))
             outside.append(spectrum(w_out, out_moment))
         stats.sums["in_spectrum_ER"], stats.sums["out_spectrum_ER"] = torch.stack(inside).cpu(), torch.stack(outside).cpu()
@@ -211,13 +213,24 @@ def factor(w_mn: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut:
     w = w_mn.double()
     whitened = w if moment is None else w @ torch.linalg.cholesky(moment)
     if w.shape[0] <= w.shape[1]:
-        _, vectors = torch.linalg.eigh(whitened @ whitened.T)
-        q_mr = vectors.flip(1)[:, :rank]
+        _, q_mr = leading(whitened @ whitened.T, rank)
     else:
-        values, vectors = torch.linalg.eigh(whitened.T @ whitened)
-        right, size = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp_min(0).sqrt()
+        values, right = leading(whitened.T @ whitened, rank)
+        size = values.clamp_min(0).sqrt()
         q_mr = whitened @ right / size.clamp_min(float(size.max()) * 1e-9 + 1e-300) if rank else whitened[:, :0]
     return Cut(q_mr.to(w_mn.dtype), (q_mr.T @ w).to(w_mn.dtype))
+
+
+def leading(gram_NN: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest eigenvalues, largest first, and their eigenvectors [N, count]. On a CPU, LAPACK's relatively robust
+    representations find a few of the eigenvectors in less time than all of them take (LOG.md)."""
+    size = len(gram_NN)
+    if gram_NN.device.type == "cpu" and 0 < count <= size // 3:
+        span = (size - count, size - 1)
+        values, vectors = (torch.from_numpy(part) for part in eigh(gram_NN.numpy(), subset_by_index=span, driver="evr", check_finite=False))
+    else:
+        values, vectors = (part[..., size - count :] for part in torch.linalg.eigh(gram_NN))
+    return values.flip(0), vectors.flip(1)
 
 
 def spectrum(w_mn: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:

@@ -101,7 +101,7 @@ class Quantize(Fitted):
             given = seen.of(expert)
             layer.borrowed += len(given.gate_S) < FEW
             solve = gptq if self.method == "gptq" else clipped
-            moment = given.blended(given.x_SH, given.x_SH, given.pool_PH, given.pool_PH)
+            moment = given.moment
             first = solve(w_in, moment, self.bits, group, dtype)
             if up_rows is not None:
                 s_I = awq_scale(w_out, _inner_moment(experts, expert, given, first), self.bits, group, dtype)

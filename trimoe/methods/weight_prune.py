@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from trimoe.errors import UserError
 from trimoe.expert import activate, matrices
 from trimoe.methods.method import Decisions, Fitted
-from trimoe.seen import FEW, Given, Seen
+from trimoe.seen import FEW, Given, Pool, Seen
 from trimoe.skeleton import Site
 from trimoe.sparsity import Pattern, input_norms, keep_pattern, keep_per_layer, keep_per_row, magnitude, sparsegpt, weighted
 
@@ -165,12 +165,12 @@ def _given(experts: Any, expert: int, seen: Seen | None) -> tuple[Given | None, 
         return None, None
     given, (w_in, _) = seen.of(expert), matrices(experts, expert)
     h_SI, pool_PI = (activate(experts, expert, F.linear(x, w_in)) for x in (given.x_SH, given.pool_PH))
-    return given, Given(h_SI, given.gate_S, pool_PI)
+    return given, Given(h_SI, given.gate_S, Pool(pool_PI))
 
 
 def _moment(given: Given) -> torch.Tensor:
     """The mean of x x^T over the expert's tokens; few of them lean on the layer's."""
-    x, pool = given.x_SH.float(), given.pool_PH
+    x = given.x_SH.float()
     if len(x) >= FEW:
         return x.T @ x / len(x)
-    return replace(given, gate_S=torch.ones_like(given.gate_S)).blended(x, x, pool, pool)
+    return replace(given, gate_S=torch.ones_like(given.gate_S)).moment
