@@ -9,20 +9,18 @@ page cache is dropped before it where that is allowed (root), so that weights co
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import functools
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import random_model
 import torch
-from alternate import table, write_json
+from alternate import CLOCKS, common_options, table, write_json
 
 from trimoe import checkpoint, gather, hf, observe, spill, stream
 from trimoe.skeleton import Skeleton
@@ -35,9 +33,10 @@ SHAPES: dict[str, Callable[[int], Any]] = {
     ),
 }
 PARTS: tuple[tuple[str, Any, str], ...] = (
-    ("reading shards", checkpoint.Checkpoint, "_fill"),
+    ("reading shards", checkpoint, "_fill"),
     ("looking for NaN and infinities", checkpoint.Checkpoint, "_finite"),
-    ("stacking and converting to float32", hf, "load_into"),
+    ("loading: stacking, converting, fresh memory", hf, "load_into"),
+    ("loading: stacking, converting, fresh memory", checkpoint.Checkpoint, "read_into"),
     ("freeing a layer", stream, "_to_meta"),
     ("freeing a layer", stream, "give_back"),
     ("asking the system to read ahead", stream, "_ask_ahead"),
@@ -58,13 +57,14 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
 class Clock:
     """Seconds by part; while an inner part runs, the outer one's stands still."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: str) -> None:
+        self.now = CLOCKS[clock]
         self.seconds: collections.Counter[str] = collections.Counter()
         self.stack: list[str] = ["everything else"]
-        self.since = time.perf_counter()
+        self.since = self.now()
 
     def switch(self) -> None:
-        now = time.perf_counter()
+        now = self.now()
         self.seconds[self.stack[-1]] += now - self.since
         self.since = now
 
@@ -83,8 +83,8 @@ class Clock:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Clock]:
-    clock, before = Clock(), [(owner, name, getattr(owner, name)) for _, owner, name in PARTS]
+def watched(kind: str) -> Iterator[Clock]:
+    clock, before = Clock(kind), [(owner, name, getattr(owner, name)) for _, owner, name in PARTS]
     for part, owner, name in PARTS:
         setattr(owner, name, clock.timed(part, getattr(owner, name)))
     hf.register_experts(observe.NAME, observe.observed_experts)
@@ -107,16 +107,14 @@ def drop_page_cache() -> bool:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = common_options(__doc__, rounds=1)
     arguments.add_argument("--shape", choices=SHAPES, default="qwen15_moe")
     arguments.add_argument("--layers", type=int, default=2)
     arguments.add_argument("--samples", type=int, default=4)
     arguments.add_argument("--length", type=int, default=256)
     arguments.add_argument("--reach", type=int, default=0, help="experts of a token whose Gram is kept, as searches want it")
     arguments.add_argument("--search-tokens", type=int, default=512)
-    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--folder", help="where the model goes (default: a temporary folder); one that is there is taken")
-    arguments.add_argument("--json")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,13 +125,13 @@ def main() -> None:
         skeleton = Skeleton.of(str(folder))
         batches = random_model.batches(given.samples * given.length, given.length, 96)
         cold = drop_page_cache()
-        with watched() as clock:
+        with watched(given.clock) as clock:
             gather.statistics(skeleton, batches, reach=given.reach, search_tokens=given.search_tokens, needs=gather.ROUTING)
     whole = sum(clock.seconds.values())
     rows = [{"part": part, "seconds": f"{took:.2f}", "share": f"{took / whole:.1%}"} for part, took in clock.seconds.most_common()]
     rows.append({"part": "all", "seconds": f"{whole:.2f}", "share": ""})
     print(table(rows))
-    print(f"{given.shape}, {len(skeleton.layers)} layers, {given.samples} x {given.length} tokens, {given.threads} threads,"
+    print(f"{given.shape}, {len(skeleton.layers)} layers, {given.samples} x {given.length} tokens, {given.threads} threads, {given.clock} clock,"
           f" page cache {'cold' if cold else 'as it was'}")  # fmt: skip
     write_json(given.json, rows)
 
