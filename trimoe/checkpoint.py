@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -26,6 +27,7 @@ BUILTIN = Path(__file__).parent / "builtin" / "models"
 # (On the hub, names with a folder in them are other formats of the same model.)
 SMALL = 1 << 20  # bytes of a tensor that the fingerprint takes whole
 SAMPLE, SAMPLES = 1 << 14, 16  # bytes of a piece of a shard, and how many of them, for the fingerprint
+PIECE = 4 << 20  # bytes of a tensor that are read before they are looked at and converted
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
@@ -100,6 +102,25 @@ class Checkpoint:
             start += size
         return out
 
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        """One tensor into `out` (its shape, any floating-point dtype and device), piece by piece: what is converted is still in the cache."""
+        info, dtype = self.tensors[key], DTYPES[self.tensors[key].dtype]
+        if key in self.squeezed or key not in self.stored:
+            out.copy_(self.read(key))
+            return
+        straight = out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
+        row = info.nbytes // max(1, info.shape[0])
+        rows = max(1, PIECE // max(1, row))
+        scratch = torch.empty(0 if straight else min(rows * row, info.nbytes), dtype=torch.uint8)
+        with open(self.folder / info.file, "rb", buffering=0) as file:
+            file.seek(info.start)
+            for place in out.split(rows):
+                piece = place.view(-1).view(torch.uint8) if straight else scratch[: place.numel() * dtype.itemsize]
+                _fill(file, piece, key, info)
+                found = self._finite(key, piece.view(dtype).view(place.shape))
+                if not straight:
+                    place.copy_(found)
+
     def packed(self, key: str) -> Packed:
         """The integers and scales that the matrix `key` is stored as."""
         assert self.scheme is not None
@@ -128,14 +149,9 @@ class Checkpoint:
         return raw.view(DTYPES[info.dtype]).view(info.shape)
 
     def _fill(self, piece: torch.Tensor, key: str, info: TensorInfo) -> None:
-        view, done = piece.numpy().data, 0
         with open(self.folder / info.file, "rb", buffering=0) as file:
             file.seek(info.start)
-            while done < info.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise UserError(f"{info.file} ends inside tensor {key!r}: the file is truncated.")
-                done += count
+            _fill(file, piece, key, info)
 
     def files(self) -> list[str]:
         return sorted({info.file for info in self.stored.values()})
@@ -165,6 +181,16 @@ class Checkpoint:
                     stream.seek(max(0, size - SAMPLE) * place // SAMPLES)
                     digest.update(stream.read(SAMPLE))
         return digest.hexdigest()[:32]
+
+
+def _fill(file: io.FileIO, piece: torch.Tensor, key: str, info: TensorInfo) -> None:
+    """All of `piece` (bytes) from where the file stands."""
+    view, done = piece.numpy().data, 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise UserError(f"{info.file} ends inside tensor {key!r}: the file is truncated.")
+        done += count
 
 
 def _packed_scheme(name: str, config: dict[str, Any]) -> tuple[int, int] | None:

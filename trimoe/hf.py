@@ -18,12 +18,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
@@ -78,9 +81,21 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     stock = modeling_trimoe.stock_class(config)
     wanted = modeling_trimoe.native_class(stock) if getattr(config, modeling_trimoe.KEY, None) else stock
     config = copy.deepcopy(config)
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+    with init_empty_weights(include_buffers=False), no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return wanted._from_config(config, dtype=dtype).eval()
+        model = wanted._from_config(config, dtype=dtype).eval()
+    model.tie_weights()
+    _fill_buffers(model, model)
+    return model
+
+
+@torch.no_grad()
+def _fill_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Initial values where there is a buffer to hold them: drawing random numbers for meta parameters is half the time of building."""
+    for child in module.children():
+        _fill_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
+    if any(buffer is not None for buffer in module._buffers.values()):
+        owner._init_weights(module)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -106,6 +121,9 @@ class Conversion:
 
     used: list[Any]
     source_of: dict[str, list[str]]  # parameter -> checkpoint keys that make it
+    stacked: dict[
+        str, list[list[str]]
+    ]  # of these, where it is experts' matrices [E, O, I]: keys of all experts, for each part of the O rows
     missing: set[str]
     unexpected: set[str]
     mismatched: list[Any]
@@ -122,7 +140,7 @@ def trial_load(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dt
         told = str(next(iter(info.conversion_errors.values()))).strip().splitlines() or ["no reason given"]  # a traceback: its end says why
         raise UserError(f"The checkpoint's tensors do not fit together: {' '.join(told[-1].split())[:300]}")
     used = list(model._weight_conversions)
-    source_of = _sources(model, tensors)
+    source_of, stacked = _sources(model, tensors, dtype)
     floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for key in (key for name, keys in source_of.items() if name in floating for key in keys):
         if not tensors[key].is_floating_point():
@@ -130,21 +148,49 @@ def trial_load(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dt
                 f"The tensor {key!r} is stored as {str(tensors[key].dtype).removeprefix('torch.')}; weights are floating-point numbers."
             )
     unexpected = {key for key in info.unexpected_keys if not any(re.search(pattern, key) for pattern in ignorable)}
-    return Conversion(used, source_of, missing, unexpected, sorted(info.mismatched_keys, key=str))
+    return Conversion(used, source_of, stacked, missing, unexpected, sorted(info.mismatched_keys, key=str))
 
 
-def _sources(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+def _sources(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[dict[str, list[str]], dict[str, list[list[str]]]]:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     found: dict[str, list[str]] = {}
+    parts: dict[str, dict[str, list[str]]] = {}
     for key in tensors:
-        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
-            name, _ = rename_source_key(key, [], [], model.base_model_prefix, state)
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
         found.setdefault(name, []).append(key)
-    return found
+        parts.setdefault(name, {}).setdefault(pattern or "", []).append(key)
+    other = {word for pattern in model._get_dtype_plan(dtype) for word in pattern.split("*") if word}  # kept in another dtype
+    stacked = {}
+    for name, by_pattern in parts.items():
+        made = next((one for one in converters if _stacks(one) and set(one.source_patterns) == by_pattern.keys()), None)
+        if made is not None and name in state and not any(word in name for word in other):
+            ordered = [sorted(by_pattern[pattern], key=_numbers) for pattern in made.source_patterns]
+            if _fits([[tuple(tensors[key].shape) for key in part] for part in ordered], tuple(state[name].shape)):
+                stacked[name] = ordered
+    return found, stacked
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether it does nothing but stack matrices along a new first axis, and put several such stacks behind each other along the next."""
+    first, *rest = converter.operations
+    along = [type(first) is MergeModulelist and first.dim == 0, *(type(one) is Concatenate and one.dim == 1 for one in rest)]
+    return all(along) and len(rest) == min(1, len(converter.source_patterns) - 1) and len(converter.target_patterns) == 1
+
+
+def _fits(parts: list[list[tuple[int, ...]]], shape: tuple[int, ...]) -> bool:
+    same = all(len(part) == shape[0] and len(set(part)) == 1 and part[0] == (shape[1] // len(parts), *shape[2:]) for part in parts)
+    return len(shape) > 1 and shape[1] % len(parts) == 0 and same
+
+
+def _numbers(key: str) -> list[int]:
+    return [int(word) for word in key.split(".") if word.isdigit()]
 
 
 def _load(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype):
@@ -160,6 +206,22 @@ def load_into(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], devic
     """Put checkpoint tensors into the model's parameters by transformers' own renames and fusions."""
     info = _load(model, tensors, device, dtype)
     assert not info.unexpected_keys and not info.mismatched_keys and not info.conversion_errors, info
+
+
+def stack_into(
+    model: PreTrainedModel, name: str, parts: list[list[str]], read: Callable[[str, torch.Tensor], None], device: torch.device
+) -> None:
+    """What `load_into` makes of the same keys where a parameter is experts' matrices (`Conversion.stacked`), each read by `read` (key, where
+    it goes) straight to its place: nothing is in memory twice, and no memory is touched that is given back at once."""
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    old = getattr(owner, attribute)
+    stack = torch.empty(old.shape, dtype=old.dtype, device=device)
+    for expert, keys in enumerate(zip(*parts, strict=True)):
+        rows = stack[expert].split(old.shape[1] // len(parts))
+        for key, place in zip(keys, rows, strict=True):
+            read(key, place)
+    setattr(owner, attribute, nn.Parameter(stack, requires_grad=False))
 
 
 def to_disk_format(model: PreTrainedModel, state: Mapping[str, torch.Tensor], conversion: Conversion) -> dict[str, torch.Tensor]:

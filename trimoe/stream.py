@@ -1,8 +1,8 @@
 """The layer walk, written once: any model, one decoder layer in memory at a time.
 
 Weights come from the checkpoint through transformers' own loader; masks, rope tables and everything else a layer is called with come
-from one weightless pass in which every decoder layer is a probe that returns its input. Peak memory is twice a layer (while its experts are
-being stacked) plus the hidden states.
+from one weightless pass in which every decoder layer is a probe that returns its input. Peak memory is a layer (twice one, where its
+experts cannot be filled in place) plus the hidden states.
 """
 
 from __future__ import annotations
@@ -133,8 +133,7 @@ class LayerWalk:
         layers, pristine = self.skeleton.layers, self.skeleton.layers[index]
         layers[index] = own = deepcopy(pristine)
         try:
-            for keys in self._portions(index):
-                self._put(self.skeleton.checkpoint.read_together(keys))
+            self._load(index)
             if index + 1 < len(layers):
                 _ask_ahead(self.skeleton.checkpoint, self.skeleton.keys_by_layer[index + 1])
             yield own
@@ -143,16 +142,19 @@ class LayerWalk:
             _to_meta(own)  # whoever still holds the module holds no weights
             give_back()
 
-    def _portions(self, index: int) -> list[list[str]]:
-        """A layer's keys, those of one stacked expert tensor at a time: stacking takes a tensor's memory three times over."""
-        skeleton, site = self.skeleton, self.skeleton.sites.get(index)
-        keys = skeleton.keys_by_layer[index]
-        if site is None:
-            return [keys]
-        paths = site.weight_paths()
-        stacked = [skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}") for path in paths]
-        taken = {key for part in stacked for key in part}
-        return [[key for key in keys if key not in taken], *(part for part in stacked if part)]
+    def _load(self, index: int) -> None:
+        """A layer's weights. Stacked expert tensors are filled in place; where transformers makes them in another way, one at a time, for
+        that takes a tensor's memory three times over."""
+        skeleton, checkpoint = self.skeleton, self.skeleton.checkpoint
+        prefix, site = skeleton.layer_name(index) + ".", skeleton.sites.get(index)
+        paths = [] if site is None else [f"{prefix}{site.block}.{path}" for path in site.weight_paths()]
+        names = [name for name in skeleton.conversion.stacked if name.startswith(prefix)]
+        apart = [keys for name in paths if name not in names and (keys := skeleton.source_keys(name))]
+        taken = {key for keys in (*apart, *map(skeleton.source_keys, names)) for key in keys}
+        for keys in ([key for key in skeleton.keys_by_layer[index] if key not in taken], *apart):
+            self._put(checkpoint.read_together(keys))
+        for name in names:
+            hf.stack_into(self.model, name, skeleton.conversion.stacked[name], checkpoint.read_into, self.device)
 
     # ---- calls
 
