@@ -44,9 +44,14 @@ def _texts(report: dict[str, Any], versus: bool) -> None:
         cells = [row["name"], f"{row['tokens']:,}"]
         for key, _, form in shown:
             ends = (row["intervals"] or {}).get(key)
-            cells.append(f"{values[key]:{form}}" + (f"\n{ends[0]:{form}} to {ends[1]:{form}}" if ends else ""))
+            cells.append(f"{values[key]:{form}}" + (f"\n{_range(ends, form)}" if ends else ""))
         table.add_row(*cells)
     Console().print(table)
+
+
+def _range(ends: list[float], form: str) -> str:
+    """Short: the value above it has the digits."""
+    return f"{100 * ends[0]:.1f}-{ends[1]:{form}}" if form.endswith("%") else f"{ends[0]:.3g}-{ends[1]:.3g}"
 
 
 def _tasks(report: dict[str, Any], versus: bool) -> None:
