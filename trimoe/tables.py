@@ -60,7 +60,7 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
     summed = {row["task"] for row in rows if row["kind"] == "group"}
     shown = [row for row in rows if row["part_of"] not in summed]
     cut = {row["task"]: row["cut"] for row in shown if row["cut"] and row["kind"] != "average"}
-    notes = [f"lm-eval {settings['lm_eval']}, mean +- standard error"]
+    notes = [f"lm-eval {settings['lm_eval']}, value ± standard error"]
     if settings["limit"] is not None:
         notes.append(f"the first {settings['limit']} documents of each task")
     if versus:
@@ -71,10 +71,10 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
             + ", ".join(f"{name} {count:,}" for name, count in cut.items())
         )
     table = Table(title=_title(report, versus), caption="; ".join(notes))
-    table.add_column("task")
+    table.add_column("task", overflow="fold")
     table.add_column("metric")
     for name in ("n", *(["before", "after", "difference"] if versus else ["value"])):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in shown:
         if row["kind"] == "average":
             table.add_section()
@@ -90,7 +90,7 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + (f" +- {error:.4f}" if error is not None else "")
+    return f"{value:{sign}.3f}" + (f" ±{error:.3f}" if error is not None else "")
 
 
 def _generation(found: dict[str, Any], versus: bool) -> None:
