@@ -24,7 +24,15 @@ LARGEST = 1 << 16  # bytes of a recipe; a long one has two thousand
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CalibrationSpec:
-    """Which text, and how much. `search_tokens`: tokens whose exact Gram is kept for searching, at most `search_memory` GiB in all."""
+    """Which text, and how much.
+
+    data           one or several of: a .txt or .jsonl file, `name=path`, a `datasets` id, `builtin:mixed`, `builtin:english`, `builtin:docs`,
+                   `builtin:code`
+    samples        how many samples are drawn, from every text equally many
+    length         tokens in a sample; cut to the model's context
+    search_tokens  tokens whose exact Gram is kept for searching
+    search_memory  GiB that the Grams of all layers may take; fewer search tokens are taken, and said, where more would not fit
+    """
 
     data: str | list[str] = "builtin:mixed"
     samples: Annotated[int, Field(ge=1)] = 128
@@ -39,7 +47,13 @@ class CalibrationSpec:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """What to do, in order, on which calibration text, what must be able to load the result, and how it is trained afterwards."""
+    """What to do, in order, on which calibration text, what must be able to load the result, and how it is trained afterwards.
+
+    steps        the methods in the order in which they run, at least one, each `name: {its fields}`
+    calibration  the text on which decisions are made
+    target       what must load the result; refused at plan time if it cannot. `any`: every engine that knows the family
+    recover      training afterwards; none unless it is given
+    """
 
     steps: tuple[Step, ...]
     calibration: CalibrationSpec = dataclasses.field(default_factory=CalibrationSpec)
