@@ -16,14 +16,19 @@ COLOURS = {  # by method: in light, in dark
     "experts dropped": ("#1d4ed8", "#93c5fd"),
     "layers dropped": ("#be123c", "#fda4af"),
 }
-BELOW = {"int4, rounded", "25 % of experts + int4"}  # labels that would lie on another point
+LABELS = {"right": dict(align="left", dx=9, dy=0), "left": dict(align="right", dx=-9, dy=0), "above": dict(align="center", dx=0, dy=-12)}
 
 
 def chart(about: dict[str, Any], *, dark: bool) -> alt.LayerChart:
     ink, faint = ("#e6edf3", "#30363d") if dark else ("#1f2328", "#d8dee4")
-    rows = [{**point, "kl": float(point["kl"]), "above": point["name"] not in BELOW} for point in about["points"]]
+    rows = [{**point, "kl": float(point["kl"])} for point in about["points"]]
     base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("bytes:Q", title="bytes of the checkpoint, % of the original", scale=alt.Scale(domain=[15, 100])),
+        x=alt.X(
+            "bytes:Q",
+            title="bytes of the checkpoint, % of the original",
+            scale=alt.Scale(domain=[15, 105]),
+            axis=alt.Axis(values=[20, 30, 40, 50, 60, 70, 80, 90, 100]),
+        ),
         y=alt.Y(
             "kl:Q",
             title="KL to the original, nats per token",
@@ -34,22 +39,22 @@ def chart(about: dict[str, Any], *, dark: bool) -> alt.LayerChart:
             "method:N",
             title=None,
             scale=alt.Scale(domain=list(COLOURS), range=[pair[dark] for pair in COLOURS.values()]),
-            legend=alt.Legend(orient="top", symbolType="circle", columns=5),
+            legend=alt.Legend(orient="top", symbolType="circle", columns=5, columnPadding=22, symbolSize=90, labelLimit=200),
         ),
     )
     points = base.mark_circle(size=90, opacity=1)
     names = [
-        base.transform_filter(alt.datum.above == above)
-        .mark_text(align="left", dx=8, dy=-6 if above else 11, fontSize=11)
-        .encode(text="name:N")
-        for above in (True, False)
+        base.transform_filter(alt.datum.label == where).mark_text(baseline="middle", fontSize=11, **offset).encode(text="name:N")
+        for where, offset in LABELS.items()
     ]
     return (
         alt.layer(points, *names)
-        .properties(width=660, height=340, background="transparent", padding=8)
-        .configure(font="system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif")
+        .properties(width=700, height=340, background="transparent", padding=8)
+        .configure(font="Helvetica, Arial, sans-serif")
         .configure_view(stroke=None)
-        .configure_axis(labelColor=ink, titleColor=ink, gridColor=faint, domainColor=faint, tickColor=faint, labelFontSize=11, titleFontSize=12)
+        .configure_axis(
+            labelColor=ink, titleColor=ink, gridColor=faint, domainColor=faint, tickColor=faint, labelFontSize=11, titleFontSize=12
+        )
         .configure_legend(labelColor=ink, labelFontSize=12)
     )
 
