@@ -110,6 +110,14 @@ def test_links_from_the_readme_lead_somewhere() -> None:
     assert [link for pair in links for link in pair if link and not link.startswith("http") and not (ROOT / link).exists()] == []
 
 
+def test_examples_are_shown_as_they_are() -> None:
+    """Each is a page's snippet, written so that mkdocs finds it (a formatter of code blocks would take it for Python)."""
+    text = (DOCS / "examples.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r'(?m)^--8<-- "(examples/[^"]+)"$', text))
+    assert shown == {str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert "--8 <" not in "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
+
+
 def test_recipes_in_the_pages_are_recipes() -> None:
     """Every `--set` that a page shows next to a recipe's name works on it; every YAML block that has steps loads."""
     from trimoe import recipe
