@@ -102,11 +102,11 @@ def table(rows: Sequence[Row]) -> None:
 
     best = frontier(rows)
     shown = Table(
-        title="Sweep", caption="* no other variant is as small and as near to the original; KL(original || variant), mean over texts",
+        title="Sweep", caption="* no other variant is as small and as near to the original. KL(original || variant) in nats/token, mean of texts",
     )  # fmt: skip
     shown.add_column("")
-    shown.add_column("variant", overflow="fold")
-    for name in ("bytes", "active", "KL, nats/token", "agreement", "perplexity"):
+    shown.add_column("variant", overflow="fold", min_width=max([8, *(min(len(row.name), 40) for row in rows)]))
+    for name in ("bytes", "active", "KL", "agrees", "perplexity"):
         shown.add_column(name, justify="right")
     for row in sorted(rows, key=lambda row: (row.bytes, row.kl)):
         between = f" ({row.kl_low:.4f}-{row.kl_high:.4f})" if row.kl_low is not None else ""

@@ -26,6 +26,7 @@ from trimoe.errors import UserError
 from trimoe.evaluate import evaluate
 from trimoe.gather import statistics
 from trimoe.journal import Journal
+from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop
 from trimoe.plan import Plan
 from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import Recipe
@@ -243,7 +244,7 @@ class _Race:
         groups: dict[str, list[Entry]] = {}
         for entry in self.entries:
             step, run = entry.job.run.recipe.steps[0], entry.job.run
-            if step.needs and "spectra" not in step.needs:
+            if isinstance(step, ExpertDrop | LayerDrop | BlockDrop) or step.needs == {"search"}:
                 shared = [run.about, run.spec.search_tokens, run.spec.search_memory]
                 groups.setdefault(json.dumps(shared), []).append(entry)
         files: dict[str, Path] = {}
