@@ -86,6 +86,9 @@ def sweep(
     out, started = Path(out), time.monotonic()
     if keep not in KEEPS:
         raise UserError(f"keep is {keep!r}; {', '.join(KEEPS)} are known.")
+    for name, value, least in (("window", window, 2), ("stride", 1 if stride is None else stride, 1), ("tokens", tokens, 1)):
+        if value < least:
+            raise UserError(f"The evaluation's {name} is {value}; at least {least} is needed.")
     if distributed.launched():
         raise UserError("trimoe sweep runs in one process; start it without torchrun, or compress the variants one by one.")
     found = variants(recipe if isinstance(recipe, list | tuple) else [recipe], changes)
