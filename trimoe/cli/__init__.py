@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from trimoe.cli import look, make
+from trimoe.cli import judge, look, make
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Make Mixture-of-Experts models smaller.")
 app.command()(look.inspect)
@@ -16,7 +16,7 @@ app.command()(make.stats)
 app.command()(make.compress)
 app.command()(make.sweep)
 app.command()(make.recover)
-app.command(name="eval")(look.evaluate)
+app.command(name="eval")(judge.evaluate)
 app.command()(look.bench)
 app.command()(make.demo)
 app.command()(look.recipes)
