@@ -63,11 +63,17 @@ def test_a_list_among_the_steps_is_a_choice_of_steps() -> None:
     found = variants([{"steps": [either, {"quantize": {"bits": [4, 8]}}]}])
     assert [variant.name for variant in found] == [
         "expert_drop_ratio-0.25_bits-4", "expert_drop_ratio-0.25_bits-8", "expert_drop_ratio-0.5_bits-4", "expert_drop_ratio-0.5_bits-8",
-        "expert_drop+low_rank_bits-4", "expert_drop+low_rank_bits-8", "none_bits-4", "none_bits-8",
+        "expert_drop+low_rank_bits-4", "expert_drop+low_rank_bits-8", "bits-4", "bits-8",
     ]  # fmt: skip
     assert [[step.name for step in variant.recipe().steps] for variant in found[4::2]] == [
         ["expert_drop", "low_rank", "quantize"], ["quantize"],
     ]  # fmt: skip
+
+
+def test_a_step_left_out_is_not_in_the_name_and_no_step_at_all_is_no_variant() -> None:
+    found = variants([{"steps": [["none", {"layer_drop": {"count": 1}}], ["none", {"quantize": {}}]]}])
+    assert [variant.name for variant in found] == ["quantize", "layer_drop", "layer_drop_quantize"]
+    assert [len(variant.recipe().steps) for variant in found] == [1, 1, 2]
 
 
 def test_texts_are_one_value_and_lists_of_texts_are_several() -> None:

@@ -53,7 +53,11 @@ def variants(given: Sequence[Any], changes: Sequence[str] = ()) -> list[Variant]
         varied = {short[path]: value for path, value in choices.items()}
         if len(given) > 1:
             varied = {"recipe": label, **varied}
-        words = [value if key.startswith(("step ", "recipe")) else f"{key}-{value}" for key, value in varied.items()]
+        words = [
+            value if key.startswith(("step ", "recipe")) else f"{key}-{value}"
+            for key, value in varied.items()
+            if not (key.startswith("step ") and value == "none")
+        ]
         whole.setdefault(json.dumps(raw, sort_keys=True, default=str), Variant("_".join(words) or label, varied, raw, where))
     return _named(list(whole.values()))
 
@@ -77,7 +81,8 @@ def _every(value: Any, path: Path, where: str) -> list[tuple[Choices, Any]]:
         return _product([(key, _every(item, (*path, str(key)), where)) for key, item in value.items()], where)
     if path == ("steps",) and isinstance(value, list):
         rows = _product([(str(place), _step(item, (*path, str(place)), where)) for place, item in enumerate(value)], where)
-        return [(choices, [step for steps in row.values() for step in steps]) for choices, row in rows]
+        whole = [(choices, [step for steps in row.values() for step in steps]) for choices, row in rows]
+        return [(choices, steps) for choices, steps in whole if steps] or whole[:1]  # all left out is the original, not a variant of it
     if path[-1:] == ("data",):
         nested = isinstance(value, list) and any(isinstance(item, list) for item in value)
         return [({path: _texts(item)}, item) for item in value] if nested else [({}, value)]

@@ -45,7 +45,7 @@ class Row:
         texts = report["texts"]
         steps = [next(iter(step)) for step in record["recipe"]["steps"]]
         trained = [entry["method"] for entry in record.get("recovered", ())]
-        low, high = report.get("mean_kl_interval") or (None, None)
+        low, high = _interval(report)
         return cls(
             name=variant.name, varied=variant.varied, method=" + ".join([*steps, *trained]), bytes=after["file_bytes"],
             share=after["file_bytes"] / before["file_bytes"], experts=after["experts"] / before["experts"],
@@ -58,6 +58,15 @@ class Row:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.share:.1%} of the bytes, KL {self.kl:.4f}, perplexity {self.perplexity_before:.2f} -> {self.perplexity:.2f}"
+
+
+def _interval(report: dict[str, Any]) -> tuple[float | None, float | None]:
+    """95 % interval of the mean KL: texts are independent of each other, so the half-widths of their intervals add in squares."""
+    texts = report["texts"]
+    if any(text.get("intervals") is None for text in texts):
+        return None, None
+    low, high = (math.sqrt(sum((text["kl"] - text["intervals"]["kl"][end]) ** 2 for text in texts)) / len(texts) for end in (0, 1))
+    return max(0.0, report["mean_kl"] - low), report["mean_kl"] + high
 
 
 def _geometric(values: Sequence[float]) -> float:

@@ -68,6 +68,7 @@ def sweep(
     window: int = 2048,
     stride: int | None = None,
     keep: str = "none",
+    cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
@@ -78,7 +79,7 @@ def sweep(
 
     recipe          as for compress, or a list of several; any field may be a list of values (docs/sweep.md)
     changes, calibration, samples, length, seed, device, dtype   as for compress
-    text, tokens, stride   as for evaluate; `window` is its length
+    text, tokens, stride, cache   as for evaluate; `window` is its length
     keep            whose weights stay: `none`, `frontier` (variants that no other beats in bytes and KL), `all`
     Killed and called again it goes on; called again with more values it makes only what is new.
     Raises UserError before anything is written if any variant is impossible, and at the end if one failed nevertheless.
@@ -115,7 +116,7 @@ def sweep(
     def score(folder: Path) -> dict[str, Any]:
         return evaluate(
             folder, against=str(model), text=text, length=window, stride=stride, tokens=tokens, device=device,
-            dtype=compute_dtype(dtype), reporter=reporter,
+            dtype=compute_dtype(dtype), cache=cache, reporter=reporter,
         )  # fmt: skip
 
     entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]

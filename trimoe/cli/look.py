@@ -10,7 +10,6 @@ import typer
 from trimoe.cli.options import (
     Changes,
     Device,
-    Dtype,
     JsonFile,
     JsonFlag,
     Length,

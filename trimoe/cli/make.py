@@ -81,11 +81,12 @@ def sweep(
     """Compress and evaluate every variant of a recipe: a table, sweep.csv, sweep.json and the frontier. Run again, it goes on."""
     import trimoe
     from trimoe import standings
+    from trimoe.evaluate.cache import default_folder
 
     check_writable(json_file)
     found = trimoe.sweep(
         model, list(recipe), out, changes=changes, calibration=calibration, samples=samples, length=length, text=text or ["builtin:mixed"],
-        tokens=tokens, window=window, stride=stride, keep=keep, seed=seed, device=device, dtype=dtype, command=command_line(),
+        tokens=tokens, window=window, stride=stride, keep=keep, cache=default_folder(), seed=seed, device=device, dtype=dtype, command=command_line(),
         reporter=reporter_of(quiet),
     )  # fmt: skip
     standings.table(found.rows)
