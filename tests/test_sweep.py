@@ -53,6 +53,13 @@ def test_lists_mean_every_combination() -> None:
     )
     assert names("expert-drop", "layer-drop") == ["expert-drop", "layer-drop"]
     assert names("expert-drop") == ["expert-drop"]
+    own = variants(
+        {"four bits": {"steps": ["quantize"]}, "drop 25%": {"steps": [{"expert_drop": {"ratio": 0.25, "counts": ["uniform", "optimal"]}}]}}
+    )
+    assert [variant.name for variant in own] == ["four-bits", "drop-25-_counts-uniform", "drop-25-_counts-optimal"]
+    assert own[1].varied == {"recipe": "drop 25%", "counts": "uniform"}
+    with pytest.raises(UserError, match="twice"):
+        variants(["expert-drop", "expert-drop"])
     searched = variants([{"steps": [{"expert_drop": {"ratio": 0.25, "search": ["none", {"genetic": {"population": [8, 16]}}]}}]}])
     assert [variant.name for variant in searched] == ["search-none", "search-genetic_population-8", "search-genetic_population-16"]
     assert searched[2].recipe().steps[0].search.population == 16  # type: ignore[union-attr]

@@ -38,12 +38,14 @@ class Variant:
         return recipes.parse(self.raw, self.where)
 
 
-def variants(given: Sequence[Any], changes: Sequence[str] = ()) -> list[Variant]:
-    """All combinations of one or several recipes (names, files, mappings), every one once."""
+def variants(given: Sequence[Any] | Mapping[str, Any], changes: Sequence[str] = ()) -> list[Variant]:
+    """All combinations of one or several recipes (names, files, mappings; by names of their own in a mapping), every one once."""
     found: list[tuple[str, Choices, dict[str, Any], str]] = []
-    for number, recipe in enumerate(given):
+    named = given if isinstance(given, Mapping) else {_recipe_label(recipe, place): recipe for place, recipe in enumerate(given)}
+    if len(named) != len(given):
+        raise UserError("A recipe is given twice, or two recipes of one name; give each once.")
+    for label, recipe in named.items():
         raw, where = recipes.read(recipe, changes)
-        label = re.split(r"[/\\]", recipe)[-1].removesuffix(".yaml").removesuffix(".yml") if isinstance(recipe, str) else f"recipe-{number}"
         found += [(label, choices, one, where) for choices, one in _every(raw, (), where)]
         if len(found) > MOST:
             raise UserError(f"{where}: the lists make more than {MOST} combinations; leave values out.")
@@ -60,6 +62,10 @@ def variants(given: Sequence[Any], changes: Sequence[str] = ()) -> list[Variant]
         ]
         whole.setdefault(json.dumps(raw, sort_keys=True, default=str), Variant("_".join(words) or label, varied, raw, where))
     return _named(list(whole.values()))
+
+
+def _recipe_label(recipe: Any, place: int) -> str:
+    return re.split(r"[/\\]", recipe)[-1].removesuffix(".yaml").removesuffix(".yml") if isinstance(recipe, str) else f"recipe-{place}"
 
 
 def _named(found: list[Variant]) -> list[Variant]:

@@ -77,7 +77,8 @@ def sweep(
 ) -> Sweep:
     """Compress `model` by every variant of `recipe`, evaluate each against the original, and compare: sweep.csv, .json, .html in `out`.
 
-    recipe          as for compress, or a list of several; any field may be a list of values (docs/sweep.md)
+    recipe          as for compress, or a list of several, or a mapping from names to recipes; any field may be a list of values
+                    (docs/sweep.md)
     changes, calibration, samples, length, seed, device, dtype   as for compress
     text, tokens, stride, cache   as for evaluate; `window` is its length
     keep            whose weights stay: `none`, `frontier` (variants that no other beats in bytes and KL), `all`
@@ -92,7 +93,8 @@ def sweep(
             raise UserError(f"The evaluation's {name} is {value}; at least {least} is needed.")
     if distributed.launched():
         raise UserError("trimoe sweep runs in one process; start it without torchrun, or compress the variants one by one.")
-    found = variants(recipe if isinstance(recipe, list | tuple) else [recipe], changes)
+    several = isinstance(recipe, list | tuple) or (isinstance(recipe, dict) and "steps" not in recipe)
+    found = variants(recipe if several else [recipe], changes)
     skeleton = Skeleton.of(str(model), compute_dtype(dtype))
 
     def planned(variant: Variant) -> tuple[Recipe, Plan]:
