@@ -77,7 +77,12 @@ def options(description: str | None, like: list[str]) -> argparse.ArgumentParser
     arguments.add_argument("--calibration", nargs="+", default=["builtin:mixed"])
     arguments.add_argument("--text", nargs="+", default=["builtin:mixed"])
     arguments.add_argument("--samples", type=int, default=128)
-    arguments.add_argument("--length", type=int, default=2048, help="tokens in a sample, cut to the model's context")
+    arguments.add_argument(
+        "--length",
+        type=int,
+        default=2048,
+        help="tokens in a sample, and in an evaluated window (they do not overlap)",
+    )
     arguments.add_argument("--tokens", type=int, default=32768, help="evaluated, of each text")
     arguments.add_argument("--train", type=int, default=1000, help="samples to train on, in rows that train; 0 leaves them out")
     arguments.add_argument("--only", nargs="*", help="of the rows, those whose names contain one of these")
@@ -87,13 +92,17 @@ def options(description: str | None, like: list[str]) -> argparse.ArgumentParser
     return arguments
 
 
-def run(given: argparse.Namespace, name: str, recipes: Recipes) -> dict[str, Row]:
-    """Every row compressed and evaluated, by its name."""
+def folder(name: str, model: str) -> str:
+    return f"{name}-{model.replace(':', '-').strip('/').replace('/', '-')}"
+
+
+def run(given: argparse.Namespace, name: str, recipes: Recipes, own_calibration: bool = False) -> dict[str, Row]:
+    """Every row compressed and evaluated, by its name; on the recipes' own calibration text, or on the one that is given."""
     wanted = {row: body for row, body in recipes.items() if not given.only or any(word in row for word in given.only)}
-    model = given.model.replace(":", "-").replace("/", "-")
+    same = {} if own_calibration else {"calibration": given.calibration, "samples": given.samples, "length": given.length}
     found = trimoe.sweep(
-        given.model, wanted, Path(given.out, f"{name}-{model}"), calibration=given.calibration, samples=given.samples, length=given.length,
-        text=given.text, tokens=given.tokens, stride=None, device=given.device, dtype=given.dtype, reporter=Reporter("auto"),
+        given.model, wanted, Path(given.out, folder(name, given.model)), **same, text=given.text, tokens=given.tokens, window=given.length,
+        stride=given.length, device=given.device, dtype=given.dtype, reporter=Reporter("auto"),
     )  # fmt: skip
     return dict(zip(wanted, found.rows, strict=True))
 
