@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -99,12 +100,15 @@ def folder(name: str, model: str) -> str:
 def run(given: argparse.Namespace, name: str, recipes: Recipes, own_calibration: bool = False) -> dict[str, Row]:
     """Every row compressed and evaluated, by its name; on the recipes' own calibration text, or on the one that is given."""
     wanted = {row: body for row, body in recipes.items() if not given.only or any(word in row for word in given.only)}
+    first = {json.dumps(body): row for row, body in reversed(wanted.items())}  # rows that are the same recipe are made once
+    alike = {row: first[json.dumps(body)] for row, body in wanted.items()}
     same = {} if own_calibration else {"calibration": given.calibration, "samples": given.samples, "length": given.length}
     found = trimoe.sweep(
-        given.model, wanted, Path(given.out, folder(name, given.model)), **same, text=given.text, tokens=given.tokens, window=given.length,
-        stride=given.length, device=given.device, dtype=given.dtype, reporter=Reporter("auto"),
+        given.model, {row: wanted[row] for row in first.values()}, Path(given.out, folder(name, given.model)), **same, text=given.text,
+        tokens=given.tokens, window=given.length, stride=given.length, device=given.device, dtype=given.dtype, reporter=Reporter("auto"),
     )  # fmt: skip
-    return dict(zip(wanted, found.rows, strict=True))
+    made = dict(zip(first.values(), found.rows, strict=True))
+    return {row: made[alike[row]] for row in wanted}
 
 
 def show(about: Mapping[str, Any], rows: Mapping[str, Row], like: str) -> None:
