@@ -44,9 +44,14 @@ def _texts(report: dict[str, Any], versus: bool) -> None:
         cells = [row["name"], f"{row['tokens']:,}"]
         for key, _, form in shown:
             ends = (row["intervals"] or {}).get(key)
-            cells.append(f"{values[key]:{form}}" + (f"\n{ends[0]:{form}} to {ends[1]:{form}}" if ends else ""))
+            cells.append(f"{values[key]:{form}}" + (f"\n{_range(ends, form)}" if ends else ""))
         table.add_row(*cells)
     Console().print(table)
+
+
+def _range(ends: list[float], form: str) -> str:
+    """Short: the value above it has the digits."""
+    return f"{100 * ends[0]:.1f}-{ends[1]:{form}}" if form.endswith("%") else f"{ends[0]:.3g}-{ends[1]:.3g}"
 
 
 def _tasks(report: dict[str, Any], versus: bool) -> None:
@@ -55,7 +60,7 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
     summed = {row["task"] for row in rows if row["kind"] == "group"}
     shown = [row for row in rows if row["part_of"] not in summed]
     cut = {row["task"]: row["cut"] for row in shown if row["cut"] and row["kind"] != "average"}
-    notes = [f"lm-eval {settings['lm_eval']}, mean +- standard error"]
+    notes = [f"lm-eval {settings['lm_eval']}, value ± standard error"]
     if settings["limit"] is not None:
         notes.append(f"the first {settings['limit']} documents of each task")
     if versus:
@@ -66,10 +71,10 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
             + ", ".join(f"{name} {count:,}" for name, count in cut.items())
         )
     table = Table(title=_title(report, versus), caption="; ".join(notes))
-    table.add_column("task")
+    table.add_column("task", overflow="fold")
     table.add_column("metric")
     for name in ("n", *(["before", "after", "difference"] if versus else ["value"])):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in shown:
         if row["kind"] == "average":
             table.add_section()
@@ -85,7 +90,7 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + (f" +- {error:.4f}" if error is not None else "")
+    return f"{value:{sign}.3f}" + (f" ±{error:.3f}" if error is not None else "")
 
 
 def _generation(found: dict[str, Any], versus: bool) -> None:

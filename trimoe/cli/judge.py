@@ -22,7 +22,7 @@ def evaluate(
     fewshot: Annotated[int | None, typer.Option(help="examples in a task's prompt; the task's own number by default")] = None,
     include: Annotated[list[Path], typer.Option(help="a folder of lm-eval task files (YAML); repeatable")] = [],
     batch: Annotated[int, typer.Option(help="task requests at once, in memory")] = 8,
-    stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="run tasks layer by layer; by default where a model does not fit in memory")] = None,
+    stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="tasks layer by layer; by default where a model does not fit in memory")] = None,
     generate: Annotated[bool | None, typer.Option("--generate/--no-generate", help="continue prompts from the texts; by default with small models")] = None,
     cached: Annotated[bool, typer.Option("--cache/--no-cache", help="take what was measured before from ~/.cache/trimoe/eval or $TRIMOE_CACHE")] = True,
     device: Device = "cpu", dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,

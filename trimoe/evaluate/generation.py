@@ -11,14 +11,15 @@ from typing import Any
 import psutil
 import torch
 
+from trimoe.evaluate.quiet import quiet
 from trimoe.evaluate.texts import Windows
 from trimoe.loading import load
 from trimoe.progress import Reporter
 from trimoe.skeleton import Skeleton
 from trimoe.stream import give_back
 
-PROMPTS = 12
-PROMPT_TOKENS, NEW_TOKENS = 32, 96  # at most; both are cut to what the context holds
+PROMPTS = 9
+PROMPT_TOKENS, NEW_TOKENS = 32, 64  # at most; both are cut to what the context holds
 SEED, TEMPERATURE, TOP_P = 0, 0.8, 0.95
 SMALL = 2 << 30  # bytes of both models together up to which this is done unasked
 LOOP_TOKENS, LOOP_TIMES = 12, 3  # a tail this long that repeats itself this often is a loop
@@ -77,7 +78,8 @@ def smoke(
         return None
     made: dict[str, Any] = {"prompts": len(ids), "prompt_tokens": ids.shape[1], "new_tokens": new, "seed": SEED}
     for name, skeleton in reporter.track(models.items(), "Generate", len(models)):
-        model = load(skeleton.checkpoint.folder, device=device, dtype=skeleton.dtype)
+        with quiet(bars=False):
+            model = load(skeleton.checkpoint.folder, device=device, dtype=skeleton.dtype)
         written = {how: _continue(model, ids.to(device), new, tokenizer, how) for how in ("greedy", "sampled")}
         del model
         give_back()

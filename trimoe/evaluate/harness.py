@@ -20,7 +20,8 @@ from trimoe.calibration import load_tokenizer
 from trimoe.errors import UserError
 from trimoe.evaluate.cache import Cache, digest, identity
 from trimoe.evaluate.generation import fits
-from trimoe.evaluate.taskset import FEWSHOT_SEED, TaskSet, average, quiet
+from trimoe.evaluate.quiet import quiet
+from trimoe.evaluate.taskset import FEWSHOT_SEED, TaskSet, average
 from trimoe.progress import Reporter
 from trimoe.skeleton import Skeleton
 from trimoe.stream import give_back

@@ -26,7 +26,6 @@ from trimoe.stream import LayerWalk
 
 BATCH_TOKENS = 4096  # of a batch of the walk
 WALK_BYTES = 16 << 30  # of hidden states in one walk; those beyond spill.BUDGET lie in files
-ROUND = 8  # lengths of batches are multiples of this, so that many batches share their masks
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context tokens, continuation tokens
 
@@ -120,40 +119,31 @@ class Streamed(Counting):
         return list(zip(logprob_R.tolist(), greedy_R.tolist(), strict=True))
 
     def _walks(self, rows: list[tuple[int, ...]]) -> list[list[list[tuple[int, ...]]]]:
-        """Rows in batches of similar length, and batches in walks whose hidden states can be held."""
+        """Rows, shortest first, in batches of one length (not every architecture is blind to padding), and batches in walks whose hidden
+        states and masks (at most two of float32 for each length) can be held."""
         batches: list[list[tuple[int, ...]]] = []
         for row in rows:
-            if (
-                not batches
-                or (len(batches[-1]) + 1) * self._padded(len(row)) > BATCH_TOKENS
-                or self._padded(len(batches[-1][0])) < self._padded(len(row))
-            ):
+            if not batches or len(batches[-1][0]) != len(row) or (len(batches[-1]) + 1) * len(row) > BATCH_TOKENS:
                 batches.append([])
             batches[-1].append(row)
         size = self.skeleton.config.get_text_config().hidden_size * self.skeleton.dtype.itemsize
         walks: list[list[list[tuple[int, ...]]]] = []
-        held = WALK_BYTES
+        held, length = WALK_BYTES, 0
         for batch in batches:
-            nbytes = len(batch) * self._padded(len(batch[-1])) * size
+            nbytes = len(batch) * len(batch[0]) * size + (8 * len(batch[0]) ** 2 if len(batch[0]) != length else 0)
             if held + nbytes > WALK_BYTES:
                 walks.append([])
                 held = 0
             walks[-1].append(batch)
-            held += nbytes
+            held, length = held + nbytes, len(batch[0])
         return walks
-
-    def _padded(self, length: int) -> int:
-        return min(-(-length // ROUND) * ROUND, self.max_length)
 
     @torch.no_grad()
     def _run(
         self, batches: list[list[tuple[int, ...]]], rows: dict[tuple[int, ...], list[int]], requests: Sequence[Request], logprob_R: torch.Tensor,
         greedy_R: torch.Tensor, label: str,
     ) -> None:  # fmt: skip
-        ids = [
-            torch.tensor([[*row, *[0] * (self._padded(len(batch[-1])) - len(row))] for row in batch]) for batch in batches
-        ]  # padded on the right, where no earlier position sees it
-        walk = LayerWalk(self.skeleton, ids, device=self._device)
+        walk = LayerWalk(self.skeleton, [torch.tensor(batch) for batch in batches], device=self._device)
         for index in self.reporter.track(range(len(walk)), label, len(walk)):
             with walk.layer(index) as layer:
                 walk.advance(index, layer)

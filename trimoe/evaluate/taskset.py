@@ -6,19 +6,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from trimoe.errors import UserError
+from trimoe.evaluate.quiet import quiet
 from trimoe.progress import Reporter
 
 HERE = Path(__file__).parent
@@ -45,24 +42,6 @@ def require() -> None:
         import lm_eval  # noqa: F401
     except ImportError:
         raise UserError("Tasks need lm-eval, which is not installed; pip install 'trimoe[eval]'") from None
-
-
-@contextmanager
-def quiet(bars: bool) -> Iterator[None]:
-    """lm-eval and datasets say only what went wrong; without `bars` nothing draws progress bars."""
-    names = ("lm_eval", "datasets", "huggingface_hub", "fsspec", "httpx")
-    before = {name: logging.getLogger(name).level for name in names}
-    start = tqdm.__init__
-    if not bars:
-        tqdm.__init__ = partialmethod(start, disable=True)  # lm-eval has no switch for its own
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-        tqdm.__init__ = start
 
 
 def find(names: Sequence[str], include: Sequence[str | os.PathLike[str]], fewshot: int | None, reporter: Reporter) -> TaskSet:
