@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from trimoe import search
+from trimoe.layout import Layout
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import Exhaustive
+from trimoe.modeling_trimoe import BITMASK
 from trimoe.scores import leave_one_out
-from trimoe.skeleton import Site
+from trimoe.skeleton import Site, Skeleton
 from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss
 
@@ -20,6 +22,8 @@ FEW_SETS = 2048  # in a layer, all of which are evaluated beside any search
 DRAWS = 1000  # random sets at most that a search is compared with
 POINTS = 32  # of a spectrum
 DIGITS = 5
+PARTS = ("routed experts", "routers", "rest of the layers")
+REST = PARTS[-1]
 
 
 def expert_drop(
@@ -35,7 +39,8 @@ def expert_drop(
     }  # fmt: skip
     if not layer.search:
         return row
-    row["leave_one_out"] = importance(layer)
+    if step.score != "leave_one_out":
+        row["leave_one_out"] = importance(layer)
     loss = SubsetLoss(layer, device=device)
     if not dropped or dropped > loss.max_drop:
         return row
@@ -71,6 +76,42 @@ def spectra(layer: LayerStats) -> dict[str, Any]:
         low, middle, high = (share_ER[:, at].quantile(q, 0).tolist() for q in (0.0, 0.5, 1.0))
         made[name] = {"rank": (at + 1).tolist(), "low": _short(low), "median": _short(middle), "high": _short(high)}
     return made
+
+
+def parts(layout: Layout) -> dict[str, Any]:
+    """Tensor bytes [before, after]: outside the layers, and of every decoder layer its routed experts, routers and the rest."""
+    skeleton = layout.skeleton
+    tensors = skeleton.checkpoint.tensors
+    outer = sum(tensors[key].nbytes for key in skeleton.outer_keys)
+    layers = {}
+    for index, keys in enumerate(skeleton.keys_by_layer):
+        part_of = _part_of(skeleton, index)
+        made = layout.entries(index) if index in layout.place else []
+        sizes = {part: [0, 0] for part in (PARTS if index in skeleton.sites else PARTS[-1:])}
+        for key in keys:
+            sizes[part_of.get(key, REST)][0] += tensors[key].nbytes
+        stems = {**part_of, **{key.removesuffix("weight"): part for key, part in part_of.items()}}
+        for entry in made:
+            stem = entry.key.removesuffix(BITMASK)
+            part = stems.get(stem) or stems.get(stem[: stem.rfind(".") + 1]) or PARTS[0]
+            sizes[part][1] += entry.nbytes
+        layers[str(index)] = sizes
+    return {"outside the layers": [outer, sum(entry.nbytes for entry in layout.groups[0])], "layers": layers}
+
+
+def _part_of(skeleton: Skeleton, index: int) -> dict[str, str]:
+    """Which part every source tensor of a layer belongs to."""
+    found = dict.fromkeys(skeleton.keys_by_layer[index], REST)
+    site = skeleton.sites.get(index)
+    if site is not None:
+        block = f"{skeleton.layer_name(index)}.{site.block}."
+        routers = tuple(block + path for path in site.router_paths())
+        for name, keys in skeleton.conversion.source_of.items():
+            if name.startswith(f"{block}{site.experts}.") and name not in routers:
+                found |= dict.fromkeys(keys, PARTS[0])
+            elif name in routers:
+                found |= dict.fromkeys(keys, PARTS[1])
+    return found
 
 
 def _short(values: Sequence[float]) -> list[float]:
