@@ -156,7 +156,7 @@ class _Job:
             record = {
                 "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
                 "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
-                "parts": recorded.parts(layout),
+                "parts": recorded.parts(layout), "source_card": card.inherited(skeleton.checkpoint.folder),
                 "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
                 "command": self.command, "seed": run.seed, "versions": versions(), "inputs": self.inputs,
             }  # fmt: skip

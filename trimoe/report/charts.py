@@ -24,7 +24,7 @@ def frontier(points: Sequence[dict[str, Any]]) -> alt.LayerChart:
     """
     logarithmic = _logarithmic([point["kl"] for point in points])
     rows = labelled([{**point, "low": point["kl_low"], "high": point["kl_high"]} for point in points], logarithmic)
-    scale = alt.Scale(type="log", nice=True) if logarithmic else alt.Scale(zero=True, nice=True)
+    scale = _scale(logarithmic, zero=True)
     x = alt.X(
         "share:Q",
         title="size, share of the original's bytes",
@@ -110,10 +110,10 @@ def heat(
 
 def bars(
     rows: Sequence[dict[str, Any]], *, x: str, y: str, y_title: str, x_title: str | None = None, series: str | None = None,
-    stacked: bool = False, form: str = ".3~g", height: int = 240, zero: bool = True, order: Sequence[str] | None = None,
+    stacked: bool = False, faint: str = "", form: str = ".3~g", height: int = 240, order: Sequence[str] | None = None,
 ) -> alt.LayerChart:  # fmt: skip
     """Columns over the names or numbers in `x`: of one value `y`, or of several `series` (stacked, or side by side with whiskers from `low`
-    to `high` where a row has them)."""
+    to `high` where a row has them; one series may be `faint`)."""
     names = list(order or dict.fromkeys(row[series] for row in rows)) if series else []
     base = alt.Chart(_data(rows))
     across = alt.X(
@@ -121,10 +121,9 @@ def bars(
         title=x_title,
         sort=None,
         axis=alt.Axis(labelAngle=0 if _short([row[x] for row in rows]) else -35, grid=False, labelLimit=140),
+        scale=alt.Scale(paddingInner=0.25, paddingOuter=0.15),
     )
-    up = alt.Y(
-        f"{y}:Q", title=y_title, stack="zero" if stacked else None, scale=alt.Scale(zero=zero, nice=True), axis=alt.Axis(tickCount=5)
-    )
+    up = alt.Y(f"{y}:Q", title=y_title, stack="zero" if stacked else None, scale=_scale(False, zero=True), axis=alt.Axis(tickCount=5))
     tooltip = [alt.Tooltip(f"{x}:N", title=x_title or x), alt.Tooltip(f"{y}:Q", title=y_title, format=form)]
     encoding: dict[str, Any] = {"x": across, "y": up}
     offset = {}
@@ -137,7 +136,9 @@ def bars(
             base = alt.Chart(_data(rows))
         else:
             offset = {"xOffset": alt.XOffset(f"{series}:N", sort=names)}
-    layers = [base.mark_bar(cornerRadiusEnd=0 if stacked else 2).encode(**encoding, **offset, tooltip=[*tooltip, *_interval(rows, form)])]
+    solid = alt.ExprRef(f"datum.{series} == '{faint}' ? 0.35 : 1") if faint else 1
+    columns = base.mark_bar(cornerRadiusEnd=0 if stacked else 2, opacity=solid)
+    layers = [columns.encode(**encoding, **offset, tooltip=[*tooltip, *_interval(rows, form)])]
     if any(row.get("low") is not None for row in rows):
         whiskers = base.transform_filter("isValid(datum.low) && isValid(datum.high)").mark_rule(strokeWidth=2)
         layers.append(whiskers.encode(x=across, y=alt.Y("low:Q", title=y_title), y2="high:Q", **offset))
@@ -150,12 +151,8 @@ def lines(
 ) -> alt.LayerChart:  # fmt: skip
     """Lines of `series` (named, or numbers if `numeric`: then shaded by their number); points to hover over."""
     names = list(order or dict.fromkeys(row[series] for row in rows))
-    across = alt.X(
-        f"{x}:Q", title=x_title, scale=alt.Scale(type="log" if log_x else "linear", nice=not log_x, zero=False), axis=alt.Axis(tickCount=6)
-    )
-    up = alt.Y(
-        f"{y}:Q", title=y_title, scale=alt.Scale(type="log" if log_y else "linear", zero=False, nice=True), axis=alt.Axis(tickCount=5)
-    )
+    across = alt.X(f"{x}:Q", title=x_title, scale=_scale(log_x, nice=not log_x), axis=alt.Axis(tickCount=6))
+    up = alt.Y(f"{y}:Q", title=y_title, scale=_scale(log_y), axis=alt.Axis(tickCount=5))
     if numeric:
         color = alt.Color(
             f"{series}:Q", title=series, scale=alt.Scale(range="ordinal"), legend=alt.Legend(tickCount=min(8, len(names)), format="d")
@@ -163,6 +160,8 @@ def lines(
         detail: dict[str, Any] = {"detail": f"{series}:N"}
     else:
         color = alt.Color(f"{series}:N", title=None, sort=names, scale=alt.Scale(domain=names, range="category"))
+        if len(names) == 1:
+            color["legend"] = None
         detail = {"strokeDash": alt.StrokeDash(f"{series}:N", legend=None, sort=names)} if len(names) > 1 else {}
     tooltip = [alt.Tooltip(f"{series}:N"), alt.Tooltip(f"{x}:Q", title=x_title), alt.Tooltip(f"{y}:Q", title=y_title, format=form)]
     base = alt.Chart(_data(rows))
@@ -175,14 +174,14 @@ def lines(
 
 def dots(
     rows: Sequence[dict[str, Any]], *, y: str, x: str, x_title: str, series: str | None = None, rule: float | None = None, form: str = ".4~g",
-    order: Sequence[str] | None = None, percent: bool = False, log_x: bool = False,
+    order: Sequence[str] | None = None, percent: bool = False, zero: bool = False,
 ) -> alt.LayerChart:  # fmt: skip
     """Points with whiskers (`low`, `high`), one line of the chart per name in `y`, of several `series` beside each other; `rule`: a value to
     compare with."""
     names = list(order or dict.fromkeys(row[series] for row in rows)) if series else []
     lines_ = len({row[y] for row in rows})
     across = alt.X(
-        f"{x}:Q", title=x_title, scale=alt.Scale(type="log" if log_x else "linear", zero=False, nice=True, padding=12),
+        f"{x}:Q", title=x_title, scale=_scale(False, zero=zero, padding=0 if zero else 12),
         axis=alt.Axis(format="%" if percent else "", tickCount=6),
     )  # fmt: skip
     down = alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(grid=True, labelLimit=170))
@@ -204,6 +203,12 @@ def dots(
     if rule is not None:
         layers.insert(0, alt.Chart(_data([{"rule": rule}])).mark_rule(strokeDash=[5, 4]).encode(x=alt.X("rule:Q", title=x_title)))
     return _layered(max(90, lines_ * (22 + 14 * max(1, len(names)))), *layers)
+
+
+def _scale(logarithmic: bool, *, zero: bool = False, nice: bool = True, padding: float = 0) -> alt.Scale:
+    if logarithmic:
+        return alt.Scale(type="log", nice=nice)
+    return alt.Scale(zero=zero, nice=nice, padding=padding or alt.Undefined)
 
 
 def _interval(rows: Sequence[dict[str, Any]], form: str) -> list[alt.Tooltip]:

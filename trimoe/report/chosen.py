@@ -86,7 +86,7 @@ def _importance(folder: Finished) -> Figure | None:
         note="Dark is important to its layer on a light page, light on a dark one." + (" A cross marks the experts that were dropped." if some else ""),
         wide=90 + 22 * width if width > 10 else 0, dense=len(rows) > DENSE_CELLS,
         table=Table(
-            caption=f"{title.replace('_', ' ')} of each expert", head=("layer", "kept", "dropped", "scores, expert 0 first (dropped in brackets)"),
+            caption=f"scores of each expert ({title.replace('_', ' ')})", head=("layer", "kept", "dropped", "scores, expert 0 first (dropped in brackets)"),
             rows=[
                 (str(index), str(len(folder.decisions[index]["keep"])),
                  ", ".join(str(row["expert"]) for row in rows if row["layer"] == index and row["dropped"]) or "none",
@@ -106,7 +106,7 @@ def _counts(folder: Finished) -> Figure | None:
     rows += [{"layer": row["layer"], "experts": row["experts"] - row["kept"], "what": "dropped"} for row in found]
     return Figure(
         name="counts", title="Experts kept in each layer",
-        chart=charts.bars(rows, x="layer", y="experts", x_title="layer", y_title="experts", series="what", stacked=True, form="d"),
+        chart=charts.bars(rows, x="layer", y="experts", x_title="layer", y_title="experts", series="what", stacked=True, faint="dropped", form="d"),
         wide=60 + 16 * len(found) if len(found) > 20 else 0,
         table=Table(
             caption="Experts kept in each layer", head=("layer", "before", "kept"),
@@ -180,7 +180,7 @@ def _found(layers: dict[int, dict[str, Any]], how: str) -> Figure:
     used = [name for name in names if any(row["way"] == name for row in rows)]
     return Figure(
         name="search-losses", title="Loss in each layer, by the way of choosing",
-        chart=charts.dots(rows, y="layer", x="loss", x_title="relative loss of the layer", series="way", order=used),
+        chart=charts.dots(rows, y="layer", x="loss", x_title="relative loss of the layer", series="way", order=used, zero=True),
         table=Table(
             caption="Loss in each layer", head=("layer", "dropped", "evaluations", *used),
             rows=[
@@ -222,7 +222,7 @@ def _trace(layers: dict[int, dict[str, Any]], how: str) -> Figure | None:
     return Figure(
         name="search-trace", title="Best loss so far, mean over the layers",
         chart=charts.lines(rows, x="evaluations", y="loss", x_title="sets of experts evaluated", y_title="loss / best found by any way",
-                           series="way", log_x=True, step=True, order=[how, "greedy", "random, best so far"] if how in series else None),
+                           series="way", log_x=True, log_y=True, step=True, order=[how, "greedy", "random, best so far"] if how in series else None),
         note="1 is the best loss that any way found in a layer (the optimum, where all sets were evaluated).",
         table=Table(
             caption="Best loss so far", head=("way", "evaluations", "loss / best found"),
@@ -263,7 +263,7 @@ def _rank_map(folder: Finished, key: str, what: str) -> Figure | None:
     return Figure(
         name=f"ranks-{key}", title=f"Rank of each expert's {what}",
         chart=charts.heat(rows, value="rank", title="rank", marked="whole", across="expert, by its number in the original"),
-        note="A cross marks matrices that were left whole." if some else "",
+        note="Empty cells are experts that were dropped." + (" A cross marks matrices that were left whole." if some else ""),
         wide=90 + 22 * width if width > 10 else 0, dense=len(rows) > DENSE_CELLS,
         table=Table(
             caption=f"Ranks, {what}", head=("layer", "rank by expert"), prose=True,
@@ -316,7 +316,7 @@ def _depth(step: Step) -> Section | None:
             chart=charts.dots([{**row, "part": row["part"]} for row in rows], y="part", x="value", x_title="cosine of input and output", series="what",
                               order=["kept", "dropped"]),
             note="1: the part passes on what it is given, and can be left out unnoticed.",
-            table=Table(caption=title, head=("part", "cosine", ""), rows=[(row["part"], f"{row['value']:.4f}", row["what"]) for row in rows]),
+            table=Table(caption=title, head=("part", "cosine", "decision"), rows=[(row["part"], f"{row['value']:.4f}", row["what"]) for row in rows]),
         )
     ]  # fmt: skip
     rounds = step.metrics.get("rerank") or []
@@ -386,7 +386,7 @@ def _decisions(folder: Finished) -> Section:
     for index, decision in sorted(folder.decisions.items()):
         done = [GONE[decision["gone"]]] if decision.get("gone") else []
         for key, what in (("in_ranks", "first"), ("out_ranks", "last")):
-            if decision.get(key) and not done:
+            if decision.get(key) and not decision.get("gone"):
                 done.append(f"{what} ranks " + " ".join("whole" if rank == DENSE else str(rank) for rank in decision[key]))
         done += ["multiplied out again"] if decision.get("merged") else []
         done += [f"{decision['bits']} bits, groups of {decision.get('group')}"] if decision.get("bits") else []

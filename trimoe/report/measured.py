@@ -157,8 +157,8 @@ def _generation(folder: Finished) -> Section | None:
     blocks: list[Figure | Table] = [
         Figure(
             name="generation-shares", title="What continuations look like",
-            chart=charts.dots(rows, y="what", x="share", x_title="share of the continuations (of the 3-grams)", series="model", percent=True, form=".1%",
-                              order=SIDES if len(sides) > 1 else None),
+            chart=charts.dots(rows, y="what", x="share", x_title="share of the continuations (of the 3-grams)", series="model", percent=True,
+                              zero=True, form=".1%", order=SIDES if len(sides) > 1 else None),
             table=Table(caption="Continuations", head=("model", *names.values()),
                         rows=[(side, *(f"{numbers[key]:.1%}" if numbers.get(key) is not None else "-" for key in names)) for side, numbers in sides]),
         )
@@ -194,7 +194,7 @@ def _recovery(folder: Finished) -> Section | None:
         names = list(metrics["before"])
         blocks.append(
             Table(
-                caption=f"Held-out text, training {number} ({entry['method']})", head=("", "before", "after"),
+                caption=f"Held-out text, training {number} ({entry['method']})", head=("number", "before", "after"),
                 rows=[(name.replace("_", " "), f"{metrics['before'][name]:.4g}", f"{metrics['after'][name]:.4g}") for name in names],
             )
         )  # fmt: skip
@@ -214,7 +214,7 @@ def _curves(metrics: dict[str, Any], number: int) -> list[Figure]:
             unit = {"kl": "KL, nats/token", "loss": "loss, nats/token"}.get(name, name.replace("_", " "))
             figures.append(
                 Figure(
-                    name=f"recovery-{number}-{name.replace('_', '-')}", title=f"Validation: {name.replace('_', ' ')}",
+                    name=f"recovery-{number}-{name.replace('_', '-')}", title=f"Validation: {unit}",
                     chart=charts.lines(rows, x="step", y="value", x_title="optimiser step", y_title=unit, series="what"),
                     table=Table(caption=f"Validation, {name}", head=("step", unit), rows=[(str(row["step"]), f"{row['value']:.4g}") for row in rows]),
                 )

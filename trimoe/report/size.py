@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from trimoe.card import SPEEDS
+from trimoe.plan import human
 from trimoe.report import charts
 from trimoe.report.measured import AFTER, BEFORE, SIDES
 from trimoe.report.read import Finished
@@ -19,17 +21,7 @@ SIZES = {
     "parameters active per token": "active",
     "routed-expert parameters": "experts",
 }
-SPEEDS = {"prefill_tokens_s": "prefill, tokens/s", "decode_tokens_s": "decode, tokens/s", "first_token_s": "first token, s"}
 HELD = {"load_s": "loading, s", "resident_bytes": "memory at the end", "peak_bytes": "peak memory", "disk_bytes": "on disk"}
-
-
-def human(count: float) -> str:
-    """1234567890 -> '1.15 GiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
 
 
 def tiles(folder: Finished) -> list[Tile]:
@@ -73,7 +65,7 @@ def size(folder: Finished) -> Section:
     before, after = folder.before, folder.after
     blocks: list[Figure | Table] = [
         Table(
-            caption="Before and after", head=("", "before", "after", "share"),
+            caption="Before and after", head=("quantity", "before", "after", "share"),
             rows=[(name, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}" if before[key] else "-") for name, key in SIZES.items()],
         )
     ]  # fmt: skip
@@ -82,7 +74,12 @@ def size(folder: Finished) -> Section:
         blocks += [_by_part(parts), _by_layer(parts)]
     loads = folder.record["plan"].get("loads_in") or {}
     blocks.append(
-        Table(caption="What loads it", head=("engine", ""), rows=[(str(name), str(answer)) for name, answer in loads.items()], prose=True)
+        Table(
+            caption="What loads it",
+            head=("engine", "loads it"),
+            rows=[(str(name), str(answer)) for name, answer in loads.items()],
+            prose=True,
+        )
     )
     return Section(
         name="size", title="Size", blocks=blocks,
@@ -142,7 +139,7 @@ def speed(folder: Finished) -> Section | None:
                 name="speed-ratio", title="Compressed over original",
                 chart=charts.dots(rows, y="what", x="value", x_title="ratio (1: the same)", rule=1.0, form=".2f"),
                 note="Medians and quartiles over rounds that both models took in turns. More tokens/s is better; less of everything else is.",
-                table=Table(caption="Ratios", head=("", "ratio (quartiles)"), rows=[
+                table=Table(caption="Ratios", head=("quantity", "ratio (quartiles)"), rows=[
                     (row["what"], f"{row['value']:.2f}" + (f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else "")) for row in rows]),
             )
         )  # fmt: skip
@@ -150,7 +147,7 @@ def speed(folder: Finished) -> Section | None:
              for key, label in SPEEDS.items()]  # fmt: skip
     table += [(label, *(f"{model[key]:.1f}" if key == "load_s" else human(model[key]) for model in models)) for key, label in HELD.items()]
     names = [AFTER, BEFORE] if len(models) > 1 else [AFTER]
-    blocks.append(Table(caption="Medians (quartiles)", head=("", *names), rows=table))
+    blocks.append(Table(caption="Medians (quartiles)", head=("quantity", *names), rows=table))
     return Section(
         name="speed", title="Speed and memory", blocks=blocks,
         text=f"{bench['batch']} x {bench['prompt']} tokens in, {bench['generate']} new, {bench['rounds']} rounds; {bench['machine']}, "
@@ -173,7 +170,7 @@ def origin(folder: Finished) -> Section:
         Code(title="Command", text=str(record["command"])),
         *(Code(title=f"Then, to recover ({entry['method']})", text=str(entry["command"])) for entry in folder.recovered),
         Code(title="Recipe", text=yaml.safe_dump(_said(record["recipe"]), sort_keys=False, allow_unicode=True).strip()),
-        Table(caption="Seeds, versions, inputs", head=("", ""), rows=facts, prose=True),
+        Table(caption="Seeds, versions, inputs", head=("what", "value"), rows=facts, prose=True),
     ]
     return Section(name="origin", title="How it was made", text="With these the same bytes come out again.", blocks=blocks)
 
