@@ -49,13 +49,14 @@ def frontier(points: Sequence[dict[str, Any]]) -> alt.LayerChart:
         dy=alt.ExprRef("datum.dy"),
         fontSize=alt.ExprRef("width < 440 ? 0 : 12"),
     )
-    return _layered(
-        HEIGHT + 40,
+    layers = [
         front.encode(x=x, y=y, order="share:Q"),
-        whiskers.encode(x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q", color=color),
         names.encode(x=x, y=y, text="label:N"),
         base.mark_point(size=110, opacity=1).encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
-    )
+    ]
+    if any(row["low"] is not None for row in rows):
+        layers.insert(1, whiskers.encode(x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q", color=color))
+    return _layered(HEIGHT + 40, *layers)
 
 
 def labelled(rows: Sequence[dict[str, Any]], logarithmic: bool) -> list[dict[str, Any]]:
