@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trimoe import card
+from trimoe import card, recorded
 from trimoe import recipe as recipes
 from trimoe.calibration import Calibration, calibrate
 from trimoe.decide import Run, decide
@@ -162,11 +162,13 @@ class Job:
                 decisions, metrics[name] = decide(run, journal, number, step, decisions, given if number == 0 else None)
             final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
             run.team.from_main(lambda: check_disk(out, final.disk))
-            writer = Writer(Layout(skeleton, decisions), out)
+            layout = Layout(skeleton, decisions)
+            writer = Writer(layout, out)
             metrics |= transform(run, decisions, writer, journal)
             record = {
                 "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
                 "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
+                "parts": recorded.parts(layout), "source_card": card.inherited(skeleton.checkpoint.folder),
                 "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
                 "command": self.command, "seed": run.seed, "versions": versions(), "inputs": self.inputs,
             }  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trimoe.cli import show
 from trimoe.cli.options import (
     Changes,
     Device,
@@ -133,9 +134,9 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")] = Path("demo-mini-mixtral"),
     model: Annotated[str, typer.Option(help="which built-in model")] = "builtin:mini-mixtral", quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """The main job on a built-in model: MoE-I2, evaluated before and after on held-out text."""
+    """The main job on a built-in model: MoE-I2, evaluated before and after on held-out text, and the report on it."""
     import trimoe
-    from trimoe import card, distributed, tables
+    from trimoe import UserError, card, distributed, tables
 
     reporter = reporter_of(quiet)
     result = trimoe.compress(model, "moe-i2", out, command=command_line(), reporter=reporter)
@@ -145,3 +146,8 @@ def demo(
     print(result.plan)
     tables.evaluation(report)
     print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")
+    if distributed.speaks():
+        try:
+            show.report([str(out)])
+        except UserError as reason:  # a core install has no charts
+            print(f"No report: {reason}")

@@ -16,7 +16,7 @@
     const look = given.themes[theme()];
     const columns = Math.max(1, Math.floor(place.clientWidth / given.entry)); // of the legend: Vega does not wrap it by itself
     views.set(place, await window.vegaEmbed(place, given.specs[name], {
-      mode: "vega-lite", renderer: "svg", ast: true, config: { ...look, legend: { ...look.legend, columns } }, downloadFileName: name,
+      mode: "vega-lite", renderer: "dense" in place.dataset ? "canvas" : "svg", ast: true, config: { ...look, legend: { ...look.legend, columns } }, downloadFileName: name,
       tooltip: { theme: theme() },
       actions: { export: true, source: false, compiled: false, editor: false },
     }));

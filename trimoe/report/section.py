@@ -20,7 +20,7 @@ class Table:
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """A chart and the table that says the same. `name` is its file's under --figures (lower case, hyphens), unique on the page; `wide`: the
-    least width in pixels at which it can be read, narrower screens scroll it."""
+    least width in pixels at which it can be read, narrower screens scroll it; `dense`: so many marks that it is painted on a canvas."""
 
     name: str
     title: str
@@ -28,6 +28,7 @@ class Figure:
     table: Table
     note: str = ""
     wide: int = 0
+    dense: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
