@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import random
 import string
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads of one would wait for those of the others
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+os.environ["TRIMOE_CACHE"] = tempfile.mkdtemp(prefix="trimoe-cache-")  # no test sees results of another run
 
 import families
 import pytest

@@ -195,7 +195,7 @@ def test_evaluate_reports_the_models_own_routing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys.modules["trimoe.evaluate"], "BATCH_TOKENS", 3 * 32)  # several batches, the last one smaller
+    monkeypatch.setattr(sys.modules["trimoe.evaluate.texts"], "BATCH_TOKENS", 3 * 32)  # several batches, the last one smaller
     source, out, text = family_folder(family), tmp_path / "out", tmp_path / "short.jsonl"
     lines = ["the quick brown fox jumps over the lazy dog " * 3, "pad me.", "and so, to bed"]
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))

@@ -16,6 +16,11 @@ from trimoe.errors import UserError
 
 TEXTS = Path(__file__).parent / "builtin" / "texts"
 BUILTIN_DOMAINS = ("english", "docs", "code")
+# The field's two texts as it reads them: joined into one document. PTB's own repository is a script; the hub's conversion is read instead.
+HUB_TEXTS = {
+    "wikitext2": ("hf://datasets/Salesforce/wikitext/wikitext-2-raw-v1/{}-00000-of-00001.parquet", "text", "\n\n"),
+    "ptb": ("hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{}/0000.parquet", "sentence", " "),
+}
 MAX_LINE = 50_000_000  # characters of one jsonl line or one document
 
 
@@ -47,7 +52,10 @@ def in_batches(samples_NL: torch.Tensor, device: str) -> list[torch.Tensor]:
 
 
 def read_text(source: str, split: str = "calib") -> list[Text]:
-    """Texts of `builtin:mixed`, `builtin:DOMAIN`, a .txt or .jsonl file (`name=path` labels it), or a `datasets` id (`org/name[:split]`)."""
+    """Texts of `builtin:mixed`, `builtin:DOMAIN`, a .txt or .jsonl file (`name=path` labels it), `wikitext2` or `ptb` (their training part
+    to calibrate, their test part to evaluate), or a `datasets` id (`org/name[:split]`)."""
+    if source in HUB_TEXTS:
+        return [_known_text(source, "train" if split == "calib" else "test")]
     if source.startswith("builtin:"):
         name = source.removeprefix("builtin:")
         wanted = BUILTIN_DOMAINS if name == "mixed" else (name,)
@@ -69,6 +77,21 @@ def read_text(source: str, split: str = "calib") -> list[Text]:
     if file.suffix in (".txt", ".jsonl", ".json") or path.count("/") != 1:
         raise UserError(f"There is no text file {path!r} (a .txt or .jsonl file, a datasets id, or builtin:mixed is expected).")
     return [_from_hub(path, label)]
+
+
+def _known_text(name: str, split: str) -> Text:
+    pattern, column, between = HUB_TEXTS[name]
+    instead = f"give its {split} part as a file instead: {name}=FILE.txt"
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"The text {name!r} is read with datasets; pip install 'trimoe[data]', or {instead}.") from None
+    try:
+        rows = datasets.load_dataset("parquet", data_files={split: pattern.format(split)}, split=split)
+        return Text(name, (between.join(rows[column]),))
+    except Exception as error:  # datasets raises anything from OSError to its own types
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"The text {name!r} could not be read from the Hugging Face hub ({reason}); {instead}.") from None
 
 
 def _plain(file: Path) -> list[str]:

@@ -95,7 +95,7 @@ class LayerWalk:
             for batch in self.batches:
                 first, calls = self._capture(batch)
                 self.hidden.append(first)
-                self.calls.append(self.calls[0] if self.calls and _same(calls, self.calls[0]) else calls)
+                self.calls.append(self.calls[-1] if self.calls and _same(calls, self.calls[-1]) else calls)
 
     # ---- weights in, weights out
 

@@ -9,28 +9,105 @@ from rich.table import Table
 
 
 def evaluation(report: dict[str, Any]) -> None:
-    """Perplexity, KL and agreement per text, on standard output."""
+    """Texts, tasks, generation and expert-parallel traffic, on standard output; what was not measured is left out."""
     versus = report["against"] is not None
+    if report["texts"]:
+        _texts(report, versus)
+    if "tasks" in report:
+        _tasks(report, versus)
+    if report.get("generation"):
+        _generation(report["generation"], versus)
+    if "traffic" in report:
+        _traffic(report["traffic"]["ways"], versus)
+
+
+def _title(report: dict[str, Any], versus: bool) -> str:
+    return f"{report['model']}" + (f" against {report['against']}" if versus else "")
+
+
+def _texts(report: dict[str, Any], versus: bool) -> None:
+    """Perplexity, KL and agreement per text, with their 95 % intervals."""
+    drawn = sorted({row["resampled"] for row in report["texts"] if row["intervals"]})
     table = Table(
-        title=f"{report['model']}" + (f" against {report['against']}" if versus else ""),
-        caption=f"windows of {report['length']} tokens, stride {report['stride']}",
+        title=_title(report, versus),
+        caption=f"windows of {report['length']} tokens, stride {report['stride']}"
+        + (f"; 95 % intervals: paired bootstrap over {' or '.join(drawn)}" if drawn else ""),
     )
     table.add_column("text")
-    for name in (
-        "tokens",
-        *(["perplexity before"] if versus else []),
-        "perplexity",
-        *(["KL, nats/token", "top-1 agreement"] if versus else []),
-    ):
+    columns = [("against_perplexity", "perplexity before", ".3f"), ("perplexity", "perplexity", ".3f"), ("kl", "KL, nats/token", ".4f"),
+               ("agreement", "top-1 agreement", ".1%")]  # fmt: skip
+    shown = columns if versus else columns[1:2]
+    for name in ("tokens", *(label for _, label, _ in shown)):
         table.add_column(name, justify="right")
     for row in report["texts"]:
+        values = row | ({"against_perplexity": row["against"]["perplexity"]} if versus else {})
         cells = [row["name"], f"{row['tokens']:,}"]
-        cells += [f"{row['against']['perplexity']:.3f}"] if versus else []
-        cells += [f"{row['perplexity']:.3f}"]
-        cells += [f"{row['kl']:.4f}", f"{row['agreement']:.1%}"] if versus else []
+        for key, _, form in shown:
+            ends = (row["intervals"] or {}).get(key)
+            cells.append(f"{values[key]:{form}}" + (f"\n{_range(ends, form)}" if ends else ""))
         table.add_row(*cells)
     Console().print(table)
-    _traffic(report["traffic"]["ways"], versus)
+
+
+def _range(ends: list[float], form: str) -> str:
+    """Short: the value above it has the digits."""
+    return f"{100 * ends[0]:.1f}-{ends[1]:{form}}" if form.endswith("%") else f"{ends[0]:.3g}-{ends[1]:.3g}"
+
+
+def _tasks(report: dict[str, Any], versus: bool) -> None:
+    """One line a task and metric. Tasks that a group sums up are in the JSON only; those that an average is made of are shown."""
+    rows, settings = report["tasks"], report["task_settings"]
+    summed = {row["task"] for row in rows if row["kind"] == "group"}
+    shown = [row for row in rows if row["part_of"] not in summed]
+    cut = {row["task"]: row["cut"] for row in shown if row["cut"] and row["kind"] != "average"}
+    notes = [f"lm-eval {settings['lm_eval']}, value ± standard error"]
+    if settings["limit"] is not None:
+        notes.append(f"the first {settings['limit']} documents of each task")
+    if versus:
+        notes.append("differences are paired; * is more than two standard errors from 0")
+    if cut:
+        notes.append(
+            f"requests longer than the context of {settings['context']} tokens lost their beginning: "
+            + ", ".join(f"{name} {count:,}" for name, count in cut.items())
+        )
+    table = Table(title=_title(report, versus), caption="; ".join(notes))
+    table.add_column("task", overflow="fold")
+    table.add_column("metric")
+    for name in ("n", *(["before", "after", "difference"] if versus else ["value"])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in shown:
+        if row["kind"] == "average":
+            table.add_section()
+        cells = [row["task"], f"{row['metric']}, {row['filter']}" if "filter" in row else row["metric"], f"{row['n']:,}"]
+        if versus:
+            sure = row["difference_stderr"] is not None and abs(row["difference"]) > 2 * row["difference_stderr"]
+            cells += [_with_error(row["against"]["value"], row["against"]["stderr"]), _with_error(row["value"], row["stderr"])]
+            cells.append(_with_error(row["difference"], row["difference_stderr"], "+") + ("*" if sure else " "))
+        else:
+            cells.append(_with_error(row["value"], row["stderr"]))
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" + (f" ±{error:.3f}" if error is not None else "")
+
+
+def _generation(found: dict[str, Any], versus: bool) -> None:
+    table = Table(
+        title="Generation",
+        caption=f"{found['prompts']} prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones; loops: ends in a repeated n-gram; "
+        "distinct: share of 3-grams that differ",
+    )
+    table.add_column("")
+    for name in ("loops", "empty", "distinct"):
+        table.add_column(name, justify="right")
+    for key, label in (("against", "before"), ("model", "after")) if versus else (("model", ""),):
+        for how in ("greedy", "sampled"):
+            seen = found[key][how]
+            share = f"{seen['distinct']:.1%}" if seen["distinct"] is not None else "-"
+            table.add_row(f"{label} {how}".strip(), f"{seen['loops']:.0%}", f"{seen['empty']:.0%}", share)
+    Console().print(table)
 
 
 def _traffic(ways: dict[str, Any], versus: bool) -> None:

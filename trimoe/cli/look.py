@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,6 @@ import typer
 from trimoe.cli.options import (
     Changes,
     Device,
-    Dtype,
     JsonFile,
     JsonFlag,
     Length,
@@ -43,44 +41,6 @@ def plan(
     print(json.dumps(made.to_json(), indent=1) if as_json else made)
 
 
-def evaluate(
-    folder: Model,
-    against: Annotated[str | None, typer.Option(help="the model to compare with; a trimoe folder's origin is taken by default")] = None,
-    text: Annotated[list[str], typer.Option(help="text or jsonl file, name=path, datasets id, builtin:mixed; repeatable")] = [],
-    length: Annotated[int, typer.Option(help="window, in tokens (cut to the model's context)")] = 2048,
-    stride: Annotated[int | None, typer.Option(help="how far windows advance; half the window by default")] = None,
-    tokens: Annotated[int, typer.Option(help="scored tokens of each text, at most about")] = 32768,
-    device: Device = "cpu", dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,
-) -> None:  # fmt: skip
-    """Perplexity on each text; KL and agreement against the original. Both models are streamed."""
-    import trimoe
-    from trimoe import UserError, card, distributed, tables
-    from trimoe.evaluate import origin
-    from trimoe.stream import compute_dtype
-
-    check_writable(json_file)
-    reporter = reporter_of(quiet)
-    made_from = card.made_from(Path(folder))
-    if against is None and made_from is not None:
-        try:
-            against = origin(Path(folder))
-        except UserError as reason:
-            reporter.say(f"It is evaluated alone, not against the model it was made from: {reason}")
-    report = trimoe.evaluate(
-        folder, against=against, text=text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens, device=device,
-        dtype=compute_dtype(dtype), reporter=reporter,
-    )  # fmt: skip
-    tables.evaluation(report)
-    if (
-        distributed.speaks()
-        and made_from is not None
-        and against is not None
-        and (against == made_from or Path(against).resolve() == Path(made_from))
-    ):
-        card.add_evaluation(Path(folder), report)
-    write_json(json_file, report)
-
-
 def bench(
     folder: Model,
     against: Annotated[str | None, typer.Option(help="the model to compare with, measured in turns")] = None,
@@ -92,9 +52,10 @@ def bench(
     device: Device = "cpu", dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: each checkpoint's own")] = "auto",
     json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Tokens per second, time to the first token and memory, here; against another model in turns."""
+    """Tokens per second, time to the first token and memory, here; against another model in turns. Against the original of a trimoe
+    folder, the numbers are kept in its trimoe.json."""
     import trimoe
-    from trimoe import tables
+    from trimoe import card, distributed, tables
 
     check_writable(json_file)
     report = trimoe.bench(
@@ -102,6 +63,8 @@ def bench(
         reporter=reporter_of(quiet),
     )  # fmt: skip
     tables.bench(report)
+    if distributed.speaks() and card.is_original(Path(folder), against):
+        card.add_bench(Path(folder), report)
     write_json(json_file, report)
 
 

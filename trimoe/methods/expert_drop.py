@@ -302,7 +302,8 @@ class ExpertDrop:
             loss, space, population=self.search.population, generations=self.search.generations, seed=seed, keep=keep,
             max_evaluations=max(1, self.search.max_evaluations - start.evaluations), start=start.drops,
         )  # fmt: skip
-        return replace(found, evaluations=found.evaluations + start.evaluations)
+        trace = tuple((evaluated + start.evaluations, value) for evaluated, value in found.trace)
+        return replace(found, evaluations=found.evaluations + start.evaluations, trace=trace)
 
     @staticmethod
     def _lowest(space: find.Space, value_E: torch.Tensor) -> find.Found:

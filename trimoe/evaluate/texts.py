@@ -1,28 +1,23 @@
-"""How good a checkpoint is: strided perplexity per text, and KL and top-1 agreement against the original; and what its routing would
-send under expert parallelism (traffic.py). Reads folders only.
-
-Both models are streamed layer by layer, so neither has to fit in memory; hidden states of the evaluated tokens do.
+"""Texts: strided perplexity, and KL and top-1 agreement against the original; and what the routing would send under expert parallelism
+(traffic.py). Both models are streamed layer by layer: neither has to fit in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimoe.calibration import encode, load_tokenizer, read_text
-from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
-from trimoe.progress import QUIET, Reporter
+from trimoe.evaluate import intervals
+from trimoe.evaluate.cache import Cache, digest, identity
+from trimoe.progress import Reporter
 from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk, usable_device
+from trimoe.stream import LayerWalk
 from trimoe.traffic import ITEMSIZE, WAYS, Traffic
 
 BATCH_TOKENS = 4096
@@ -63,58 +58,41 @@ def windows(name: str, documents: Sequence[torch.Tensor], length: int, stride: i
 
 
 @torch.no_grad()
-def evaluate(
-    model: str | os.PathLike[str],
-    *,
-    against: str | os.PathLike[str] | None = None,
-    text: Sequence[str] = ("builtin:mixed",),
-    length: int = 2048,
-    stride: int | None = None,
-    tokens: int = 32768,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    reporter: Reporter = QUIET,
-) -> dict[str, Any]:
-    """Perplexity of `model` on each text and, with `against`, mean KL(against || model) in nats per token and top-1 agreement.
-
-    `length` is cut to the model's context; `stride` (default half of it) is stated in the result; at most about `tokens` tokens of
-    each text are scored. Returns the JSON that `trimoe eval --json` writes.
-    """
-    for name, value, least in (("length", length, 2), ("stride", 1 if stride is None else stride, 1), ("tokens", tokens, 1)):
-        if value < least:
-            raise UserError(f"The evaluation's {name} is {value}; at least {least} is needed.")
-    usable_device(device)
-    checkpoint = Checkpoint.open(model)
-    skeleton = Skeleton(checkpoint, dtype)
-    length = min(length, skeleton.context)
-    stride = min(stride or max(1, length // 2), length)
-    other = Skeleton.of(str(against), dtype) if against is not None else None
-    vocabulary = skeleton.config.get_text_config().vocab_size
-    if other is not None and other.config.get_text_config().vocab_size != vocabulary:
-        raise UserError(
-            f"{skeleton.name} and {other.name} have different vocabularies ({vocabulary} and {other.config.get_text_config().vocab_size} tokens)."
-        )
-    tokenizer = load_tokenizer(checkpoint)
-    texts = [part for source in text for part in read_text(source, "eval")]
-    sets = [windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens) for part in texts]
+def measure(
+    skeleton: Skeleton, other: Skeleton | None, sets: Sequence[Windows], *, device: str, cache: Cache, reporter: Reporter
+) -> dict[str, Any]:  # fmt: skip
+    """Sums of each window ("sums": name -> list over the windows of all texts) and "traffic". From the cache where these models have seen
+    just these windows before."""
     ids = torch.cat([entry.ids_NL for entry in sets])
     scored_NL = torch.cat([entry.scored_NL for entry in sets])
-    batches = list(ids.split(max(1, BATCH_TOKENS // length)))
+    depends = {
+        "kind": "texts", "model": identity(skeleton.checkpoint), "against": identity(other.checkpoint) if other else None,
+        "windows": digest([ids.numpy().tobytes(), scored_NL.numpy().tobytes(), str(tuple(ids.shape)).encode()]),
+        "dtype": str(skeleton.dtype), "device": torch.device(device).type,
+    }  # fmt: skip
+    if (known := cache.get(depends)) is not None:
+        reporter.say("Texts: measured before, taken from the cache (--no-cache measures again).")
+        return known
+    batches = list(ids.split(max(1, BATCH_TOKENS // ids.shape[1])))
     student, sent = _final_hidden(skeleton, batches, scored_NL, device, reporter)
     teacher, against_sent = _final_hidden(other, batches, scored_NL, device, reporter) if other is not None else (None, None)
-    rows = _compare(student, teacher, scored_NL, reporter)
-    report: dict[str, Any] = {
-        "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride, "texts": [],
+    sums = _compare(student, teacher, scored_NL, reporter)
+    made = {
+        "sums": {name: value.tolist() for name, value in sums.items()},
+        "traffic": _traffic(sent, against_sent, skeleton.config.get_text_config().hidden_size),
     }  # fmt: skip
-    start = 0
+    cache.put(depends, made)
+    return made
+
+
+def rows(sets: Sequence[Windows], sums: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """One row a text: its numbers and their intervals."""
+    made, start = [], 0
     for entry in sets:
-        part = {name: values[start : start + len(entry.ids_NL)] for name, values in rows.items()}
+        part = {name: torch.tensor(values[start : start + len(entry.ids_NL)], dtype=torch.float64) for name, values in sums.items()}
         start += len(entry.ids_NL)
-        report["texts"].append(_summary(entry, part))
-    if other is not None:
-        report["mean_kl"] = sum(row["kl"] for row in report["texts"]) / len(report["texts"])
-    report["traffic"] = _traffic(sent, against_sent, skeleton.config.get_text_config().hidden_size)
-    return report
+        made.append(_summary(entry, part) | intervals.of_text(part, entry.document_N))
+    return made
 
 
 def _final_hidden(
@@ -174,16 +152,3 @@ def _summary(entry: Windows, sums: dict[str, torch.Tensor]) -> dict[str, Any]:
         row["kl"] = float(sums["kl"].sum()) / tokens
         row["agreement"] = float(sums["agreement"].sum()) / tokens
     return row
-
-
-def origin(folder: Path) -> str | None:
-    """The model that a finished trimoe folder was made from; None for other folders. Raises UserError where it is no longer to be had
-    or is not the same any more."""
-    path = folder / "trimoe.json"
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    source = Checkpoint.open(record["model"])
-    if source.fingerprint != record["inputs"]["model"]:
-        raise UserError(f"{source.name} has changed since {folder} was made from it.")
-    return source.name

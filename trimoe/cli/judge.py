@@ -1,0 +1,60 @@
+"""The verb that judges: texts, lm-eval tasks and generation, original and result side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimoe.cli.options import Device, Dtype, JsonFile, Model, Quiet, check_writable, reporter_of, write_json
+
+
+def evaluate(
+    folder: Model,
+    against: Annotated[str | None, typer.Option(help="the model to compare with; a trimoe folder's origin is taken by default")] = None,
+    text: Annotated[list[str], typer.Option(help="text or jsonl file, name=path, wikitext2, ptb, datasets id, builtin:mixed, none; repeatable")] = [],
+    length: Annotated[int, typer.Option(help="window, in tokens (cut to the model's context)")] = 2048,
+    stride: Annotated[int | None, typer.Option(help="how far windows advance; half the window by default")] = None,
+    tokens: Annotated[int, typer.Option(help="scored tokens of each text, at most about")] = 32768,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma between: names, groups, moe-i2-nine, blimp=FILE.jsonl, rte3=FILE.jsonl")] = "",
+    limit: Annotated[int | None, typer.Option(help="documents of each task, at most")] = None,
+    fewshot: Annotated[int | None, typer.Option(help="examples in a task's prompt; the task's own number by default")] = None,
+    include: Annotated[list[Path], typer.Option(help="a folder of lm-eval task files (YAML); repeatable")] = [],
+    batch: Annotated[int, typer.Option(help="task requests at once, in memory")] = 8,
+    stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="tasks layer by layer; by default where a model does not fit in memory")] = None,
+    generate: Annotated[bool | None, typer.Option("--generate/--no-generate", help="continue prompts from the texts; by default with small models")] = None,
+    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="take what was measured before from ~/.cache/trimoe/eval or $TRIMOE_CACHE")] = True,
+    device: Device = "cpu", dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Perplexity on each text, KL and agreement against the original, lm-eval tasks, what it writes. Both models are streamed."""
+    import trimoe
+    from trimoe import UserError, card, distributed, tables
+    from trimoe.evaluate import origin
+    from trimoe.evaluate.cache import default_folder
+    from trimoe.stream import compute_dtype
+
+    check_writable(json_file)
+    reporter = reporter_of(quiet)
+    made_from = card.made_from(Path(folder))
+    if against is None and made_from is not None:
+        try:
+            against = origin(Path(folder))
+        except UserError as reason:
+            reporter.say(f"It is evaluated alone, not against the model it was made from: {reason}")
+    report = trimoe.evaluate(
+        folder, against=against, text=[] if text == ["none"] else text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens,
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()], limit=limit, fewshot=fewshot, include=include, batch=batch,
+        stream=stream, generate=generate, device=device, dtype=compute_dtype(dtype), cache=default_folder() if cached else None,
+        reporter=reporter,
+    )  # fmt: skip
+    tables.evaluation(report)
+    if (
+        distributed.speaks()
+        and report["texts"]
+        and made_from is not None
+        and against is not None
+        and (against == made_from or Path(against).resolve() == Path(made_from))
+    ):
+        card.add_evaluation(Path(folder), report)
+    write_json(json_file, report)

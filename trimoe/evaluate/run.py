@@ -1,0 +1,109 @@
+"""The whole job: texts, tasks and generation of one model, or of two side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimoe.calibration import encode, load_tokenizer, read_text
+from trimoe.checkpoint import Checkpoint
+from trimoe.errors import UserError
+from trimoe.evaluate import generation, harness, taskset, texts
+from trimoe.evaluate.cache import Cache
+from trimoe.progress import QUIET, Reporter
+from trimoe.skeleton import Skeleton
+from trimoe.stream import usable_device
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    text: Sequence[str] = ("builtin:mixed",),
+    length: int = 2048,
+    stride: int | None = None,
+    tokens: int = 32768,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    fewshot: int | None = None,
+    include: Sequence[str | os.PathLike[str]] = (),
+    batch: int = 8,
+    stream: bool | None = None,
+    generate: bool | None = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache: str | os.PathLike[str] | None = None,
+    reporter: Reporter = QUIET,
+) -> dict[str, Any]:
+    """Perplexity of `model` on each text and, with `against`, mean KL(against || model) in nats per token and top-1 agreement, all with
+    95 % intervals; lm-eval tasks; what both write.
+
+    `length` is cut to the model's context; `stride` (default half of it) is stated in the result; at most about `tokens` tokens of
+    each text are scored. `tasks` are lm-eval's, `moe-i2-nine`, or `FORM=FILE` (taskset.py), `limit` documents of each, with task files
+    from the folders `include`; `stream` runs them layer by layer (None: where a model does not fit in memory). `generate`: whether prompts
+    from the texts are continued (None: if the models are small). `cache`: a folder of earlier results. Returns the JSON that
+    `trimoe eval --json` writes. Raises UserError for what is not there or not allowed.
+    """
+    least = {
+        "length": (length, 2),
+        "stride": (stride, 1),
+        "tokens": (tokens, 1),
+        "limit": (limit, 1),
+        "fewshot": (fewshot, 0),
+        "batch": (batch, 1),
+    }
+    for name, (value, smallest) in least.items():
+        if value is not None and value < smallest:
+            raise UserError(f"The evaluation's {name} is {value}; at least {smallest} is needed.")
+    usable_device(device)
+    checkpoint = Checkpoint.open(model)
+    skeleton = Skeleton(checkpoint, dtype)
+    length = min(length, skeleton.context)
+    stride = min(stride or max(1, length // 2), length)
+    other = Skeleton.of(str(against), dtype) if against is not None else None
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    if other is not None and other.config.get_text_config().vocab_size != vocabulary:
+        raise UserError(
+            f"{skeleton.name} and {other.name} have different vocabularies ({vocabulary} and {other.config.get_text_config().vocab_size} tokens)."
+        )
+    tokenizer = load_tokenizer(checkpoint)
+    sets = [
+        texts.windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens)
+        for source in text for part in read_text(source, "eval")
+    ]  # fmt: skip
+    found = taskset.find(tasks, include, fewshot, reporter) if tasks else None  # what cannot be had is said before hours of work
+    kept = Cache(Path(cache) if cache is not None else None)
+    report: dict[str, Any] = {
+        "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride, "texts": [],
+    }  # fmt: skip
+    if sets:
+        made = texts.measure(skeleton, other, sets, device=device, cache=kept, reporter=reporter)
+        report["texts"] = texts.rows(sets, made["sums"])
+        if other is not None:
+            report["mean_kl"] = sum(row["kl"] for row in report["texts"]) / len(report["texts"])
+        report["traffic"] = made["traffic"]
+    models = {"model": skeleton} | ({"against": other} if other else {})
+    if found is not None:
+        how = harness.How(limit=limit, batch=batch, stream=stream, device=device)
+        report |= harness.compare(found, models, how, cache=kept, reporter=reporter)
+    if sets and (generate or (generate is None and generation.small(models.values(), device))):
+        report["generation"] = generation.smoke(models, sets, tokenizer, device=device, reporter=reporter)
+    return report
+
+
+def origin(folder: Path) -> str | None:
+    """The model that a finished trimoe folder was made from; None for other folders. Raises UserError where it is no longer to be had
+    or is not the same any more."""
+    path = folder / "trimoe.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    source = Checkpoint.open(record["model"])
+    if source.fingerprint != record["inputs"]["model"]:
+        raise UserError(f"{source.name} has changed since {folder} was made from it.")
+    return source.name
