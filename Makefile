@@ -23,8 +23,10 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 docs: .venv/ready
-	$(BIN)/python -m pip install --quiet mkdocs-material==9.8.1
-	$(BIN)/mkdocs build
+	$(BIN)/python -m pip install --quiet -r requirements-docs.lock
+	$(BIN)/python docs/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --quiet
+	@echo "The documentation lies in site/index.html."
 
 bench: .venv/ready
 	for script in gram_search statistics_pass streaming peak_memory; do $(BIN)/python benchmarks/$$script.py || exit 1; done

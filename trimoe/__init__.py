@@ -3,6 +3,7 @@
 import trimoe                                   # AutoModelForCausalLM.from_pretrained(DIR) then opens native checkpoints, too
 plan = trimoe.plan(model, recipe)               # sizes before and after; str(plan) is the table
 result = trimoe.compress(model, recipe, out)    # .decisions .metrics .plan; also DIR/trimoe.json
+trimoe.sweep(model, "moe-i2", folder, changes=["steps.0.ratio=[0.1, 0.25]"])  # every variant, evaluated; .rows .best
 trimoe.recover(out, trained, {"method": "logits"})  # training to win back quality
 model = trimoe.load(out)
 trimoe.evaluate(out, against=model)
@@ -17,12 +18,14 @@ from trimoe.inspection import inspect
 from trimoe.loading import load, register
 from trimoe.plan import Plan, plan
 from trimoe.recover import Recovered, recover
+from trimoe.sweep import Sweep, sweep
 from trimoe.version import VERSION as __version__
 
 __all__ = [
     "Plan",
     "Recovered",
     "Result",
+    "Sweep",
     "UserError",
     "__version__",
     "bench",
@@ -34,6 +37,7 @@ __all__ = [
     "plan",
     "recover",
     "register",
+    "sweep",
 ]
 
 register()

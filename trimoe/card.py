@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
+from trimoe.checkpoint import CARD
 from trimoe.tables import traffic_cells
 from trimoe.write import write_text
 
@@ -19,6 +21,8 @@ GONE = {"moe": "sub-layer dropped", "block": "layer dropped"}
 PACKED = """ Its experts are packed integers (compressed-tensors): with compressed-tensors installed transformers unpacks
 them as it loads; `trimoe.load(folder)` runs them packed."""
 SQUEEZED = """ Zeros of pruned matrices are left out of its files and put back while it is loaded."""
+SPEEDS = {"prefill_tokens_s": "prefill, tokens/s", "decode_tokens_s": "decode, tokens/s", "first_token_s": "first token, s"}
+INHERITED = ("license", "license_name", "license_link", "language")
 STOCK = "This is a stock checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."
 
 
@@ -26,16 +30,13 @@ def text(record: dict[str, Any]) -> str:
     """README.md, from what trimoe.json holds."""
     plan, given, model = record["plan"], record["calibration"], record["model"]
     steps = [next(iter(step.items())) for step in record["recipe"]["steps"]]
-    head: dict[str, Any] = {"library_name": "transformers", "tags": ["trimoe", "mixture-of-experts", *(name for name, _ in steps)]}
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists():
-        head["base_model"] = model  # a hub id
     before, after = plan["before"], plan["after"]
     sizes = [
         ("safetensors on disk (bytes)", "file_bytes"), ("parameters", "parameters"), ("parameters active per token", "active"),
         ("routed-expert parameters", "experts"),
     ]  # fmt: skip
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {_escaped(Path(model).name or model)}, compressed",
+        f"---\n{_metadata(record)}\n---\n\n# {_escaped(Path(model).name or model)}, compressed",
         f"Made by trimoe {record['trimoe']} from {_code(model)}.",
         (NATIVE if plan["form"] == "native" else STOCK)
         + (PACKED if any(name == "quantize" for name, _ in steps) else "")
@@ -55,6 +56,8 @@ def text(record: dict[str, Any]) -> str:
         *_traffic(record.get("evaluation")),
         "## Quality on held-out text",
         _quality(record.get("evaluation")),
+        *_tasks(record.get("evaluation")),
+        *_speed(record.get("bench")),
         f"## Command\n\n{_fenced(record['command'])}\n",
         *(recovered(entry) for entry in record.get("recovered", ())),
     ]
@@ -78,12 +81,89 @@ def made_from(folder: Path) -> str | None:
     return json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None
 
 
+def is_original(folder: Path, against: str | None) -> bool:
+    """Whether `against` names the model that the finished folder was made from."""
+    source = made_from(folder)
+    return source is not None and against is not None and (against == source or Path(against).resolve() == Path(source))
+
+
 def add_evaluation(folder: Path, report: dict[str, Any]) -> None:
     """Put the numbers of an evaluation against the original into a finished folder's trimoe.json and README.md."""
+    _add(folder, "evaluation", report)
+
+
+def add_bench(folder: Path, report: dict[str, Any]) -> None:
+    """The same for speed and memory, measured in turns with the original."""
+    _add(folder, "bench", report)
+
+
+def _add(folder: Path, name: str, report: dict[str, Any]) -> None:
     record = json.loads((folder / "trimoe.json").read_text(encoding="utf-8"))
-    record["evaluation"] = report
+    record[name] = report
     write_text(folder / "trimoe.json", json.dumps(record, indent=1) + "\n")
     write_text(folder / "README.md", text(record))
+
+
+def refresh(folder: Path) -> None:
+    """README.md again, from what trimoe.json holds now."""
+    write_text(folder / "README.md", text(json.loads((folder / "trimoe.json").read_text(encoding="utf-8"))))
+
+
+def inherited(folder: Path) -> dict[str, Any]:
+    """What a compressed model takes over of its source's card: licence and languages, as the front matter of its README.md says them."""
+    path = folder / CARD
+    found = (
+        re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL) if path.is_file() else None
+    )
+    if found is None:
+        return {}
+    try:
+        given = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        return {}
+    return {name: value for name in INHERITED if _plain(value := given.get(name))} if isinstance(given, dict) else {}
+
+
+def _plain(value: Any) -> bool:
+    """A name, or a list of names."""
+    return (isinstance(value, str) and bool(value)) or (
+        isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+    )
+
+
+def _metadata(record: dict[str, Any]) -> str:
+    """What the hub reads of a card, as YAML."""
+    model, steps = record["model"], [next(iter(step)) for step in record["recipe"]["steps"]]
+    of_hub = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+    # the hub knows adapter, finetune, merge and quantized; what is pruned counts as the second
+    fields: dict[str, Any] = (
+        {"base_model": model, "base_model_relation": "quantized" if "quantize" in steps else "finetune"} if of_hub else {}
+    )
+    fields |= record.get("source_card", {})
+    results = _results(record.get("evaluation") or {})
+    if results:
+        fields |= {"model_name": f"{Path(model).name or model}, compressed", "eval_results": results}
+    tags = list(dict.fromkeys(["trimoe", "mixture-of-experts", *steps]))
+    data = ModelCardData(**fields, library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    return data.to_yaml().strip()
+
+
+def _results(report: dict[str, Any]) -> list[EvalResult]:
+    """The model-index: perplexity, and KL and agreement where there was an original, of every text; every task's metrics."""
+
+    def one(dataset: str, metric: str, name: str, value: float) -> EvalResult:
+        return EvalResult(
+            task_type="text-generation", dataset_type=re.sub(r"[^\w./-]+", "-", dataset), dataset_name=dataset, metric_type=metric,
+            metric_name=name, metric_value=round(value, 6),
+        )  # fmt: skip
+
+    found = []
+    for row in report.get("texts", ()):
+        found.append(one(row["name"], "perplexity", "Perplexity", row["perplexity"]))
+        if "kl" in row:
+            found.append(one(row["name"], "kl", "KL to the original, nats/token", row["kl"]))
+            found.append(one(row["name"], "agreement", "Top-1 agreement with the original", row["agreement"]))
+    return found + [one(row["task"], row["metric"], row["metric"], row["value"]) for row in report.get("tasks", ())]
 
 
 def _escaped(given: str) -> str:
@@ -127,17 +207,51 @@ def _traffic(report: dict[str, Any] | None) -> list[str]:
 
 
 def _quality(report: dict[str, Any] | None) -> str:
-    if report is None:
+    if report is None or not report["texts"]:
         return "Not evaluated yet; `trimoe eval` on this folder adds the numbers here."
+    sure = [(row.get("intervals") or {}).get("kl") for row in report["texts"]]
     rows = [
         (
             _escaped(row["name"]),
             f"{row['against']['perplexity']:.3f}",
             f"{row['perplexity']:.3f}",
-            f"{row['kl']:.4f}",
+            f"{row['kl']:.4f}" + (f" ({kl[0]:.4f} to {kl[1]:.4f})" if kl else ""),
             f"{row['agreement']:.1%}",
         )
-        for row in report["texts"]
+        for row, kl in zip(report["texts"], sure, strict=True)
     ]
-    table = _table(("text", "perplexity before", "after", "KL, nats/token", "top-1 agreement"), rows)
+    unit = "KL, nats/token" + (" (95 %)" if any(sure) else "")
+    table = _table(("text", "perplexity before", "after", unit, "top-1 agreement"), rows)
     return f"{table}\n\nWindows of {report['length']} tokens, stride {report['stride']}. Perplexity flatters compressed models; look at the KL."
+
+
+def _tasks(report: dict[str, Any] | None) -> list[str]:
+    """lm-eval's tasks, original and compressed."""
+    tasks = (report or {}).get("tasks") or []
+    if not tasks:
+        return []
+
+    def cell(value: float | None, error: float | None, sign: str = "") -> str:
+        return "-" if value is None else f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+    rows = [
+        (_escaped(row["task"]), _escaped(row["metric"]), cell((row.get("against") or {}).get("value"), (row.get("against") or {}).get("stderr")),
+         cell(row["value"], row.get("stderr")), cell(row.get("difference"), row.get("difference_stderr"), "+"))
+        for row in tasks
+    ]  # fmt: skip
+    return ["## Tasks", _table(("task", "metric", "before", "after", "difference (paired)"), rows)]
+
+
+def _speed(report: dict[str, Any] | None) -> list[str]:
+    """What trimoe bench measured against the original."""
+    ratio = (report or {}).get("ratio")
+    if report is None or ratio is None:
+        return []
+    rows = [
+        (label, *(f"{model[name]['median']:,.4g}" for model in reversed(report["models"])), f"{ratio[name]['median']:.2f}")
+        for name, label in SPEEDS.items()
+    ]
+    how = (
+        f"{report['batch']} x {report['prompt']} tokens, {report['generate']} new, {report['rounds']} rounds in turns; {report['machine']}."
+    )
+    return ["## Speed", _table(("median", "before", "after", "ratio"), rows), _escaped(how)]

@@ -29,6 +29,7 @@ SMALL = 1 << 20  # bytes of a tensor that the fingerprint takes whole
 SAMPLE, SAMPLES = 1 << 14, 16  # bytes of a piece of a shard, and how many of them, for the fingerprint
 PIECE = 4 << 20  # bytes of a tensor that are read before they are looked at and converted
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+CARD = "README.md"  # read for the licence, not copied
 
 
 class Checkpoint:
@@ -310,10 +311,10 @@ def _open_hub(name: str, *, weights: bool) -> Checkpoint:
     )
 
     try:
-        folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES], ignore_patterns=["*/*"]))
+        folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, CARD], ignore_patterns=["*/*"]))
         if weights:
             shards = sorted(set((_weight_map(folder) or {SINGLE: SINGLE}).values()))
-            folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, *shards], ignore_patterns=["*/*"]))
+            folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, CARD, *shards], ignore_patterns=["*/*"]))
             return Checkpoint(name, folder, _read_headers(folder))
         metadata = hub.get_safetensors_metadata(name)
     except HFValidationError:

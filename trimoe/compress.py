@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from trimoe import card
+from trimoe import card, recorded
 from trimoe import recipe as recipes
 from trimoe.calibration import Calibration, calibrate
 from trimoe.decide import Run, decide
-from trimoe.distributed import Team, team
+from trimoe.distributed import ALONE, Team, team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
 from trimoe.headers import DTYPES
@@ -83,32 +83,44 @@ def compress(
     with team(device) as processes:
         reporter = reporter if processes.main else QUIET
 
-        def on_paper() -> tuple[_Job, Plan]:
+        def on_paper() -> tuple[Job, Plan]:
             parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
             skeleton = Skeleton.of(str(model), compute_dtype(dtype))
-            before = plan(skeleton, parsed)
-            refuse_inside(out, skeleton)
-            place = processes.place(device)
-            usable_device(place)
-            _refuse_narrow(parsed, skeleton)
-            if parsed.recover is not None and processes.count > 1:
-                raise UserError(
-                    "A recipe with recover runs in one process; leave recover out, then: accelerate launch -m trimoe.cli recover ..."
-                )
+            before = possible(skeleton, parsed, out, device, processes)
             text = calibration_for(skeleton, parsed.calibration, seed, reporter)
-            if parsed.recover is not None:
-                check(parsed.recover, skeleton, parsed.calibration.data, seed)
-            about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
-            run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes)
-            inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
-            return _Job(run, text, inputs, command or call), before
+            return job_of(skeleton, parsed, text, seed, device, dtype, command or call, reporter, processes), before
 
         job, before = processes.after_main(on_paper)
         return job.done(out, before, stats)
 
 
+def possible(skeleton: Skeleton, parsed: Recipe, out: Path, device: str, processes: Team = ALONE) -> Plan:
+    """The plan. Raises UserError for every mistake that can be found without reading text or weights."""
+    before = plan(skeleton, parsed)
+    refuse_inside(out, skeleton)
+    usable_device(processes.place(device))
+    _refuse_narrow(parsed, skeleton)
+    if parsed.recover is not None and processes.count > 1:
+        raise UserError("A recipe with recover runs in one process; leave recover out, then: accelerate launch -m trimoe.cli recover ...")
+    return before
+
+
+def job_of(
+    skeleton: Skeleton, parsed: Recipe, text: Calibration, seed: int, device: str, dtype: str, command: str, reporter: Reporter,
+    processes: Team = ALONE,
+) -> Job:  # fmt: skip
+    """What is left to do once the plan is known and the text is read."""
+    if parsed.recover is not None:
+        check(parsed.recover, skeleton, parsed.calibration.data, seed)
+    place = processes.place(device)
+    about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
+    run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes)
+    inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
+    return Job(run, text, inputs, command)
+
+
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A compression that nothing on paper speaks against."""
 
     run: Run
@@ -142,19 +154,21 @@ class _Job:
         run, text, parsed, skeleton = self.run, self.text, self.run.recipe, self.run.skeleton
         journal = Journal(out, self.inputs, run.team)
         run.team.from_main(journal.refuse_other_content)
-        run.team.from_main(lambda: _check_disk(out, before.disk))
+        run.team.from_main(lambda: check_disk(out, before.disk))
         with journal:
             decisions, metrics = unchanged(skeleton.sites), {}
             for number, step in enumerate(parsed.steps):
                 name = f"{number}.{step.name}"
                 decisions, metrics[name] = decide(run, journal, number, step, decisions, given if number == 0 else None)
             final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
-            run.team.from_main(lambda: _check_disk(out, final.disk))
-            writer = Writer(Layout(skeleton, decisions), out)
+            run.team.from_main(lambda: check_disk(out, final.disk))
+            layout = Layout(skeleton, decisions)
+            writer = Writer(layout, out)
             metrics |= transform(run, decisions, writer, journal)
             record = {
                 "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
                 "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
+                "parts": recorded.parts(layout), "source_card": card.inherited(skeleton.checkpoint.folder),
                 "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
                 "command": self.command, "seed": run.seed, "versions": versions(), "inputs": self.inputs,
             }  # fmt: skip
@@ -257,23 +271,30 @@ def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
         )
 
 
-def _check_disk(out: Path, wanted: int) -> None:
+def check_disk(out: Path, wanted: int) -> None:
     existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in out.glob("*.safetensors*") if out.is_dir())
     if free < wanted:
         raise UserError(f"The result needs {human(wanted)} of disk at {existing}, which has {human(free)} free.")
 
 
+def recorded(out: Path, inputs: dict[str, Any], recover: Recover | None) -> dict[str, Any] | None:
+    """What trimoe.json in `out` says, if it is of the same inputs, trained in the same way."""
+    try:
+        record = json.loads((out / "trimoe.json").read_text(encoding="utf-8"))
+        trained = [] if recover is None else [recover.to_json()]
+        same = record["inputs"] == json.loads(json.dumps(inputs)) and [entry["spec"] for entry in record.get("recovered", [])] == trained
+        return record if same else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None) -> Result | None:
     """The result that `out` holds, if it is the finished one of the same inputs, trained in the same way."""
-    path = out / "trimoe.json"
-    if not path.is_file() or not (out / "config.json").is_file():
+    record = recorded(out, inputs, recover) if (out / "config.json").is_file() else None
+    if record is None:
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        trained = [] if recover is None else [recover.to_json()]
-        if record["inputs"] != json.loads(json.dumps(inputs)) or [entry["spec"] for entry in record.get("recovered", [])] != trained:
-            return None
         decisions = {int(i): LayerDecision.from_json(value) for i, value in record["decisions"].items()}
     except (ValueError, KeyError, TypeError):
         return None

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from trimoe import depth, gather, parts, receptive_field, search
+from trimoe import depth, gather, parts, receptive_field, recorded, search
 from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
@@ -21,7 +21,7 @@ from trimoe.methods.method import Decisions, LayerDecision, decided_sites
 from trimoe.observe import masked
 from trimoe.progress import Reporter
 from trimoe.recipe import CalibrationSpec, Recipe
-from trimoe.scores import leave_one_out, super_experts
+from trimoe.scores import super_experts
 from trimoe.sensitivity import sensitivity, shrunk
 from trimoe.skeleton import Site, Skeleton
 from trimoe.stats import Stats
@@ -193,26 +193,9 @@ def _drop_metrics(
     """What was chosen in each layer and what it costs, beside greedy and random where the exact loss is at hand."""
 
     def row_of(index: int) -> dict[str, Any]:
-        site, layer, best = sites[index], stats.layers[index], found[index]
-        row: dict[str, Any] = {
-            "dropped": counts[index], "drop": best.drops[0], "protected": protected.get(index, ()), "evaluations": best.evaluations,
-            "tokens_per_expert": layer["count_E"].tolist(),
-        }  # fmt: skip
-        if layer.search:
-            loss = SubsetLoss(layer, device=run.device)
-            row["leave_one_out"] = leave_one_out(layer).tolist()
-            if counts[index] and counts[index] <= loss.max_drop:
-                space = step.space(site, counts[index], protected.get(index, ()))
-                mask = torch.zeros(len(best.drops), site.num_experts, dtype=torch.bool)
-                for place, drop in enumerate(best.drops):
-                    mask[place, list(drop)] = True
-                row["losses"] = loss(mask).tolist()
-                row["greedy"] = search.greedy(loss, space).losses[0]
-                row["random"] = float(torch.tensor(search.random(loss, space, draws=20, seed=run.seed, keep=20).losses).mean())
-                row["history"] = list(best.history)
-        else:
-            row["score"] = step.importance(layer, run.seed).tolist()
-        return row
+        return recorded.expert_drop(
+            step, sites[index], stats.layers[index], found[index], counts[index], protected.get(index, ()), run.seed, run.device
+        )
 
     return {str(index): row for index, row in _by_layer(run, sites, row_of, "Compare with greedy and random").items()}
 
@@ -231,10 +214,14 @@ def _decide_ranks(
             run.skeleton, few, dict.fromkeys(sites, shrunk), decisions=decisions, device=run.device, reporter=run.reporter, team=run.team
         ).weights()
     decided = step.decide(sites, decisions, stats.layers, sensitivity=sensitive)
-    metrics = {
+    metrics: dict[str, Any] = {
         "tokens_per_expert": {str(i): layer["count_E"].tolist() for i, layer in stats.layers.items()},
         "sensitivity": None if sensitive is None else {str(i): value for i, value in sensitive.items()},
     }
+    if "spectra" in step.needs:
+        metrics["spectra"] = {str(i): recorded.spectra(layer) for i, layer in stats.layers.items()}
+    elif step.rank == "importance":
+        metrics["score"] = {str(i): recorded.importance(layer) for i, layer in stats.layers.items()}
     return decided, metrics
 
 

@@ -63,9 +63,9 @@ class Layout:
         """A decoder layer's entries under its new number; none if it is dropped."""
         if index not in self.place:
             return []
-        return [replace(entry, key=self._renumbered(entry.key, index)) for entry in self._entries(index)]
+        return [replace(entry, key=self._renumbered(entry.key, index)) for entry in self.entries(index)]
 
-    def _entries(self, index: int) -> list[Entry]:
+    def entries(self, index: int) -> list[Entry]:
         entries, decision = self._with_experts(index), self.decisions.get(index)
         if decision is None or not decision.linears:
             return entries
@@ -140,7 +140,7 @@ class Layout:
     def read_back(self, index: int, out: Path) -> dict[str, torch.Tensor]:
         """A written layer's changed matrices, dense, under the names that the source would have for them."""
         shard = next(shard for shard in self.shards if index + 1 in shard.groups)
-        pairs = zip(self.groups[index + 1], self._entries(index), strict=True)
+        pairs = zip(self.groups[index + 1], self.entries(index), strict=True)
         names = {entry.key: old.key for entry, old in pairs if entry.source is None and not entry.zeros}
         with safe_open(out / shard.name, "pt") as file:
             return dense_back({name: file.get_tensor(key) for key, name in names.items()}, self.decisions[index].bits)

@@ -24,7 +24,15 @@ LARGEST = 1 << 16  # bytes of a recipe; a long one has two thousand
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CalibrationSpec:
-    """Which text, and how much. `search_tokens`: tokens whose exact Gram is kept for searching, at most `search_memory` GiB in all."""
+    """Which text, and how much.
+
+    data           one or several of: a .txt or .jsonl file, `name=path`, a `datasets` id, `builtin:mixed`, `builtin:english`, `builtin:docs`,
+                   `builtin:code`
+    samples        how many samples are drawn, from every text equally many
+    length         tokens in a sample; cut to the model's context
+    search_tokens  tokens whose exact Gram is kept for searching
+    search_memory  GiB that the Grams of all layers may take; fewer search tokens are taken, and said, where more would not fit
+    """
 
     data: str | list[str] = "builtin:mixed"
     samples: Annotated[int, Field(ge=1)] = 128
@@ -39,7 +47,13 @@ class CalibrationSpec:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """What to do, in order, on which calibration text, what must be able to load the result, and how it is trained afterwards."""
+    """What to do, in order, on which calibration text, what must be able to load the result, and how it is trained afterwards.
+
+    steps        the methods in the order in which they run, at least one, each `name: {its fields}`
+    calibration  the text on which decisions are made
+    target       what must load the result; refused at plan time if it cannot. `any`: every engine that knows the family
+    recover      training afterwards; none unless it is given
+    """
 
     steps: tuple[Step, ...]
     calibration: CalibrationSpec = dataclasses.field(default_factory=CalibrationSpec)
@@ -83,9 +97,14 @@ def text_of(name: str) -> str:
 
 def load(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = ()) -> Recipe:
     """A built-in name, a YAML file, or a mapping; `changes` are "path.to.field=value" overrides."""
+    if isinstance(recipe, Recipe) and not changes:
+        return recipe
+    return parse(*read(recipe, changes))
+
+
+def read(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """The mapping that a recipe is, changed but not checked yet, and where it came from."""
     if isinstance(recipe, Recipe):
-        if not changes:
-            return recipe
         recipe = recipe.to_json()
     if isinstance(recipe, dict):
         raw: Any = recipe
@@ -107,7 +126,7 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
         raise UserError(f"{where} holds a {type(raw).__name__}; a mapping with steps is expected.")
     for change in changes:
         raw = _changed(raw, change)
-    return _parse(raw, where)
+    return raw, where
 
 
 class _Loader(yaml.SafeLoader):
@@ -135,7 +154,8 @@ def _changed(raw: dict[str, Any], change: str) -> dict[str, Any]:
     parts = path.split(".")
     for depth, part in enumerate(parts):
         # steps.0.ratio means steps.0.<the step's only key>.ratio
-        if isinstance(at, dict) and depth == 2 and parts[0] == "steps" and len(at) == 1 and part not in at:
+        places = depth >= 2 and parts[0] == "steps" and all(number.isdigit() for number in parts[1:depth])
+        if isinstance(at, dict) and places and len(at) == 1 and part not in at:
             name = next(iter(at))
             at[name] = {} if at[name] is None else at[name]
             at = at[name]
@@ -161,7 +181,8 @@ def _changed(raw: dict[str, Any], change: str) -> dict[str, Any]:
     return raw
 
 
-def _parse(raw: dict[str, Any], where: str) -> Recipe:
+def parse(raw: dict[str, Any], where: str) -> Recipe:
+    """The recipe that a mapping says; `where` is for messages."""
     steps = raw.get("steps")
     if not isinstance(steps, list) or not steps:
         raise UserError(f"{where}: steps must be a list of at least one of: {', '.join(METHODS)}.")
@@ -205,6 +226,8 @@ def _validated(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where} has no field {path!r}{hint}; known: {', '.join(known)}.") from None
         if first["type"] == "missing":
             raise UserError(f"{where} needs the field {path!r}.") from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
         given = f"{path} is {first['input']!r}; " if path else ""
-        raise UserError(f"{where}: {given}{message[0].lower()}{message[1:].rstrip('.')}.") from None
+        if isinstance(first["input"], list):
+            message += " (several values are for trimoe sweep)"
+        raise UserError(f"{where}: {given}{message[0].lower()}{message[1:]}.") from None

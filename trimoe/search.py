@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, nsmallest
-from itertools import combinations, islice
+from itertools import accumulate, combinations, islice
 
 import torch
 
@@ -28,13 +28,15 @@ CLIMB_SHARE = 0.4  # of the evaluations: measured best of 0 to 0.8, crossover al
 class Found:
     """The best distinct sets, best first; fewer than asked for where fewer were evaluated.
 
-    `evaluations` counts the distinct candidates whose loss was computed, `history` is the best loss after each step.
+    `evaluations` counts the distinct candidates whose loss was computed, `history` is the best loss after each step, `trace` where the best
+    loss fell: after how many evaluations, and to what.
     """
 
     drops: tuple[Drop, ...]
     losses: tuple[float, ...]
     evaluations: int
     history: tuple[float, ...]
+    trace: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,14 @@ def exhaustive(loss: Loss, space: Space, *, keep: int = 1, batch: int = BATCH) -
     sets = _every_set(space.pools(), space.per_group)
     best: Scored = []
     history: list[float] = []
+    trace: list[tuple[int, float]] = []
     while drops := list(islice(sets, batch)):
         losses = _evaluate(loss, _masks(drops, space.num_experts)).tolist()
         best = nsmallest(keep, best + list(zip(losses, drops, strict=True)))
+        if not history or best[0][0] < history[-1]:
+            trace.append((min((len(history) + 1) * batch, space.size()), best[0][0]))
         history.append(best[0][0])
-    return _found(best, space.size(), history)
+    return _found(best, space.size(), history, trace)
 
 
 def random(loss: Loss, space: Space, *, draws: int, seed: int, keep: int = 1) -> Found:
@@ -91,7 +96,7 @@ def random(loss: Loss, space: Space, *, draws: int, seed: int, keep: int = 1) ->
     space.check()
     book = _Book(loss, limit=draws)
     book.add(_choose(torch.rand(draws, space.num_experts, generator=torch.Generator().manual_seed(seed)), space))
-    return _found(book.best(keep), len(book.losses), book.history)
+    return _found(book.best(keep), len(book.losses), book.history, book.falls())
 
 
 def greedy(loss: Loss, space: Space, *, keep: int = 1) -> Found:
@@ -112,7 +117,7 @@ def greedy(loss: Loss, space: Space, *, keep: int = 1) -> Found:
         book.losses.update((drop, value) for value, drop in scored)
         evaluations += len(book.add(_swaps(scored[0][1], space, torch.Generator())))
         scored = book.best(keep)
-    return _found(scored[:keep], evaluations, history[1:])
+    return _found(scored[:keep], evaluations, history[1:], [(evaluations, scored[0][0])])
 
 
 def greedy_path(
@@ -160,7 +165,7 @@ def genetic(
         parent_PE = _masks([drop for _, drop in book.best(population)], space.num_experts)
         book.add(_mutate(_cross(parent_PE, population, space, generator), mutation, space, generator))
     _climb(book, space, population, generator)
-    return _found(book.best(keep), len(book.losses), book.history)
+    return _found(book.best(keep), len(book.losses), book.history, book.falls())
 
 
 class _Book:
@@ -187,6 +192,11 @@ class _Book:
         self.losses.update(zip(new, values, strict=True))
         self.history.append(min(values + self.history[-1:]))
         return list(zip(values, new, strict=True))
+
+    def falls(self) -> list[tuple[int, float]]:
+        """Where the best loss fell, in the order of evaluation."""
+        lowest = list(accumulate(self.losses.values(), min))
+        return [(at + 1, value) for at, value in enumerate(lowest) if at == 0 or value < lowest[at - 1]]
 
     def best(self, count: int) -> Scored:
         return nsmallest(count, ((value, drop) for drop, value in self.losses.items()))
@@ -294,6 +304,6 @@ def _scored(drop_PE: torch.Tensor, loss_P: torch.Tensor) -> Scored:
     return list(zip(loss_P.tolist(), _sets(drop_PE), strict=True))
 
 
-def _found(best: Scored, evaluations: int, history: list[float]) -> Found:
+def _found(best: Scored, evaluations: int, history: list[float], trace: list[tuple[int, float]]) -> Found:
     losses, drops = zip(*best, strict=True)
-    return Found(drops=drops, losses=losses, evaluations=evaluations, history=tuple(history))
+    return Found(drops=drops, losses=losses, evaluations=evaluations, history=tuple(history), trace=tuple(trace))

@@ -7,16 +7,19 @@ import sys
 
 import typer
 
-from trimoe.cli import judge, look, make
+from trimoe.cli import judge, look, make, show
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Make Mixture-of-Experts models smaller.")
 app.command()(look.inspect)
 app.command()(look.plan)
 app.command()(make.stats)
 app.command()(make.compress)
+app.command()(make.sweep)
 app.command()(make.recover)
 app.command(name="eval")(judge.evaluate)
 app.command()(look.bench)
+app.command()(show.report)
+app.command()(show.push)
 app.command()(make.demo)
 app.command()(look.recipes)
 

@@ -52,9 +52,10 @@ def bench(
     device: Device = "cpu", dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: each checkpoint's own")] = "auto",
     json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Tokens per second, time to the first token and memory, here; against another model in turns."""
+    """Tokens per second, time to the first token and memory, here; against another model in turns. Against the original of a trimoe
+    folder, the numbers are kept in its trimoe.json."""
     import trimoe
-    from trimoe import tables
+    from trimoe import card, distributed, tables
 
     check_writable(json_file)
     report = trimoe.bench(
@@ -62,6 +63,8 @@ def bench(
         reporter=reporter_of(quiet),
     )  # fmt: skip
     tables.bench(report)
+    if distributed.speaks() and card.is_original(Path(folder), against):
+        card.add_bench(Path(folder), report)
     write_json(json_file, report)
 
 

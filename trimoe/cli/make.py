@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trimoe.cli import show
 from trimoe.cli.options import (
     Changes,
     Device,
@@ -66,6 +67,33 @@ def compress(
     write_json(json_file, {"out": str(result.out), "plan": result.plan.to_json(), "metrics": result.metrics})
 
 
+def sweep(
+    model: Model, recipe: Annotated[list[str], typer.Option("--recipe", "-r", help="a built-in recipe or a YAML file; fields may be lists; repeatable")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
+    changes: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="recipe fields, e.g. 'steps.0.ratio=[0.1,0.25]'")] = [],
+    calibration: Texts = [], samples: Samples = None, length: Length = None,
+    text: Annotated[list[str], typer.Option(help="held-out text to evaluate on, as for trimoe eval; repeatable")] = [],
+    tokens: Annotated[int, typer.Option(help="scored tokens of each text, at most about")] = 32768,
+    window: Annotated[int, typer.Option(help="evaluated windows, in tokens (cut to the model's context)")] = 2048,
+    stride: Annotated[int | None, typer.Option(help="how far windows advance; half the window by default")] = None,
+    keep: Annotated[str, typer.Option(help="whose weights stay: none, frontier (variants that no other beats), all")] = "none",
+    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Compress and evaluate every variant of a recipe: a table, sweep.csv, sweep.json and the frontier. Run again, it goes on."""
+    import trimoe
+    from trimoe import standings
+    from trimoe.evaluate.cache import default_folder
+
+    check_writable(json_file)
+    found = trimoe.sweep(
+        model, list(recipe), out, changes=changes, calibration=calibration, samples=samples, length=length, text=text or ["builtin:mixed"],
+        tokens=tokens, window=window, stride=stride, keep=keep, cache=default_folder(), seed=seed, device=device, dtype=dtype, command=command_line(),
+        reporter=reporter_of(quiet),
+    )  # fmt: skip
+    standings.table(found.rows)
+    write_json(json_file, {"out": str(found.out), "variants": [row.__dict__ for row in found.rows]})
+
+
 def recover(
     folder: Annotated[str, typer.Argument(help="a finished folder", show_default=False)],
     method: Annotated[str, typer.Option(help="lora, logits, router or experts")],
@@ -106,9 +134,9 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")] = Path("demo-mini-mixtral"),
     model: Annotated[str, typer.Option(help="which built-in model")] = "builtin:mini-mixtral", quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """The main job on a built-in model: MoE-I2, evaluated before and after on held-out text."""
+    """The main job on a built-in model: MoE-I2, evaluated before and after on held-out text, and the report on it."""
     import trimoe
-    from trimoe import card, distributed, tables
+    from trimoe import UserError, card, distributed, tables
 
     reporter = reporter_of(quiet)
     result = trimoe.compress(model, "moe-i2", out, command=command_line(), reporter=reporter)
@@ -118,3 +146,8 @@ def demo(
     print(result.plan)
     tables.evaluation(report)
     print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")
+    if distributed.speaks():
+        try:
+            show.report([str(out)])
+        except UserError as reason:  # a core install has no charts
+            print(f"No report: {reason}")

@@ -16,7 +16,9 @@ from trimoe.stats import Stats
 class BlockDrop(DepthDrop):
     """Drop the decoder layers whose output is most like their input, cos(x_l, x_(l+1)).
 
-    ratio, count, threshold   share of the decoder layers, how many, or all whose similarity is above it (one of the three)
+    ratio      share of the decoder layers that go; or
+    count      how many go; or
+    threshold  all go that are more similar than this
     choose     `discrete`: wherever; `consecutive`: one run of layers
     rerank     `kl`: of the most similar, drop one after the other what costs the least KL at the model's output
     """

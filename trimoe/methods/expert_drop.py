@@ -26,7 +26,12 @@ Drop = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Genetic:
-    """MoE-I2's search over sets of experts: elitist, children drawn from the union of two parents. Never above `max_evaluations`."""
+    """MoE-I2's search over sets of experts: elitist, children drawn from the union of two parents, then single swaps.
+
+    population       sets in a generation
+    generations      how many generations, at most
+    max_evaluations  losses computed in one layer, at most
+    """
 
     population: Annotated[int, Field(ge=4, le=100_000)] = 100
     generations: Annotated[int, Field(ge=1, le=100_000)] = 50
@@ -35,7 +40,10 @@ class Genetic:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Exhaustive:
-    """Every set (NAEE); refused above `limit` sets in a layer."""
+    """Every set (NAEE).
+
+    limit  more sets than this in a layer are refused
+    """
 
     limit: Annotated[int, Field(ge=1)] = 2_000_000
 
@@ -47,14 +55,22 @@ class Greedy:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Random:
-    """The best of `draws` random sets."""
+    """The best of some random sets.
+
+    draws  how many
+    """
 
     draws: Annotated[int, Field(ge=1)] = 1
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ReceptiveField:
-    """Block-wise KT-Reception Field: in blocks of `t` MoE layers, try all combinations of each layer's `k` best sets."""
+    """Block-wise KT-Reception Field: all combinations of the best sets of a few successive layers are tried.
+
+    k     how many of a layer's best sets take part
+    t     MoE layers in a block; k to the power of t is at most 1,000
+    mode  `progressive`: a block starts from what the blocks before it, compressed, give; `layerwise`: from the original's hidden states
+    """
 
     k: Annotated[int, Field(ge=1, le=8)] = 3
     t: Annotated[int, Field(ge=1, le=6)] = 3
@@ -83,12 +99,14 @@ Search = Genetic | Exhaustive | Greedy | Random
 class ExpertDrop:
     """Remove experts.
 
-    ratio, count    share of all routed experts that goes, or how many go in each layer (one of the two)
+    ratio           share of all routed experts that goes; or
+    count           how many go in each layer, on average where `counts` is not uniform
     score           which number says that an expert matters; used where there is no search, and for `counts: global`
     counts          how many each layer loses: `uniform`; `importance` (inversely to the mean leave-one-out loss); `optimal` (least
                     sum of measured sensitivity x squared layer loss, exact knapsack); `global` (the lowest scores anywhere)
-    search          how the set is chosen inside a layer: `none` takes the lowest scores; the others minimise the exact subset loss
-    receptive_field choose among each layer's k best sets by the error after t layers
+    search          how the set is chosen inside a layer: `none` takes the lowest scores; `exhaustive`, `genetic`, `greedy` and `random`
+                    minimise the exact subset loss
+    receptive_field  choose among each layer's k best sets by the error after t layers
     normalize       `relative` divides a layer's losses by its output norm; `none` is the paper's raw Frobenius norm
     protect_super_experts   experts with extreme activations never go
     """
@@ -284,7 +302,8 @@ class ExpertDrop:
             loss, space, population=self.search.population, generations=self.search.generations, seed=seed, keep=keep,
             max_evaluations=max(1, self.search.max_evaluations - start.evaluations), start=start.drops,
         )  # fmt: skip
-        return replace(found, evaluations=found.evaluations + start.evaluations)
+        trace = tuple((evaluated + start.evaluations, value) for evaluated, value in found.trace)
+        return replace(found, evaluations=found.evaluations + start.evaluations, trace=trace)
 
     @staticmethod
     def _lowest(space: find.Space, value_E: torch.Tensor) -> find.Found:

@@ -19,7 +19,9 @@ from trimoe.stats import Stats
 class LayerDrop(DepthDrop):
     """Drop the MoE sub-layers that change the residual stream least: the token's state passes them by.
 
-    ratio, count, threshold   share of the MoE layers, how many, or all whose similarity is above it (one of the three)
+    ratio      share of the MoE layers that go; or
+    count      how many go; or
+    threshold  all go that are more similar than this
     metric     `residual`: cos(x, x + MoE(norm x)), the paper's; `output`: cos(x, MoE(norm x)), its ablation
     choose     `discrete`: wherever; `consecutive`: one run of MoE layers
     blocks     whole decoder layers are candidates as well; then ratio and count mean sub-layers, of which a decoder layer has two

@@ -265,7 +265,7 @@ def _rewrite(run: Run, rewriter: Rewriter, changed: Mapping[str, torch.Tensor], 
         disk = hf.to_disk_format(run.student.model, {name: tensor.cpu()}, run.student.conversion)
         assert set(disk) == set(run.student.source_keys(name)), f"{name} would be written under other names than it was read from"
         rewriter.put(disk)
-    record = {name: value for name, value in run.record.items() if name != "evaluation"}  # which was of other numbers
+    record = {name: value for name, value in run.record.items() if name not in ("evaluation", "bench")}  # which were of other numbers
     record["recovered"] = [*record.get("recovered", []), entry]
     rewriter.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
 

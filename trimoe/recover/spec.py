@@ -22,13 +22,21 @@ class Recover:
                  next-token distribution into adapters, or into all weights with `train: full`; `router`: the same, but only routers
                  train; `experts`: each expert learns its original's outputs on the original's hidden states, layer by layer (MoE-Pruner)
     data         training text: files, datasets ids or builtin:NAME; the recipe's calibration text by default
-    samples      sequences of `length` tokens; the share `holdout` of them is kept apart for validation
-    epochs       passes over the samples; `steps` ends earlier (optimiser steps; of each layer, for `experts`)
+    samples      how many sequences
+    length       tokens in a sequence; cut to the model's context
+    holdout      share of the sequences that is kept apart for validation
+    epochs       passes over the samples
+    steps        optimiser steps, at most (of each layer, for `experts`)
     batch        sequences in one optimiser step
-    rate         peak learning rate; null: by method. Cosine schedule after a linear `warmup` (share of steps); gradients clipped to `clip`
+    rate         peak learning rate of a cosine schedule; null: by method
+    warmup       share of the steps in which the rate rises
+    clip         gradient norm, at most
     rank, alpha  of the adapters
-    temperature  of both distributions in distillation; `top_k`: probabilities of the original kept a token, the rest is pooled
-    patience     validations without improvement after which training stops; the best state is what is written
+    train        `lora`: adapters; `full`: all weights (`logits` only)
+    temperature  of both distributions in distillation
+    top_k        probabilities of the original that are kept a token; the rest is one class
+    patience     validations (ten a run) without improvement after which training stops; the best state is what is written. At a high rate
+                 the numbers get worse before they get better
     adapter      keep the adapters beside the untouched model (peft's format) instead of merging them
     stream       `experts` only: layer by layer, neither model is held in memory. false: both are, and the language-modelling loss is
                  added, as the paper does

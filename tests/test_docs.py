@@ -1,0 +1,133 @@
+"""The documentation says what the code is: no field, verb or name is missing, no number comes from nowhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from trimoe.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+QUOTING = [ROOT / "README.md", *sorted((DOCS / "methods").glob("*.md")), DOCS / "choose.md", DOCS / "faq.md", DOCS / "figure.json"]
+NOT_MEASURED = {"0.5625"}  # a share that follows from the format
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_field_of_every_step_is_documented(reference: ModuleType) -> None:
+    classes = reference.classes()
+    assert set(METHODS.values()) <= set(classes.values())
+    for kind in classes.values():
+        said = reference.meanings(kind)
+        assert [entry.name for entry in dataclasses.fields(kind) if not said.get(entry.name)] == [], f"the docstring of {kind.__name__}"
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    for name, kind in classes.items():
+        section = page.partition(f"<!-- reference: fields {name} -->")[2].partition("<!-- end -->")[0]
+        assert [entry.name for entry in dataclasses.fields(kind) if f"| `{entry.name}` |" not in section] == [], (
+            f"{name} in docs/recipes.md"
+        )
+
+
+def test_a_field_without_a_meaning_is_noticed(reference: ModuleType) -> None:
+    @dataclasses.dataclass
+    class Half:
+        """One field of two.
+
+        said   is here, and
+               goes on; also `unsaid` (not in a column)
+        """
+
+        said: int = 0
+        unsaid: int = 0
+
+    Half.__doc__ = re.sub(r"(?m)^ {4}", "", Half.__doc__ or "")  # as far in as a class at the top of a file
+    assert reference.meanings(Half) == {"said": "is here, and goes on; also `unsaid` (not in a column)"}
+
+
+def test_the_reference_is_up_to_date(reference: ModuleType) -> None:
+    pages = reference.pages()
+    assert {path.name for path in pages} == {"cli.md", "python.md", "recipes.md"}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert reference.filled(text) == text, f"{page.name} is stale; run: python docs/reference.py"
+
+
+def test_every_verb_and_option_is_in_the_reference(reference: ModuleType) -> None:
+    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    for name, command in reference.verbs().items():
+        section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert [
+            flag for entry in command.params for flag in entry.opts if entry.param_type_name == "option" and f"`{flag}`" not in section
+        ] in (
+            [],
+            ["--help"],
+        ), name
+
+
+def test_numbers_come_from_the_log() -> None:
+    """Every number of four decimals that a page quotes stands in LOG.md."""
+    log = set(re.findall(r"\d+\.\d{4}\b", (ROOT / "LOG.md").read_text(encoding="utf-8")))
+    assert len(log) > 200
+    for page in QUOTING:
+        quoted = set(re.findall(r"(?<![\d.])\d+\.\d{4}\b(?!\d)", page.read_text(encoding="utf-8")))
+        assert quoted - log <= NOT_MEASURED, f"{page.name} quotes what LOG.md does not say"
+
+
+def test_the_figure_is_drawn_from_its_numbers() -> None:
+    about = json.loads((DOCS / "figure.json").read_text(encoding="utf-8"))
+    log = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    for point in about["points"]:
+        assert point["kl"] in log and f"{point['bytes']} %" in log, point["name"]
+        for drawing in ("figure.svg", "figure-dark.svg"):
+            assert point["name"] in (DOCS / drawing).read_text(encoding="utf-8"), "run: python docs/figure.py"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r": ([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]))
+    written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    assert named == written | {"changelog.md", "log.md", "security.md"}
+
+
+def test_links_from_the_readme_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    assert links
+    assert [link for pair in links for link in pair if link and not link.startswith("http") and not (ROOT / link).exists()] == []
+
+
+def test_examples_are_shown_as_they_are() -> None:
+    """Each is a page's snippet, written so that mkdocs finds it (a formatter of code blocks would take it for Python)."""
+    text = (DOCS / "examples.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r'(?m)^--8<-- "(examples/[^"]+)"$', text))
+    assert shown == {str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert "--8 <" not in "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
+
+
+def test_recipes_in_the_pages_are_recipes() -> None:
+    """Every `--set` that a page shows next to a recipe's name works on it; every YAML block that has steps loads."""
+    from trimoe import recipe
+
+    pages = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *DOCS.rglob("*.md")]]
+    shown = [match for page in pages for match in re.findall(r"`([a-z0-9-]+)((?: --set [\w.]+=[\w.-]+)+)`", page)]
+    assert len(shown) >= 4
+    for name, changes in shown:
+        recipe.load(name, re.findall(r"--set (\S+)", changes))
+    blocks = [block for page in pages for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "steps:" in block]
+    assert blocks
+    for block in blocks:
+        recipe.load(yaml.safe_load(block))

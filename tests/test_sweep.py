@@ -1,0 +1,272 @@
+"""A sweep: what lists mean, what is refused before anything runs, one statistics pass, going on, what is kept, what stands where."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import trimoe
+from trimoe import recipe as recipes
+from trimoe import standings
+from trimoe.alternatives import variants
+from trimoe.errors import UserError
+from trimoe.standings import Row, frontier
+
+Families = Callable[[str], Path]
+DROP: dict[str, Any] = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "score": ["gate", "reap"], "counts": "uniform"}}]}
+
+
+def names(*given: Any, changes: list[str] = []) -> list[str]:
+    return [variant.name for variant in variants(given, changes)]
+
+
+class Calls:
+    """Counts what the sweep asks for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        import trimoe.sweep  # noqa: F401 (the module, which the function of the same name hides)
+
+        self.seen: list[str] = []
+        module = __import__("sys").modules["trimoe.sweep"]
+        for name in ("statistics", "evaluate"):
+            monkeypatch.setattr(module, name, self._counted(name, getattr(module, name)))
+
+    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self.seen.append(name)
+            return real(*args, **options)
+
+        return call
+
+
+def test_lists_mean_every_combination() -> None:
+    assert names(DROP) == ["ratio-0.25_score-gate", "ratio-0.25_score-reap", "ratio-0.5_score-gate", "ratio-0.5_score-reap"]
+    assert names("expert-drop", changes=["steps.0.ratio=[0.1, 0.2]"]) == ["ratio-0.1", "ratio-0.2"]
+    assert (
+        names("moe-i2", changes=["steps.0.ratio=[0.1, 0.2]", "steps.1.ratio=[0.5, 0.6]"])[1] == "expert_drop.ratio-0.1_low_rank.ratio-0.6"
+    )
+    assert names("expert-drop", "layer-drop") == ["expert-drop", "layer-drop"]
+    assert names("expert-drop") == ["expert-drop"]
+    own = variants(
+        {"four bits": {"steps": ["quantize"]}, "drop 25%": {"steps": [{"expert_drop": {"ratio": 0.25, "counts": ["uniform", "optimal"]}}]}}
+    )
+    assert [variant.name for variant in own] == ["four-bits", "drop-25-_counts-uniform", "drop-25-_counts-optimal"]
+    assert own[1].varied == {"recipe": "drop 25%", "counts": "uniform"}
+    with pytest.raises(UserError, match="twice"):
+        variants(["expert-drop", "expert-drop"])
+    searched = variants([{"steps": [{"expert_drop": {"ratio": 0.25, "search": ["none", {"genetic": {"population": [8, 16]}}]}}]}])
+    assert [variant.name for variant in searched] == ["search-none", "search-genetic_population-8", "search-genetic_population-16"]
+    assert searched[2].recipe().steps[0].search.population == 16  # type: ignore[union-attr]
+
+
+def test_a_list_among_the_steps_is_a_choice_of_steps() -> None:
+    either = [{"expert_drop": {"ratio": [0.25, 0.5]}}, [{"expert_drop": {"ratio": 0.25}}, {"low_rank": {"ratio": 0.3}}], "none"]
+    found = variants([{"steps": [either, {"quantize": {"bits": [4, 8]}}]}])
+    assert [variant.name for variant in found] == [
+        "expert_drop_ratio-0.25_bits-4", "expert_drop_ratio-0.25_bits-8", "expert_drop_ratio-0.5_bits-4", "expert_drop_ratio-0.5_bits-8",
+        "expert_drop+low_rank_bits-4", "expert_drop+low_rank_bits-8", "bits-4", "bits-8",
+    ]  # fmt: skip
+    assert [[step.name for step in variant.recipe().steps] for variant in found[4::2]] == [
+        ["expert_drop", "low_rank", "quantize"], ["quantize"],
+    ]  # fmt: skip
+
+
+def test_a_step_left_out_is_not_in_the_name_and_no_step_at_all_is_no_variant() -> None:
+    found = variants([{"steps": [["none", {"layer_drop": {"count": 1}}], ["none", {"quantize": {}}]]}])
+    assert [variant.name for variant in found] == ["quantize", "layer_drop", "layer_drop_quantize"]
+    assert [len(variant.recipe().steps) for variant in found] == [1, 1, 2]
+
+
+def test_texts_are_one_value_and_lists_of_texts_are_several() -> None:
+    drop = {"steps": [{"expert_drop": {"ratio": 0.25}}]}
+    assert len(variants([{**drop, "calibration": {"data": ["a.txt", "b.txt"]}}])) == 1
+    assert names({**drop, "calibration": {"data": [["x/a.txt", "b.txt"], ["b.txt"]]}}) == ["data-a.txt+b.txt", "data-b.txt"]
+
+
+def test_names_are_those_of_folders() -> None:
+    long = {"steps": [{"expert_drop": {"ratio": 0.25, "search": [{"genetic": {"population": 100 + i, "generations": 5}} for i in (0, 1)]}}]}
+    same = {"steps": [{"expert_drop": {"ratio": [0.25, 0.25], "counts": ["uniform", "importance"]}}]}
+    data = {
+        "steps": [{"expert_drop": {"ratio": 0.25}}],
+        "calibration": {"data": [["../a/x.txt"], ["/b/x.txt"], ["~/" + "y" * 300 + ".txt"]]},
+    }
+    for given, count in ((long, 2), (same, 2), (data, 3)):
+        found = names(given)
+        assert len(found) == len({name.lower() for name in found}) == count
+        assert all(name == Path(name).name and not name.startswith(".") and len(name) <= 80 for name in found), found
+
+
+def test_too_many_combinations_and_empty_lists_are_refused() -> None:
+    with pytest.raises(UserError, match="more than 500 combinations"):
+        variants([{"steps": [{"low_rank": {"ratio": [i / 100 for i in range(1, 40)], "alpha": [i / 100 for i in range(20)]}}]}])
+    with pytest.raises(UserError, match=r"steps.0.expert_drop.ratio is an empty list"):
+        variants([{"steps": [{"expert_drop": {"ratio": []}}]}])
+    with pytest.raises(UserError, match="several values are for trimoe sweep"):
+        recipes.load(DROP)
+
+
+def row(name: str, size: int, kl: float) -> Row:
+    return Row(
+        name=name, varied={}, method="expert_drop", bytes=size, share=size / 100, experts=1, active=1, kl=kl, kl_low=None, kl_high=None,
+        agreement=1, perplexity=2, perplexity_before=1, texts={}, kept=False,
+    )  # fmt: skip
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    rows = [row("small", 50, 0.5), row("worse", 60, 0.6), row("large", 80, 0.1), row("twin", 80, 0.1), row("same size", 50, 0.7)]
+    assert frontier(rows) == {"small", "large", "twin"}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, family_folder: Families, text_file: Path) -> Path:
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    run(family_folder("mixtral"), out, text_file)
+    return out
+
+
+def run(model: Path, out: Path, letters: Path, recipe: Any = DROP, **options: Any) -> trimoe.Sweep:
+    given = {"calibration": [str(letters)], "samples": 8, "length": 16, "text": [str(letters)], "tokens": 64, "window": 16}
+    return trimoe.sweep(model, recipe, out, **{**given, **options})
+
+
+def test_a_sweep_leaves_numbers_and_recipes_and_no_weights(swept: Path) -> None:
+    rows = json.loads((swept / "sweep.json").read_text())
+    table = list(csv.DictReader((swept / "sweep.csv").open()))
+    assert rows["pending"] == [] and [entry["name"] for entry in rows["variants"]] == names(DROP) == [line["variant"] for line in table]
+    assert [line["ratio"] for line in table] == ["0.25", "0.25", "0.5", "0.5"] and {line["kept"] for line in table} == {""}
+    sizes = [entry["bytes"] for entry in rows["variants"]]
+    assert sizes[0] == sizes[1] > sizes[2] == sizes[3]
+    assert all(entry["frontier"] == (line["frontier"] == "yes") for entry, line in zip(rows["variants"], table, strict=True))
+    assert {path.name for path in (swept / "ratio-0.5_score-reap").iterdir()} == {"trimoe.json"}
+    again = recipes.load(str(swept / "ratio-0.5_score-reap.yaml"))
+    assert again.steps[0].ratio == 0.5 and again.steps[0].score == "reap" and again.calibration.samples == 8  # type: ignore[union-attr]
+
+
+def test_a_variant_is_what_compress_makes(swept: Path, family_folder: Families, tmp_path: Path) -> None:
+    recipe = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "counts": "uniform", "search": "greedy"}}, {"low_rank": {"ratio": 0.3}}]}
+    text = Path(yaml.safe_load((swept / "ratio-0.25_score-gate.yaml").read_text())["calibration"]["data"][0])
+    run(family_folder("mixtral"), tmp_path / "out", text, recipe, keep="all")
+    trimoe.compress(family_folder("mixtral"), str(tmp_path / "out" / "ratio-0.25.yaml"), tmp_path / "alone")
+    for path in (tmp_path / "alone").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / "ratio-0.25" / path.name).read_bytes()
+
+
+def test_one_statistics_pass_for_all(
+    swept: Path, family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch)
+    recipe = {
+        "steps": [[{"expert_drop": {"ratio": 0.25, "counts": "uniform"}}, {"layer_drop": {"count": 1}}, {"quantize": {"method": "round"}}]]
+    }
+    found = run(family_folder("mixtral"), tmp_path / "out", text_file, recipe)
+    assert calls.seen == ["statistics", "evaluate", "evaluate", "evaluate"] and [row.method for row in found.rows][2] == "quantize"
+    files = list((tmp_path / "out").glob("statistics-*.safetensors"))
+    assert len(files) == 1
+
+
+def test_a_sweep_goes_on_and_grows(
+    swept: Path, family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, model = tmp_path / "out", family_folder("mixtral")
+
+    def killed(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(standings.Row, "of", killed)  # after the first variant's evaluation was stored
+        with pytest.raises(KeyboardInterrupt):
+            run(model, out, text_file)
+    calls = Calls(monkeypatch)
+    done = run(model, out, text_file)
+    assert calls.seen == ["evaluate"] * 3
+    assert [(row.name, row.kl) for row in done.rows] == [
+        (e["name"], e["kl"]) for e in json.loads((swept / "sweep.json").read_text())["variants"]
+    ]
+    calls.seen.clear()
+    more = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "score": ["gate", "reap", "frequency"], "counts": "uniform"}}]}
+    assert len(run(model, out, text_file, more).rows) == 6 and calls.seen == ["evaluate"] * 2
+    other = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "score": ["gate", "reap"], "counts": "importance"}}]}
+    with pytest.raises(UserError, match="holds a result of the same name and another recipe"):
+        run(model, out, text_file, other)
+    with pytest.raises(UserError, match="another evaluation"):
+        run(model, out, text_file, tokens=65)
+
+
+def test_what_is_kept_can_be_changed_afterwards(
+    family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, model = tmp_path / "out", family_folder("mixtral")
+    calls = Calls(monkeypatch)
+    first = run(model, out, text_file, keep="frontier")
+    weights = {path.parent.name for path in out.glob("*/*.safetensors")}
+    assert weights == {row.name for row in first.best} == {row.name for row in first.rows if row.kept} and 0 < len(weights) < 4
+    trimoe.load(out / first.best[0].name)
+    everything = run(model, out, text_file, keep="all")
+    assert {path.parent.name for path in out.glob("*/*.safetensors")} == set(names(DROP))
+    assert [row.kl for row in everything.rows] == [row.kl for row in first.rows] and calls.seen.count("evaluate") == 4
+    assert "| letters |" in (out / first.rows[0].name / "README.md").read_text()
+    run(model, out, text_file, keep="none")
+    assert not list(out.glob("*/*.safetensors"))
+
+
+def test_every_impossible_variant_is_named_before_anything_is_written(family_folder: Families, text_file: Path, tmp_path: Path) -> None:
+    wrong = {"steps": [{"expert_drop": {"ratio": [0.25, 0.9, 0.95], "counts": "uniform"}}]}
+    with pytest.raises(UserError, match=r"2 of 3 variants are not possible") as said:
+        run(family_folder("mixtral"), tmp_path / "out", text_file, wrong)
+    assert "ratio-0.9:" in str(said.value) and "ratio-0.95:" in str(said.value) and not (tmp_path / "out").exists()
+    for options, words in (
+        ({"keep": "best"}, "none, frontier, all"),
+        ({"text": ["no.txt"]}, "There is no text file"),
+        ({"tokens": 0}, "at least 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(family_folder("mixtral"), tmp_path / "out", text_file, **options)
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        run(family_folder("mixtral"), tmp_path / "full", text_file)
+
+
+def test_disk_is_checked_for_what_is_kept(
+    family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    sizes = [
+        trimoe.plan(family_folder("mixtral"), {"steps": [{"expert_drop": {"ratio": ratio, "counts": "uniform"}}]}).disk
+        for ratio in (0.25, 0.5)
+    ]
+    usage = type(shutil.disk_usage(tmp_path))(1 << 40, 0, max(sizes) + 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="of disk"):
+        run(family_folder("mixtral"), tmp_path / "out", text_file, keep="all")
+    assert not (tmp_path / "out").exists()
+    assert len(run(family_folder("mixtral"), tmp_path / "out", text_file).rows) == 4
+
+
+def test_without_the_plotting_libraries_all_but_the_plot_is_there(
+    family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "trimoe.report.charts", None)
+    said: list[str] = []
+
+    class Listens(trimoe.progress.Reporter):  # type: ignore[name-defined]
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    run(
+        family_folder("mixtral"),
+        tmp_path / "out",
+        text_file,
+        {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform"}}]},
+        reporter=Listens(),
+    )
+    assert (tmp_path / "out" / "sweep.csv").is_file() and not (tmp_path / "out" / "sweep.html").exists()
+    assert [line for line in said if "pip install 'trimoe[report]'" in line] and len(said) < 12

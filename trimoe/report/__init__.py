@@ -1,0 +1,1 @@
+"""What a finished folder has to show: one self-contained page, figures, and the way to the hub. Reads finished folders only."""

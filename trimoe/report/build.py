@@ -1,0 +1,133 @@
+"""The report, top to bottom: one folder in full, or several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trimoe.errors import UserError
+from trimoe.report import charts, chosen, measured, size
+from trimoe.report.page import charts_page, write_figures
+from trimoe.report.read import Finished, interval
+from trimoe.report.section import Code, Figure, Section, Table
+from trimoe.write import write_text
+
+
+def report(opened: Sequence[Finished], html: Path | None = None, figures: Path | None = None) -> list[Path]:
+    """Write the page `html` on finished folders (one in full, several against each other) and, into the folder `figures`, its charts as SVG
+    and PNG. Returns the files, the page first. Raises UserError for folders whose record does not make sense."""
+    broken = ", ".join(str(folder.folder / "trimoe.json") for folder in opened)
+    try:
+        made = full(opened[0]) if len(opened) == 1 else compared(opened)
+        page = charts_page(title_of(opened), made, subtitle=subtitle_of(opened)) if html is not None else ""
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{broken} does not read as trimoe writes it: {type(error).__name__}, {error}.") from error
+    files = []
+    if html is not None:
+        write_text(html, page)
+        files.append(html)
+    return files + (write_figures(figures, made) if figures is not None else [])
+
+
+def title_of(folders: Sequence[Finished]) -> str:
+    if len(folders) > 1:
+        return f"{len(folders)} compressed models compared"
+    return f"{Path(folders[0].model).name or folders[0].model}, compressed"
+
+
+def subtitle_of(folders: Sequence[Finished]) -> str:
+    if len(folders) > 1:
+        return ", ".join(folder.name for folder in folders)
+    steps = " + ".join(step.name for step in folders[0].steps)
+    return f"{folders[0].folder}: {steps} on {folders[0].model}"
+
+
+def full(folder: Finished) -> list[Section]:
+    """Everything there is to say of one folder; sections without data are left out."""
+    warnings = [str(warning) for warning in folder.record["plan"].get("warnings") or ()]
+    first = Section(name="summary", title="Summary", tiles=size.tiles(folder), text=" ".join(f"Warning: {warning}" for warning in warnings))
+    speed = size.speed(folder)
+    chosen_by = chosen.sections(folder)
+    return [
+        first, *measured.sections(folder), *([speed] if speed else []), size.size(folder), *chosen_by, size.origin(folder),
+    ]  # fmt: skip
+
+
+def compared(folders: Sequence[Finished]) -> list[Section]:
+    """Size against quality of several."""
+    names = unique([folder.name for folder in folders])
+    points = [point for folder, name in zip(folders, names, strict=True) if (point := point_of(folder, name)) is not None]
+    rows = [
+        (name, " + ".join(step.name for step in folder.steps), f"{folder.after['file_bytes']:,}", f"{folder.share:.1%}",
+         f"{folder.kl:.4f}" if folder.kl is not None else "not evaluated", folder.model)
+        for folder, name in zip(folders, names, strict=True)
+    ]  # fmt: skip
+    table = Table(caption="Results", head=("result", "steps", "bytes", "share", "KL, nats/token", "model"), rows=rows)
+    blocks: list[Any] = []
+    if points:
+        blocks.append(
+            Figure(name="frontier", title="Size against KL", chart=charts.frontier(points), table=table,
+                   note="Down and to the left is better. The dashed line joins the results that no other beats in both.")
+        )  # fmt: skip
+    else:
+        blocks.append(table)
+    models = {folder.model for folder in folders}
+    text = "KL to the original on held-out text (the mean over the texts), by the share of the original's bytes."
+    if len(models) > 1:
+        text += f" These were made from {len(models)} different models: compare within a model."
+    missing = [name for folder, name in zip(folders, names, strict=True) if folder.kl is None]
+    if missing:
+        text += f" Not evaluated against the original yet (trimoe eval DIR): {', '.join(missing)}."
+    made = [Section(name="compared", title="Size and quality", text=text, blocks=blocks)]
+    kl = _by_text(folders, names)
+    if kl:
+        made.append(Section(name="texts", title="By text", blocks=kl))
+    commands = [Code(title=name, text=str(folder.record["command"])) for folder, name in zip(folders, names, strict=True)]
+    made.append(Section(name="commands", title="Commands", text="trimoe report DIR shows one of them in full.", blocks=commands))
+    return made
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """The names, numbered where several are the same."""
+    return [name if names.count(name) == 1 else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)]
+
+
+def point_of(folder: Finished, name: str) -> dict[str, Any] | None:
+    """A point of the frontier; None where the folder was not evaluated. The interval of a mean over texts is that of independent texts."""
+    if folder.kl is None:
+        return None
+    ends = [
+        (row["kl"] - low, high - row["kl"]) for row in folder.texts if None not in (pair := interval(row, "kl")) for low, high in [pair]
+    ]
+    low = high = None
+    if ends and len(ends) == len(folder.texts):
+        low = folder.kl - sum(down**2 for down, _ in ends) ** 0.5 / len(ends)
+        high = folder.kl + sum(up**2 for _, up in ends) ** 0.5 / len(ends)
+    method = " + ".join(step.name for step in folder.steps) + (" + recover" if folder.recovered else "")
+    return {
+        "name": name, "method": method, "bytes": folder.after["file_bytes"], "share": folder.share, "kl": folder.kl, "kl_low": low, "kl_high": high,
+    }  # fmt: skip
+
+
+def _by_text(folders: Sequence[Finished], names: Sequence[str]) -> list[Figure]:
+    rows = []
+    for folder, name in zip(folders, names, strict=True):
+        for row in folder.texts:
+            if row.get("against"):
+                low, high = interval(row, "kl")
+                rows.append({"text": row["name"], "result": name, "kl": row["kl"], "low": low, "high": high,
+                             "perplexity": row["perplexity"], "before": row["against"]["perplexity"]})  # fmt: skip
+    if not rows:
+        return []
+    return [
+        Figure(
+            name="kl-by-text", title="KL by text",
+            chart=charts.dots(rows, y="text", x="kl", x_title="KL, nats/token", series="result", form=".4f"),
+            table=Table(
+                caption="KL by text", head=("result", "text", "KL (95 %)", "perplexity", "of the original"),
+                rows=[(row["result"], row["text"], measured.ranged(f"{row['kl']:.4f}", row["low"], row["high"], ".4f"),
+                       f"{row['perplexity']:.3f}", f"{row['before']:.3f}") for row in rows],
+            ),
+        )
+    ]  # fmt: skip

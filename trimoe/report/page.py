@@ -1,0 +1,94 @@
+"""Sections to one HTML page that needs nothing else, and to figure files.
+
+Nothing that a record says reaches the page unescaped (Jinja2's autoescape; charts as JSON without a `<`), its own scripts are named by
+their hashes, and its policy forbids every other script and all network, so that a page made from a stranger's folder is safe to open.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from trimoe.errors import UserError
+from trimoe.report import theme
+from trimoe.report.section import Figure, Section
+from trimoe.version import VERSION
+from trimoe.write import write_text
+
+try:
+    import jinja2
+    import vl_convert
+    from markupsafe import Markup
+except ImportError:
+    raise UserError("A page needs jinja2 and vl-convert-python; pip install 'trimoe[report]'.") from None
+
+VEGA_LITE = "6.4"  # of the bundle in the page, and what figures are drawn with
+POLICY = "default-src 'none'; script-src {}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"  # no connect-src
+
+
+def charts_page(title: str, sections: Sequence[Section], *, subtitle: str = "", footer: str = "") -> str:
+    """The page as HTML: headings, tiles, charts with tables as their text alternative, light and dark."""
+    names = [section.name for section in sections] + [figure.name for figure in figures(sections)]
+    assert len(set(names)) == len(names), "names are anchors"
+    drawn = {figure.name: _spec(figure, width="container") for figure in figures(sections)}
+    specs = json.dumps({"specs": drawn, "themes": {"light": theme.LIGHT, "dark": theme.DARK}, "entry": theme.ENTRY}, separators=(",", ":"))
+    bundle, script = (_bundle() if drawn else ""), _file("page.js")
+    policy = POLICY.format(" ".join(f"'sha256-{_hash(text)}'" for text in (bundle, script)))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(_file("page.html.j2"))
+    return template.render(
+        title=title, subtitle=subtitle, sections=sections, footer=footer or f"Made by trimoe {VERSION}.", version=VERSION,
+        policy=Markup(policy), style=Markup(_file("page.css")), bundle=Markup(bundle), script=Markup(script),
+        specs=Markup(specs.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")),
+    )  # fmt: skip
+
+
+def write_figures(folder: Path, sections: Sequence[Section]) -> list[Path]:
+    """Every chart as FOLDER/name.svg and name.png (light, twice the size). Returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for figure in figures(sections):
+        spec = {**_spec(figure), "background": "white"}
+        options: dict[str, Any] = {"vl_version": VEGA_LITE, "config": theme.LIGHT, "allowed_base_urls": []}
+        svg, png = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
+        write_text(svg, vl_convert.vegalite_to_svg(spec, **options))
+        png.write_bytes(vl_convert.vegalite_to_png(spec, scale=2, **options))
+        files += [svg, png]
+    return files
+
+
+def figures(sections: Sequence[Section]) -> Iterator[Figure]:
+    for section in sections:
+        yield from (block for block in section.blocks if isinstance(block, Figure))
+
+
+def _spec(figure: Figure, **changes: Any) -> dict[str, Any]:
+    """Vega-Lite as JSON, without Altair's own look and the schema's address."""
+    made = figure.chart.properties(description=f"{figure.title}. {figure.note}".strip(), **changes).to_dict()
+    return {key: value for key, value in made.items() if key not in ("$schema", "config")}
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed, for inside a script element."""
+    return (
+        vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
+        .replace("</script", "<\\/script")
+        .replace("<!--", "<\\!--")
+        .strip()
+    )
+
+
+@functools.cache
+def _file(name: str) -> str:
+    return resources.files("trimoe.report").joinpath(name).read_text(encoding="utf-8").strip()
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,120 @@
+"""A finished folder's record, as it lies in trimoe.json: whatever is in it comes from outside."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimoe.errors import UserError
+from trimoe.journal import FOLDER
+
+NEEDED = ("trimoe", "model", "recipe", "plan", "decisions", "metrics", "calibration", "command", "seed", "versions")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the recipe: its settings, and what was recorded of it (empty where nothing was)."""
+
+    name: str
+    fields: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """`record` is trimoe.json; NaN in it reads as None."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Finished:
+        """Raises UserError where no finished compression lies in `folder`."""
+        folder = Path(folder)
+        path = folder / "trimoe.json"
+        if not path.is_file() or not (folder / "config.json").is_file():
+            running = (folder / FOLDER).is_dir()
+            raise UserError(
+                f"{folder} is no finished trimoe folder" + (": a run in it was not finished; start it again." if running else ".")
+            )
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}.") from None
+        missing = [name for name in NEEDED if not isinstance(record, dict) or name not in record]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}; it was not written by trimoe compress.")
+        return cls(folder, record)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def model(self) -> str:
+        return str(self.record["model"])
+
+    @property
+    def steps(self) -> list[Step]:
+        found = [next(iter(step.items())) for step in self.record["recipe"]["steps"]]
+        metrics = self.record["metrics"]
+        return [
+            Step(name, fields, {**metrics.get(f"{number}.{name}", {}), **(metrics.get(name) or {})})
+            for number, (name, fields) in enumerate(found)
+        ]
+
+    @property
+    def before(self) -> dict[str, int]:
+        return self.record["plan"]["before"]
+
+    @property
+    def after(self) -> dict[str, int]:
+        return self.record["plan"]["after"]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """The plan's rows: layer, experts (before), kept, rank, gone."""
+        return self.record["plan"]["layers"]
+
+    @property
+    def decisions(self) -> dict[int, dict[str, Any]]:
+        return {int(index): decision for index, decision in self.record["decisions"].items()}
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        return self.record.get("evaluation") or {}
+
+    @property
+    def texts(self) -> list[dict[str, Any]]:
+        return self.evaluation.get("texts") or []
+
+    @property
+    def bench(self) -> dict[str, Any]:
+        return self.record.get("bench") or {}
+
+    @property
+    def recovered(self) -> list[dict[str, Any]]:
+        return self.record.get("recovered") or []
+
+    @property
+    def share(self) -> float:
+        """The result's safetensors bytes over the original's."""
+        return self.after["file_bytes"] / self.before["file_bytes"]
+
+    @property
+    def kl(self) -> float | None:
+        """Mean over the texts, nats/token; None where it was not evaluated against the original."""
+        return self.evaluation.get("mean_kl")
+
+
+def interval(row: dict[str, Any], name: str) -> tuple[float | None, float | None]:
+    """The 95 % interval of a text's number, where the evaluation has one."""
+    low, high = (row.get("intervals") or {}).get(name) or (None, None)
+    return low, high
+
+
+def layer_rows(step: Step) -> dict[int, dict[str, Any]]:
+    """What a step recorded of each layer."""
+    return {int(index): row for index, row in (step.metrics.get("layers") or {}).items()}

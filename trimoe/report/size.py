@@ -1,0 +1,182 @@
+"""Sections on what it weighs and how fast it is; and what has to be known to make it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from trimoe.card import SPEEDS
+from trimoe.plan import human
+from trimoe.report import charts
+from trimoe.report.measured import AFTER, BEFORE, SIDES
+from trimoe.report.read import Finished
+from trimoe.report.section import Code, Figure, Section, Table, Tile
+
+PARTS = ("routed experts", "routers", "rest of the layers")
+OUTSIDE = "outside the layers"
+SIZES = {
+    "safetensors on disk": "file_bytes",
+    "parameters": "parameters",
+    "parameters active per token": "active",
+    "routed-expert parameters": "experts",
+}
+HELD = {"load_s": "loading, s", "resident_bytes": "memory at the end", "peak_bytes": "peak memory", "disk_bytes": "on disk"}
+
+
+def tiles(folder: Finished) -> list[Tile]:
+    """The numbers that matter most."""
+    before, after = folder.before, folder.after
+    made = [
+        Tile(label="Size on disk", value=human(after["file_bytes"]), detail=f"{folder.share:.1%} of {human(before['file_bytes'])}"),
+        Tile(label="Parameters", value=short(after["parameters"]), detail=f"{after['parameters'] / before['parameters']:.1%} of {short(before['parameters'])}"),
+        Tile(label="Active per token", value=short(after["active"]), detail=f"{after['active'] / before['active']:.1%} of {short(before['active'])}"),
+    ]  # fmt: skip
+    if before["experts"]:
+        made.append(Tile(label="Routed experts", value=f"{after['experts'] / before['experts']:.1%}", detail="of their parameters stay"))
+    texts = [row for row in folder.texts if row.get("against")]
+    if folder.kl is not None:
+        made.append(Tile(label="KL to the original", value=f"{folder.kl:.4f}", detail=f"nats/token, mean over {len(texts)} texts"))
+    if texts:
+        worst = max(texts, key=lambda row: row["perplexity"] / row["against"]["perplexity"])
+        agreement = sum(row["agreement"] for row in texts) / len(texts)
+        made.append(Tile(label="Top-1 agreement", value=f"{agreement:.1%}", detail=f"mean over {len(texts)} texts"))
+        made.append(
+            Tile(label="Perplexity, worst text", value=f"{worst['perplexity'] / worst['against']['perplexity'] - 1:+.1%}",
+                 detail=f"{worst['name']}: {worst['against']['perplexity']:.2f} to {worst['perplexity']:.2f}")
+        )  # fmt: skip
+    decode = (folder.bench.get("ratio") or {}).get("decode_tokens_s")
+    if decode:
+        made.append(Tile(label="Decoding", value=f"{decode['median']:.2f}x", detail="tokens/s of the original's"))
+    return made
+
+
+def short(count: float) -> str:
+    """7219328 -> '7.22 M'."""
+    for unit in ("", "k", "M", "B"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}".strip()
+        count /= 1000
+    return f"{count:.3g} T"
+
+
+def size(folder: Finished) -> Section:
+    """Bytes by part, by layer, and which engines load them."""
+    before, after = folder.before, folder.after
+    blocks: list[Figure | Table] = [
+        Table(
+            caption="Before and after", head=("quantity", "before", "after", "share"),
+            rows=[(name, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}" if before[key] else "-") for name, key in SIZES.items()],
+        )
+    ]  # fmt: skip
+    parts = folder.record.get("parts")
+    if parts:
+        blocks += [_by_part(parts), _by_layer(parts)]
+    loads = folder.record["plan"].get("loads_in") or {}
+    blocks.append(
+        Table(
+            caption="What loads it",
+            head=("engine", "loads it"),
+            rows=[(str(name), str(answer)) for name, answer in loads.items()],
+            prose=True,
+        )
+    )
+    return Section(
+        name="size", title="Size", blocks=blocks,
+        text=f"Written as a {folder.record['plan']['form']} checkpoint, which trimoe's plan foretells to the byte.",
+    )  # fmt: skip
+
+
+def _by_part(parts: dict[str, Any]) -> Figure:
+    totals = {OUTSIDE: parts[OUTSIDE]} | {
+        part: [sum(sizes[part][at] for sizes in parts["layers"].values() if part in sizes) for at in (0, 1)] for part in PARTS
+    }
+    rows = [
+        {"model": model, "bytes": values[at] / 2**20, "part": part}
+        for at, model in enumerate((BEFORE, AFTER)) for part, values in totals.items()
+    ]  # fmt: skip
+    return Figure(
+        name="size-parts", title="Bytes by part",
+        chart=charts.bars(rows, x="model", y="bytes", y_title="MiB", series="part", stacked=True, form=".2f", order=[*PARTS, OUTSIDE]),
+        table=Table(
+            caption="Bytes by part", head=("part", "before", "after", "share"),
+            rows=[(part, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "-") for part, (old, new) in totals.items()],
+        ),
+    )  # fmt: skip
+
+
+def _by_layer(parts: dict[str, Any]) -> Figure:
+    sums = {index: [sum(values[at] for values in sizes.values()) for at in (0, 1)] for index, sizes in parts["layers"].items()}
+    rows = [
+        {"layer": int(index), "bytes": values[at] / 2**20, "model": model}
+        for index, values in sums.items() for at, model in ((1, AFTER), (0, BEFORE))
+    ]  # fmt: skip
+    return Figure(
+        name="size-layers", title="Bytes by layer", wide=60 + 24 * len(sums) if len(sums) > 14 else 0,
+        chart=charts.bars(rows, x="layer", y="bytes", x_title="layer, by its number in the original", y_title="MiB", series="model", form=".2f", order=SIDES),
+        table=Table(
+            caption="Bytes by layer", head=("layer", "before", "after", "share"),
+            rows=[(index, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "-") for index, (old, new) in sums.items()],
+        ),
+    )  # fmt: skip
+
+
+def speed(folder: Finished) -> Section | None:
+    """What trimoe bench measured, if it did."""
+    bench = folder.bench
+    if not bench:
+        return None
+    models, ratio = bench["models"], bench.get("ratio")
+    blocks: list[Figure | Table] = []
+    if ratio:
+        rows = [
+            {"what": label, "value": ratio[key]["median"], "low": ratio[key]["low"], "high": ratio[key]["high"]}
+            for key, label in SPEEDS.items()
+        ]
+        rows += [{"what": label, "value": ratio[key]} for key, label in HELD.items() if key in ratio]
+        blocks.append(
+            Figure(
+                name="speed-ratio", title="Compressed over original",
+                chart=charts.dots(rows, y="what", x="value", x_title="ratio (1: the same)", rule=1.0, form=".2f"),
+                note="Medians and quartiles over rounds that both models took in turns. More tokens/s is better; less of everything else is.",
+                table=Table(caption="Ratios", head=("quantity", "ratio (quartiles)"), rows=[
+                    (row["what"], f"{row['value']:.2f}" + (f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else "")) for row in rows]),
+            )
+        )  # fmt: skip
+    table = [(label, *(f"{model[key]['median']:,.3g} ({model[key]['low']:,.3g} to {model[key]['high']:,.3g})" for model in models))
+             for key, label in SPEEDS.items()]  # fmt: skip
+    table += [(label, *(f"{model[key]:.1f}" if key == "load_s" else human(model[key]) for model in models)) for key, label in HELD.items()]
+    names = [AFTER, BEFORE] if len(models) > 1 else [AFTER]
+    blocks.append(Table(caption="Medians (quartiles)", head=("quantity", *names), rows=table))
+    return Section(
+        name="speed", title="Speed and memory", blocks=blocks,
+        text=f"{bench['batch']} x {bench['prompt']} tokens in, {bench['generate']} new, {bench['rounds']} rounds; {bench['machine']}, "
+        f"{bench['device']}, {bench['threads']} threads, {models[0]['dtype']}, torch {bench['torch']}.",
+    )  # fmt: skip
+
+
+def origin(folder: Finished) -> Section:
+    """The exact command, the recipe, versions, seeds, fingerprints."""
+    record = folder.record
+    given = record["calibration"]
+    facts = [
+        ("model", folder.model), ("seed", str(record["seed"])), ("trimoe", str(record["trimoe"])),
+        *((str(name), str(version)) for name, version in record["versions"].items()),
+        ("calibration", f"{given['samples']} samples of {given['length']} tokens: {', '.join(map(str, given['domains']))}"),
+        *((f"fingerprint, {name}", str(value)) for name, value in (record.get("inputs") or {}).items() if name in ("model", "calibration")),
+        *((f"{name} of the run", str(value)) for name, value in (record.get("inputs") or {}).items() if name == "dtype"),
+    ]  # fmt: skip
+    blocks: list[Code | Table] = [
+        Code(title="Command", text=str(record["command"])),
+        *(Code(title=f"Then, to recover ({entry['method']})", text=str(entry["command"])) for entry in folder.recovered),
+        Code(title="Recipe", text=yaml.safe_dump(_said(record["recipe"]), sort_keys=False, allow_unicode=True).strip()),
+        Table(caption="Seeds, versions, inputs", head=("what", "value"), rows=facts, prose=True),
+    ]
+    return Section(name="origin", title="How it was made", text="With these the same bytes come out again.", blocks=blocks)
+
+
+def _said(value: Any) -> Any:
+    """A recipe without fields that are not set."""
+    if isinstance(value, dict):
+        return {key: _said(entry) for key, entry in value.items() if entry is not None}
+    return [_said(entry) for entry in value] if isinstance(value, list) else value

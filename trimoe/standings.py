@@ -1,0 +1,156 @@
+"""How the variants of a sweep stand: one row each, the frontier among them, as a table, CSV, JSON and a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimoe.alternatives import Variant
+from trimoe.errors import UserError
+from trimoe.progress import Reporter
+from trimoe.write import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A measured variant. `share`, `experts`, `active`: of the original's bytes, routed-expert and active parameters. `kl` in nats per
+    token, mean over texts, with its interval where the evaluation gives one; `perplexity` is the geometric mean over texts."""
+
+    name: str
+    varied: dict[str, str]
+    method: str
+    bytes: int
+    share: float
+    experts: float
+    active: float
+    kl: float
+    kl_low: float | None
+    kl_high: float | None
+    agreement: float
+    perplexity: float
+    perplexity_before: float
+    texts: dict[str, dict[str, float]]
+    kept: bool
+
+    @classmethod
+    def of(cls, variant: Variant, record: dict[str, Any], *, kept: bool) -> Row:
+        """From a finished folder's trimoe.json with its evaluation."""
+        before, after, report = record["plan"]["before"], record["plan"]["after"], record["evaluation"]
+        texts = report["texts"]
+        steps = [next(iter(step)) for step in record["recipe"]["steps"]]
+        trained = [entry["method"] for entry in record.get("recovered", ())]
+        low, high = _interval(report)
+        return cls(
+            name=variant.name, varied=variant.varied, method=" + ".join([*steps, *trained]), bytes=after["file_bytes"],
+            share=after["file_bytes"] / before["file_bytes"], experts=after["experts"] / before["experts"],
+            active=after["active"] / before["active"], kl=report["mean_kl"], kl_low=low, kl_high=high,
+            agreement=sum(text["agreement"] for text in texts) / len(texts),
+            perplexity=_geometric([text["perplexity"] for text in texts]),
+            perplexity_before=_geometric([text["against"]["perplexity"] for text in texts]),
+            texts={text["name"]: {"kl": text["kl"], "perplexity": text["perplexity"]} for text in texts}, kept=kept,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.share:.1%} of the bytes, KL {self.kl:.4f}, perplexity {self.perplexity_before:.2f} -> {self.perplexity:.2f}"
+
+
+def _interval(report: dict[str, Any]) -> tuple[float | None, float | None]:
+    """95 % interval of the mean KL: texts are independent of each other, so the half-widths of their intervals add in squares."""
+    texts = report["texts"]
+    if any(text.get("intervals") is None for text in texts):
+        return None, None
+    low, high = (math.sqrt(sum((text["kl"] - text["intervals"]["kl"][end]) ** 2 for text in texts)) / len(texts) for end in (0, 1))
+    return max(0.0, report["mean_kl"] - low), report["mean_kl"] + high
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def frontier(rows: Sequence[Row]) -> set[str]:
+    """Names of the rows that no other beats: none is as small and as near to the original, and better in one of the two."""
+
+    def beaten(row: Row) -> bool:
+        return any(other.bytes <= row.bytes and other.kl <= row.kl and (other.bytes, other.kl) != (row.bytes, row.kl) for other in rows)
+
+    return {row.name for row in rows if not beaten(row)}
+
+
+def write_tables(out: Path, rows: Sequence[Row], pending: Sequence[str], command: str | None) -> None:
+    """sweep.csv and sweep.json, whole at any time."""
+    best = frontier(rows)
+    body = [{**row.__dict__, "frontier": row.name in best, "recipe": f"{row.name}.yaml"} for row in rows]
+    write_text(out / "sweep.json", json.dumps({"command": command, "variants": body, "pending": list(pending)}, indent=1) + "\n")
+    varied = list(dict.fromkeys(key for row in rows for key in row.varied))
+    texts = list(dict.fromkeys(name for row in rows for name in row.texts))
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow([
+        "variant", "frontier", *varied, "method", "bytes", "share", "experts", "active", "kl", "kl_low", "kl_high", "agreement", "perplexity",
+        "perplexity_before", *(f"{what} {name}" for name in texts for what in ("kl", "perplexity")), "kept",
+    ])  # fmt: skip
+    for row in rows:
+        writer.writerow([
+            row.name, "yes" if row.name in best else "", *(row.varied.get(key, "") for key in varied), row.method, row.bytes, row.share,
+            row.experts, row.active, row.kl, row.kl_low, row.kl_high, row.agreement, row.perplexity, row.perplexity_before,
+            *(row.texts.get(name, {}).get(what, "") for name in texts for what in ("kl", "perplexity")), "yes" if row.kept else "",
+        ])  # fmt: skip
+    write_text(out / "sweep.csv", lines.getvalue())
+
+
+def table(rows: Sequence[Row]) -> None:
+    """The rows on standard output, the smallest first; a star is on the frontier."""
+    from rich.console import Console
+    from rich.table import Table
+
+    best = frontier(rows)
+    shown = Table(
+        title="Sweep", caption="* no other variant is as small and as near to the original. KL(original || variant) in nats/token, mean of texts",
+    )  # fmt: skip
+    shown.add_column("")
+    shown.add_column("variant", overflow="fold", min_width=max([8, *(min(len(row.name), 40) for row in rows)]))
+    for name in ("bytes", "active", "KL", "agrees", "perplexity"):
+        shown.add_column(name, justify="right")
+    for row in sorted(rows, key=lambda row: (row.bytes, row.kl)):
+        between = f" ({row.kl_low:.4f}-{row.kl_high:.4f})" if row.kl_low is not None else ""
+        shown.add_row(
+            "*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}{between}",
+            f"{row.agreement:.1%}", f"{row.perplexity:.2f}",
+        )  # fmt: skip
+    if rows:
+        shown.add_row("", "original", "100.0%", "100.0%", "0", "100.0%", f"{rows[0].perplexity_before:.2f}")
+    Console().print(shown)
+
+
+def plot(out: Path, rows: Sequence[Row], reporter: Reporter) -> None:
+    """sweep.html and figures/frontier.svg; one line says so where the plotting libraries are missing."""
+    try:
+        from trimoe.report.charts import frontier as chart
+        from trimoe.report.page import charts_page, write_figures
+        from trimoe.report.section import Figure, Section, Table
+    except (ImportError, UserError):
+        reporter.say("The frontier is not drawn: that needs the plotting libraries; pip install 'trimoe[report]', then run this again.")
+        return
+    points = [
+        {"name": row.name, "method": row.method, "bytes": row.bytes, "share": row.share, "kl": row.kl, "kl_low": row.kl_low, "kl_high": row.kl_high}
+        for row in rows
+    ]  # fmt: skip
+    best = frontier(rows)
+    cells = [
+        [row.name, f"{row.bytes:,}", f"{row.share:.1%}", f"{row.kl:.4f}", f"{row.perplexity:.2f}", "yes" if row.name in best else "no"] for row in rows
+    ]  # fmt: skip
+    beside = Table(
+        caption="The variants", head=["variant", "bytes", "share", "KL, nats/token", "perplexity", "on the frontier"], rows=cells
+    )
+    drawn = Figure(name="frontier", title="Size against nearness to the original", chart=chart(points), table=beside)
+    sections = [
+        Section(name="variants", title="Variants", text="No other variant is as small and as near as those on the line.", blocks=[drawn])
+    ]
+    write_text(out / "sweep.html", charts_page(f"Sweep: {out.resolve().name}", sections))
+    write_figures(out / "figures", sections)

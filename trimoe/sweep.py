@@ -1,0 +1,302 @@
+"""Many variants of one recipe on one model: planned together, compressed from shared statistics, evaluated, compared.
+
+What lies in the folder: NAME.yaml (a variant's recipe), NAME/ (the variant; trimoe.json alone once its weights have gone), sweep.json and
+sweep.csv, sweep.html with the frontier. The state that a killed sweep goes on from is these files themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trimoe import card, distributed
+from trimoe.alternatives import Variant, variants
+from trimoe.calibration import Calibration, read_text
+from trimoe.compress import Job, calibration_for, check_disk, job_of, possible, recorded, with_calibration
+from trimoe.errors import UserError
+from trimoe.evaluate import evaluate
+from trimoe.gather import statistics
+from trimoe.journal import Journal
+from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop
+from trimoe.plan import Plan
+from trimoe.progress import QUIET, Reporter
+from trimoe.recipe import Recipe
+from trimoe.skeleton import Skeleton
+from trimoe.standings import Row, frontier, plot, write_tables
+from trimoe.stream import compute_dtype
+from trimoe.version import VERSION
+from trimoe.write import write_text
+
+KEEPS = ("none", "frontier", "all")
+RECORD = "trimoe.json"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep. `rows` are in the order of the recipe's lists; `failed` says why, by name, where a variant could not be made."""
+
+    out: Path
+    rows: list[Row]
+    failed: dict[str, str]
+
+    @property
+    def best(self) -> list[Row]:
+        """The variants that no other beats in bytes and in KL."""
+        return [row for row in self.rows if row.name in frontier(self.rows)]
+
+
+def sweep(
+    model: str | os.PathLike[str],
+    recipe: Any,
+    out: str | os.PathLike[str],
+    *,
+    changes: Sequence[str] = (),
+    calibration: Sequence[str] = (),
+    samples: int | None = None,
+    length: int | None = None,
+    text: Sequence[str] = ("builtin:mixed",),
+    tokens: int = 32768,
+    window: int = 2048,
+    stride: int | None = None,
+    keep: str = "none",
+    cache: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    command: str | None = None,
+    reporter: Reporter = QUIET,
+) -> Sweep:
+    """Compress `model` by every variant of `recipe`, evaluate each against the original, and compare: sweep.csv, .json, .html in `out`.
+
+    recipe          as for compress, or a list of several, or a mapping from names to recipes; any field may be a list of values
+                    (docs/sweep.md)
+    changes, calibration, samples, length, seed, device, dtype   as for compress
+    text, tokens, stride, cache   as for evaluate; `window` is its length
+    keep            whose weights stay: `none`, `frontier` (variants that no other beats in bytes and KL), `all`
+    Killed and called again it goes on; called again with more values it makes only what is new.
+    Raises UserError before anything is written if any variant is impossible, and at the end if one failed nevertheless.
+    """
+    out, started = Path(out), time.monotonic()
+    if keep not in KEEPS:
+        raise UserError(f"keep is {keep!r}; {', '.join(KEEPS)} are known.")
+    for name, value, least in (("window", window, 2), ("stride", 1 if stride is None else stride, 1), ("tokens", tokens, 1)):
+        if value < least:
+            raise UserError(f"The evaluation's {name} is {value}; at least {least} is needed.")
+    if distributed.launched():
+        raise UserError("trimoe sweep runs in one process; start it without torchrun, or compress the variants one by one.")
+    several = isinstance(recipe, list | tuple) or (isinstance(recipe, dict) and "steps" not in recipe)
+    found = variants(recipe if several else [recipe], changes)
+    skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+
+    def planned(variant: Variant) -> tuple[Recipe, Plan]:
+        parsed = with_calibration(variant.recipe(), calibration, samples, length)
+        return parsed, possible(skeleton, parsed, out, device)
+
+    plans = _all(found, planned)
+    read: dict[str, Calibration] = {}
+
+    def ready(variant: Variant) -> Job:
+        parsed, _ = plans[variant.name]
+        spec = json.dumps(parsed.to_json()["calibration"])
+        if spec not in read:
+            read[spec] = calibration_for(skeleton, parsed.calibration, seed, reporter)
+        return job_of(skeleton, parsed, read[spec], seed, device, dtype, _command(model, out, variant, seed, dtype), reporter)
+
+    jobs = _all(found, ready)
+    settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
+    inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": dtype, "evaluation": settings, "version": VERSION}
+
+    def score(folder: Path) -> dict[str, Any]:
+        return evaluate(
+            folder, against=str(model), text=text, length=window, stride=stride, tokens=tokens, device=device,
+            dtype=compute_dtype(dtype), cache=cache, reporter=reporter,
+        )  # fmt: skip
+
+    entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
+    journal = Journal(out, inputs)
+    journal.refuse_other_content()
+    for entry in entries:
+        entry.refuse_other()
+    todo = [entry.plan.disk for entry in entries if not entry.measured()]
+    check_disk(out, sum(todo) if keep != "none" else max(todo, default=0))
+    reporter.say(f"{len(entries)} variants, {len(todo)} of them to be made.")
+    with journal:
+        for entry in entries:
+            body = yaml.safe_dump(entry.job.run.recipe.to_json(), sort_keys=False)
+            write_text(out / f"{entry.variant.name}.yaml", body)
+        return _Race(out, entries, score, keep, command, reporter, started).run()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A variant on its way through the sweep; where it stands is what its folder holds."""
+
+    variant: Variant
+    folder: Path
+    job: Job
+    plan: Plan
+
+    def record(self) -> dict[str, Any] | None:
+        return recorded(self.folder, self.job.inputs, self.job.run.recipe.recover)
+
+    def refuse_other(self) -> None:
+        if (self.folder / RECORD).is_file() and self.record() is None:
+            raise UserError(f"{self.folder} holds a result of the same name and another recipe; give another folder.")
+
+    def measured(self) -> bool:
+        return "evaluation" in (self.record() or {})
+
+    def complete(self) -> bool:
+        """Whether the weights are there."""
+        return self.record() is not None and (self.folder / "config.json").is_file()
+
+    def discard(self) -> None:
+        """Delete all but the record, config.json first: without it no half-deleted folder looks finished."""
+        (self.folder / "config.json").unlink(missing_ok=True)
+        for path in sorted(self.folder.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != RECORD:
+                path.unlink()
+
+    def row(self) -> Row:
+        record = self.record()
+        assert record is not None
+        return Row.of(self.variant, record, kept=self.complete())
+
+
+@dataclass(frozen=True)
+class _Race:
+    out: Path
+    entries: list[Entry]
+    score: Callable[[Path], dict[str, Any]]
+    keep: str
+    command: str | None
+    reporter: Reporter
+    started: float
+
+    def run(self) -> Sweep:
+        """Make and measure what is not yet; then have the weights there that are to be kept, and no others."""
+        failed: dict[str, str] = {}
+        done = 0
+        open_ = [entry for entry in self.entries if not entry.measured()]
+        shared = self._statistics({entry.variant.name for entry in open_})
+        start = time.monotonic()
+        for entry in self.entries:
+            name = entry.variant.name
+            try:
+                if not entry.measured():
+                    self._make(entry, shared.get(name))
+                    card.add_evaluation(entry.folder, self.score(entry.folder))
+                    done += 1
+                    left = (time.monotonic() - start) / done * (len(open_) - done)
+                    self.reporter.say(f"[{done}/{len(open_)}] {entry.row()}" + (f"; about {_span(left)} left" if left else ""))
+                    self._tidy()
+            except UserError as mistake:
+                failed[name] = str(mistake)
+                self.reporter.say(f"{name} failed: {mistake}")
+        for entry in self._kept():
+            if not entry.complete():
+                self._remake(entry, shared.get(entry.variant.name))
+        self._tidy()
+        rows = self._rows()
+        plot(self.out, rows, self.reporter)
+        self.reporter.say(f"Wrote {self.out}/sweep.csv and sweep.json in {_span(time.monotonic() - self.started)}.")
+        if failed:
+            raise UserError(
+                f"{len(failed)} of {len(self.entries)} variants failed: {'; '.join(f'{n}: {why}' for n, why in failed.items())}"
+            )
+        return Sweep(self.out, rows, failed)
+
+    def _make(self, entry: Entry, stats: Path | None) -> None:
+        if entry.record() is not None and not entry.complete():
+            shutil.rmtree(entry.folder)  # the record of weights that are no longer there
+        entry.job.done(entry.folder, entry.plan, stats)
+
+    def _remake(self, entry: Entry, stats: Path | None) -> None:
+        """The weights of a variant that was measured before its weights went; it is not evaluated again."""
+        record = entry.record()
+        assert record is not None
+        self._make(entry, stats)
+        card.add_evaluation(entry.folder, record["evaluation"])
+
+    def _rows(self) -> list[Row]:
+        return [entry.row() for entry in self.entries if entry.measured()]
+
+    def _kept(self) -> list[Entry]:
+        best = frontier(self._rows())
+        wanted = {"none": set(), "frontier": best, "all": {entry.variant.name for entry in self.entries}}[self.keep]
+        return [entry for entry in self.entries if entry.measured() and entry.variant.name in wanted]
+
+    def _tidy(self) -> None:
+        """Weights that are not to be kept go; the tables say how things stand."""
+        kept = [entry.variant.name for entry in self._kept()]
+        for entry in self.entries:
+            if entry.measured() and entry.variant.name not in kept:
+                entry.discard()
+        write_tables(self.out, self._rows(), [entry.variant.name for entry in self.entries if not entry.measured()], self.command)
+
+    def _statistics(self, wanted: set[str]) -> dict[str, Path]:
+        """One pass over the calibration text for all first steps that start from the same: a file by the variant's name."""
+        groups: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            step, run = entry.job.run.recipe.steps[0], entry.job.run
+            if isinstance(step, ExpertDrop | LayerDrop | BlockDrop) or step.needs == {"search"}:
+                shared = [run.about, run.spec.search_tokens, run.spec.search_memory]
+                groups.setdefault(json.dumps(shared), []).append(entry)
+        files: dict[str, Path] = {}
+        for key, group in groups.items():
+            names, run = {entry.variant.name for entry in group}, group[0].job.run
+            reach = max(entry.job.run.recipe.steps[0].reach(dict(run.skeleton.sites)) for entry in group)
+            path = self.out / f"statistics-{hashlib.sha256(f'{key} {reach}'.encode()).hexdigest()[:8]}.safetensors"
+            if not path.exists() and (len(group) == 1 or not names & wanted):
+                continue
+            if not path.exists():
+                self.reporter.say(f"One statistics pass for {len(group)} variants.")
+                statistics(
+                    run.skeleton, run.batches, reach=reach, search_tokens=run.spec.search_tokens, search_memory=run.spec.search_memory,
+                    seed=run.seed, device=run.device, about=run.about, reporter=self.reporter,
+                ).save(path)  # fmt: skip
+            files |= dict.fromkeys(names, path)
+        if files and (alone := len(wanted - set(files))):
+            self.reporter.say(f"{alone} variants do without: their first step needs no statistics, or singular values, or other text.")
+        return files
+
+
+def _all(found: Sequence[Variant], work: Callable[[Variant], Any]) -> dict[str, Any]:
+    """work(variant) by name. Raises one UserError that names every variant that is impossible."""
+    made, wrong = {}, {}
+    for variant in found:
+        try:
+            made[variant.name] = work(variant)
+        except UserError as mistake:
+            wrong[variant.name] = str(mistake)
+    if len(found) == 1 and wrong:
+        raise UserError(next(iter(wrong.values())))
+    if wrong:
+        lines = "".join(f"\n  {name}: {why}" for name, why in wrong.items())
+        raise UserError(f"{len(wrong)} of {len(found)} variants are not possible, so none was begun:{lines}")
+    return made
+
+
+def _command(model: Any, out: Path, variant: Variant, seed: int, dtype: str) -> str:
+    return f"trimoe compress {model} --recipe {out / variant.name}.yaml --out {variant.name} --seed {seed} --dtype {dtype}"
+
+
+def _fingerprint(text: Sequence[str]) -> str:
+    """Of the documents that are evaluated on."""
+    parts = [(part.domain, part.documents) for source in text for part in read_text(source, "eval")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
