@@ -100,10 +100,10 @@ class Skeleton:
         self.config = hf.load_config(checkpoint.folder)
         self.spec = getattr(self.config, modeling_trimoe.KEY, None)
         self._refuse_what_cannot_be_built()
-        self.model = self._built()
+        bare, self.model = self._built()
         self.prefix, self.layers = hf.decoder_layers(self.model)
         meta = {key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in checkpoint.tensors.items()}
-        self.conversion = hf.trial_load(self.config, meta, dtype)
+        self.conversion = hf.trial_load(bare, meta, dtype)
         self._refuse_what_does_not_fit()
         self.sites = {site.layer: site for site in self._find_sites()}
         if not self.sites:
@@ -184,11 +184,11 @@ class Skeleton:
 
     # ---- refusals
 
-    def _built(self) -> Any:
+    def _built(self) -> tuple[Any, Any]:
         try:
-            return hf.build_meta(self.config, self.dtype)
-        except UserError:
-            raise
+            return hf.build_bare(self.config, self.dtype), hf.build_meta(self.config, self.dtype)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
         except Exception as error:  # whatever absurd sizes make the architecture's own code raise
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             raise UserError(f"{self.name}: config.json describes a {self.config.model_type} that cannot be built ({reason}).") from None
