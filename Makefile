@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint format docs bench eval-offline clean
+.PHONY: demo test test-fast lint format docs bench eval-offline nightly clean
 
 demo: .venv/ready
 	$(BIN)/trimoe demo
@@ -35,6 +35,10 @@ bench: .venv/ready
 eval-offline: .venv/ready
 	$(BIN)/python -m pip install --quiet 'lm-eval>=0.4.13' 'datasets>=4.0'
 	$(BIN)/python benchmarks/eval_offline.py
+
+# A 4 GB checkpoint under 1.5 GiB of memory, low rank included: about 20 minutes, 8 GB of disk; as root a memory cgroup is the limit.
+nightly: .venv/ready
+	$(BIN)/python benchmarks/bigger_than_memory.py --shape many_layers --limit 1.5 --samples 4 --low-rank
 
 clean:
 	rm -rf .venv demo-mini-mixtral

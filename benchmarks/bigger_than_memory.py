@@ -1,11 +1,13 @@
-"""plan, stats, compress and eval of a model larger than the memory they are given: Qwen1.5-MoE-A2.7B's shape (28.6 GB in bfloat16).
+"""plan, stats, compress and eval of a model larger than the memory they are given: Qwen1.5-MoE-A2.7B's shape (28.6 GB in bfloat16), or
+many small layers (4 GB), which is cheap enough for every night.
 
     python benchmarks/bigger_than_memory.py --limit 6            # as root: a memory cgroup, swap off
-    python benchmarks/bigger_than_memory.py --layers 3 --limit 1.5
+    python benchmarks/bigger_than_memory.py --shape many_layers --limit 1.5 --low-rank
 
 Every command runs in a process of its own under a hard limit of so many GiB: a memory cgroup (version 2 or 1; page cache counts, and is what
 the kernel takes back first), or, where none can be made, RLIMIT_DATA (memory of the process's own). Printed: the process's peak resident
-memory, the share of it that is no mapped file, the cgroup's peak with page cache, and seconds.
+memory, the share of it that is no mapped file, the cgroup's peak with page cache, and seconds. The exit code is 1 if a command failed (one
+that needs more than its limit is killed).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,17 @@ ROOTS = (  # folder, a file that is there where memory is accounted for, the lim
     (Path("/sys/fs/cgroup"), "cgroup.controllers", "memory.max", "memory.peak"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
 )
+
+
+SHAPES: dict[str, tuple[Callable[[int], Any], int]] = {  # by number of layers, and how many there are
+    "qwen15_moe": (random_model.qwen15_moe, 24),
+    "many_layers": (
+        lambda layers: random_model.config_of(
+            layers=layers, experts=64, hidden=512, width=512, top_k=4, vocabulary=32000, context=4096, dtype="bfloat16"
+        ),
+        40,
+    ),
+}
 
 
 class Limit:
@@ -110,7 +124,8 @@ def run(limit: Limit, words: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--layers", type=int, default=24)
+    arguments.add_argument("--shape", choices=SHAPES, default="qwen15_moe")
+    arguments.add_argument("--layers", type=int, help="default: as many as the shape has")
     arguments.add_argument("--limit", type=float, default=6.0, help="GiB")
     arguments.add_argument("--samples", type=int, default=8)
     arguments.add_argument("--length", type=int, default=256)
@@ -120,13 +135,15 @@ def main() -> None:
     arguments.add_argument("--folder", help="where model and result go (default: a temporary folder); a model that is there is taken")
     arguments.add_argument("--json")
     given = arguments.parse_args()
+    config_of, layers = SHAPES[given.shape]
+    layers = given.layers or layers
     limit = Limit(int(given.limit * (1 << 30)))
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
-        model = Path(given.folder or scratch, f"random-{given.layers}")
+        model = Path(given.folder or scratch, f"random-{layers}" if given.shape == "qwen15_moe" else f"{given.shape}-{layers}")
         if not (model / "config.json").is_file():
             shutil.rmtree(model, ignore_errors=True)
             model.mkdir(parents=True)
-            random_model.save(random_model.qwen15_moe(given.layers), model)
+            random_model.save(config_of(layers), model)
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         print(f"{size / 1e9:.1f} GB of safetensors; limit {human(limit.size)} by {limit.kind}", flush=True)
         recipe = Path(scratch, "recipe.yaml")
@@ -144,6 +161,9 @@ def main() -> None:
     limit.close()
     print(table(rows))
     write_json(given.json, {"bytes": size, "limit": limit.size, "by": limit.kind, "rows": rows})
+    failed = [row["command"] for row in rows if row["exit code"]]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

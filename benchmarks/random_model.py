@@ -17,12 +17,14 @@ from transformers import PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 BLOCK = 1 << 24  # random numbers that are drawn; larger tensors repeat them
 
 
-def config_of(*, layers: int, experts: int, hidden: int, width: int, top_k: int, vocabulary: int, context: int) -> Qwen3MoeConfig:
+def config_of(
+    *, layers: int, experts: int, hidden: int, width: int, top_k: int, vocabulary: int, context: int, dtype: str = "float32"
+) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
         num_hidden_layers=layers, num_experts=experts, hidden_size=hidden, moe_intermediate_size=width, num_experts_per_tok=top_k,
         vocab_size=vocabulary, max_position_embeddings=context, num_attention_heads=8, num_key_value_heads=4, head_dim=hidden // 8,
         intermediate_size=width, norm_topk_prob=True, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        architectures=["Qwen3MoeForCausalLM"], dtype="float32",
+        architectures=["Qwen3MoeForCausalLM"], dtype=dtype,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trimoe.checkpoint import Checkpoint
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 
 TEXTS = Path(__file__).parent / "builtin" / "texts"
 BUILTIN_DOMAINS = ("english", "docs", "code")
@@ -138,7 +138,7 @@ def _from_hub(path: str, label: str) -> Text:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
         documents = tuple(str(row["text"]) for row, _ in zip(rows, range(20_000), strict=False) if row.get("text"))
     except Exception as error:  # datasets raises anything from OSError to its own types
-        raise UserError(f"There is no file {path!r}, and the dataset of that name could not be read ({str(error)[:120]}).") from None
+        raise UserError(f"There is no file {path!r}, and the dataset of that name could not be read ({first_line(error)}).") from None
     return Text(label or name.rpartition("/")[2], documents)
 
 
@@ -148,8 +148,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{checkpoint.name} has no tokenizer that transformers can load ({reason}).") from None
+        raise UserError(f"{checkpoint.name} has no tokenizer that transformers can load ({first_line(error)}).") from None
 
 
 def encode(tokenizer: Any, text: Text, vocabulary: int) -> list[torch.Tensor]:
@@ -157,8 +156,7 @@ def encode(tokenizer: Any, text: Text, vocabulary: int) -> list[torch.Tensor]:
     try:
         ids = tokenizer(list(text.documents), add_special_tokens=False, verbose=False)["input_ids"] if text.documents else []
     except Exception as error:  # a tokenizer that loads may still hold settings that cannot be
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"The model's tokenizer cannot read the text {text.domain!r} ({reason}).") from None
+        raise UserError(f"The model's tokenizer cannot read the text {text.domain!r} ({first_line(error)}).") from None
     tensors = [torch.tensor(row, dtype=torch.int64) for row in ids if len(row)]
     top = max((int(row.max()) for row in tensors), default=0)
     if top >= vocabulary:
@@ -183,6 +181,8 @@ def calibrate(
     tokenizer = load_tokenizer(checkpoint)
     texts = [text for source in sources for text in read_text(source)]
     eos = tokenizer.eos_token_id
+    if eos is not None and eos >= vocabulary:
+        raise UserError(f"The tokenizer ends texts with token {eos}, the model knows {vocabulary}: tokenizer and model do not match.")
     windows: dict[str, list[torch.Tensor]] = {}
     for text in texts:
         parts = [part for row in encode(tokenizer, text, vocabulary) for part in (row, *([torch.tensor([eos])] if eos is not None else []))]

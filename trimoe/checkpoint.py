@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 from trimoe.headers import DTYPES, TensorInfo, info_of, read_header, read_json
 from trimoe.modeling_trimoe import BITMASK, bits_of, expand
 from trimoe.packing import BITS, PARTS, Packed, packed_columns, unpack
@@ -320,8 +320,7 @@ def _open_hub(name: str, *, weights: bool) -> Checkpoint:
     except HFValidationError:
         raise UserError(f"{name!r} is neither a folder nor a valid hub id.") from None
     except (HfHubHTTPError, OfflineModeIsEnabled, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name!r} is not a folder here and could not be had from the hub ({reason}).") from None
+        raise UserError(f"{name!r} is not a folder here and could not be had from the hub ({first_line(error)}).") from None
     tensors = {
         key: info_of(Path(file), key, {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}, 0)
         for file, parsed in metadata.files_metadata.items()

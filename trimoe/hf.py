@@ -32,10 +32,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from trimoe import modeling_trimoe
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 
 # The names under which configurations keep the number of routed experts and of experts per token.
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+MAX_BUFFERS = 1 << 30  # bytes; tables of positions and the like have a few kilobytes
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
 
@@ -44,8 +45,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and its validators raise types of their own
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {reason}") from None
+        raise UserError(f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {first_line(error)}") from None
     for part in (config, config.get_text_config()):  # names with a slash are hub repositories whose code would be fetched and run
         if any("/" in str(getattr(part, field, "")) for field in ("_attn_implementation", "_experts_implementation")):
             raise UserError(f"{folder / 'config.json'} asks for an attention or experts kernel from the hub; remove that field.")
@@ -78,14 +78,29 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real (rope tables and the like). Honours `moe_compression`."""
+    with init_empty_weights(include_buffers=False):
+        model = _built(config, dtype)
+    _fill_buffers(model, model)
+    return model
+
+
+def build_bare(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its buffers on the meta device, too; UserError where they would be too large for `build_meta`."""
+    with torch.device("meta"):
+        model = _built(config, dtype)
+    size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    if size > MAX_BUFFERS:
+        raise UserError(f"config.json describes a {config.model_type} with {size:,} bytes of tables beside its weights; it is damaged.")
+    return model
+
+
+def _built(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     stock = modeling_trimoe.stock_class(config)
     wanted = modeling_trimoe.native_class(stock) if getattr(config, modeling_trimoe.KEY, None) else stock
-    config = copy.deepcopy(config)
-    with init_empty_weights(include_buffers=False), no_init_weights(), warnings.catch_warnings():
+    with no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = wanted._from_config(config, dtype=dtype).eval()
+        model = wanted._from_config(copy.deepcopy(config), dtype=dtype).eval()
     model.tie_weights()
-    _fill_buffers(model, model)
     return model
 
 
@@ -129,9 +144,9 @@ class Conversion:
     mismatched: list[Any]
 
 
-def trial_load(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Conversion:
-    """Load `tensors` (meta tensors, from headers) into a throw-away skeleton: every name and shape is checked, no byte is read."""
-    model = build_meta(config, dtype).to("meta")
+def trial_load(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Conversion:
+    """Load `tensors` (meta tensors, from headers) into a bare model, not to be used after that: every name and shape is checked, no byte
+    is read."""
     info = _load(model, tensors, torch.device("meta"), dtype)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignorable = model._keys_to_ignore_on_load_unexpected or ()

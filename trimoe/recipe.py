@@ -13,7 +13,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 from trimoe.methods import METHODS, Step
 from trimoe.recover.spec import Recover
 
@@ -142,7 +142,7 @@ def _yaml(source: str, where: str) -> Any:
     try:
         return yaml.load(source, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{where} is not valid YAML ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"{where} is not valid YAML ({first_line(error)}).") from None
 
 
 def _changed(raw: dict[str, Any], change: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from trimoe import hf, modeling_trimoe, routing
 from trimoe.checkpoint import Checkpoint
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 from trimoe.headers import DTYPES
 from trimoe.routing import RoutingRule
 
@@ -100,10 +100,10 @@ class Skeleton:
         self.config = hf.load_config(checkpoint.folder)
         self.spec = getattr(self.config, modeling_trimoe.KEY, None)
         self._refuse_what_cannot_be_built()
-        self.model = self._built()
+        bare, self.model = self._built()
         self.prefix, self.layers = hf.decoder_layers(self.model)
         meta = {key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in checkpoint.tensors.items()}
-        self.conversion = hf.trial_load(self.config, meta, dtype)
+        self.conversion = hf.trial_load(bare, meta, dtype)
         self._refuse_what_does_not_fit()
         self.sites = {site.layer: site for site in self._find_sites()}
         if not self.sites:
@@ -184,14 +184,15 @@ class Skeleton:
 
     # ---- refusals
 
-    def _built(self) -> Any:
+    def _built(self) -> tuple[Any, Any]:
         try:
-            return hf.build_meta(self.config, self.dtype)
-        except UserError:
-            raise
+            return hf.build_bare(self.config, self.dtype), hf.build_meta(self.config, self.dtype)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
         except Exception as error:  # whatever absurd sizes make the architecture's own code raise
-            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise UserError(f"{self.name}: config.json describes a {self.config.model_type} that cannot be built ({reason}).") from None
+            raise UserError(
+                f"{self.name}: config.json describes a {self.config.model_type} that cannot be built ({first_line(error)})."
+            ) from None
 
     def _refuse_what_cannot_be_built(self) -> None:
         name, kind = self.name, self.config.model_type
@@ -307,7 +308,7 @@ class Skeleton:
             bias = tensor_at(shell, site.bias).reshape(-1) if site.bias else None
             rule = routing.identify(_call(shell, light), pruned, x_TH, bias, hints)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            raise UserError(f"{where}: its router cannot be run by itself ({str(error)[:150]}); not supported yet.") from None
+            raise UserError(f"{where}: its router cannot be run by itself ({first_line(error)}); not supported yet.") from None
         if rule is None:
             raise UserError(f"{where}: none of the known routing rules reproduces what its router computes; not supported yet.")
         return rule

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trimoe.aside import aside
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 from trimoe.routing import RoutingRule
 
 FORMAT = "trimoe-stats-2"
@@ -151,7 +151,7 @@ class Stats:
                 head: Mapping[str, str] = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is not a statistics file that can be read ({str(error)[:100]}).") from None
+            raise UserError(f"{path} is not a statistics file that can be read ({first_line(error)}).") from None
         if head.get("format") != FORMAT:
             raise UserError(
                 f"{path} is not a statistics file of this version of trimoe (format {head.get('format')!r}, wanted {FORMAT!r})."

@@ -20,7 +20,7 @@ from torch import nn
 
 from trimoe import hf
 from trimoe.checkpoint import Checkpoint
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import Carried
 
@@ -33,7 +33,7 @@ def usable_device(device: str) -> torch.device:
         torch.ones(1, device=device, dtype=torch.float64).sum().item()  # double precision is needed, which not every device has
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise UserError(f"The device {device!r} cannot be used here ({str(error).splitlines()[0][:120]}).") from None
+        raise UserError(f"The device {device!r} cannot be used here ({first_line(error)}).") from None
 
 
 def compute_dtype(name: str) -> torch.dtype:
