@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 
-from trimoe import card
+from trimoe import card, disk
 from trimoe import recipe as recipes
 from trimoe.calibration import Calibration, calibrate
 from trimoe.decide import Run, decide
+from trimoe.disk import human
 from trimoe.distributed import Team, team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
@@ -25,9 +25,9 @@ from trimoe.layout import Layout
 from trimoe.linears import linears
 from trimoe.methods import ExpertDrop, LowRank, WeightPrune
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
-from trimoe.plan import Plan, final_plan, human, plan
+from trimoe.plan import Plan, final_plan, plan
 from trimoe.progress import QUIET, Reporter
-from trimoe.recipe import CalibrationSpec, Recipe
+from trimoe.recipe import CalibrationSpec, Recipe, with_calibration
 from trimoe.recover import recover
 from trimoe.recover.given import check, refuse_inside
 from trimoe.recover.spec import Recover
@@ -142,14 +142,14 @@ class _Job:
         run, text, parsed, skeleton = self.run, self.text, self.run.recipe, self.run.skeleton
         journal = Journal(out, self.inputs, run.team)
         run.team.from_main(journal.refuse_other_content)
-        run.team.from_main(lambda: _check_disk(out, before.disk))
+        run.team.from_main(lambda: disk.check(out, before.disk, before.spill))
         with journal:
             decisions, metrics = unchanged(skeleton.sites), {}
             for number, step in enumerate(parsed.steps):
                 name = f"{number}.{step.name}"
                 decisions, metrics[name] = decide(run, journal, number, step, decisions, given if number == 0 else None)
             final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
-            run.team.from_main(lambda: _check_disk(out, final.disk))
+            run.team.from_main(lambda: disk.check(out, final.disk, final.spill))
             writer = Writer(Layout(skeleton, decisions), out)
             metrics |= transform(run, decisions, writer, journal)
             record = {
@@ -205,13 +205,6 @@ def _lasting(skeleton: Skeleton) -> str:
 # ---- input
 
 
-def with_calibration(recipe: Recipe, sources: Sequence[str], samples: int | None, length: int | None) -> Recipe:
-    changes = {"data": list(sources) or None, "samples": samples, "length": length}
-    body = recipe.to_json()
-    body["calibration"] |= {key: value for key, value in changes.items() if value is not None}
-    return recipes.load(body)
-
-
 def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, reporter: Reporter) -> Calibration:
     if spec.length > skeleton.context:
         reporter.say(f"Samples of {spec.length} tokens are cut to {skeleton.context}, the model's context.")
@@ -255,13 +248,6 @@ def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
         raise UserError(
             f"{step.name} in {skeleton.dtype} would round weights that {skeleton.name} keeps in {wider[0]}; leave --dtype at float32."
         )
-
-
-def _check_disk(out: Path, wanted: int) -> None:
-    existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in out.glob("*.safetensors*") if out.is_dir())
-    if free < wanted:
-        raise UserError(f"The result needs {human(wanted)} of disk at {existing}, which has {human(free)} free.")
 
 
 def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None) -> Result | None:

@@ -27,10 +27,13 @@ from trimoe.cli.options import (
 
 def inspect(model: Model, as_json: JsonFlag = False) -> None:
     """Structure, bytes by part and what can be done, from configuration and headers alone."""
-    from trimoe import inspection
+    from trimoe import inspection, plan_table
 
     about = inspection.inspect(model)
-    print(json.dumps(about, indent=1) if as_json else inspection.table(about))
+    if as_json:
+        print(json.dumps(about, indent=1))
+    else:
+        plan_table.console().print(plan_table.of_model(about))
 
 
 def plan(
