@@ -26,7 +26,7 @@ from trimoe.linears import linears
 from trimoe.methods import ExpertDrop, LowRank, WeightPrune
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.plan import Plan, final_plan, plan
-from trimoe.progress import QUIET, Reporter
+from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe import CalibrationSpec, Recipe, with_calibration
 from trimoe.recover import recover
 from trimoe.recover.given import check, refuse_inside
@@ -81,12 +81,13 @@ def compress(
         f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
     )
     with team(device) as processes:
-        reporter = reporter if processes.main else QUIET
+        reporter = (reporter if processes.main else QUIET).fresh()
 
         def on_paper() -> tuple[_Job, Plan]:
             parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
-            skeleton = Skeleton.of(str(model), compute_dtype(dtype))
-            before = plan(skeleton, parsed)
+            with reporter.stage("Read headers and plan"):
+                skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+                before = plan(skeleton, parsed)
             refuse_inside(out, skeleton)
             place = processes.place(device)
             usable_device(place)
@@ -98,7 +99,10 @@ def compress(
             text = calibration_for(skeleton, parsed.calibration, seed, reporter)
             if parsed.recover is not None:
                 check(parsed.recover, skeleton, parsed.calibration.data, seed)
-            about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
+            with reporter.stage("Fingerprint the model"):
+                about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
+            for warning in before.warnings:
+                reporter.note(f"warning: {warning}")
             run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes)
             inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
             return _Job(run, text, inputs, command or call), before
@@ -126,24 +130,24 @@ class _Job:
             return finished
         given = main.from_main(lambda: _given_stats(stats, run.about, run.skeleton, run.recipe))
         if run.recipe.recover is None:
-            return self.compressed(out, before, given)
+            return self.compressed(out, before, given, out)
         stage = out / FOLDER / "compressed"
         if not stage.exists():
             Journal(out, self.inputs).refuse_other_content()
         made = _finished(stage, self.inputs, None)
         if made is None:
-            made = self.compressed(stage, before, given)
+            made = self.compressed(stage, before, given, out)
         Journal(stage, self.inputs).tidy()
         trained = recover(stage, out, run.recipe.recover, seed=run.seed, device=run.device, command=self.command, reporter=run.reporter)
         return replace(made, out=out, metrics={**made.metrics, "recover": trained.metrics})
 
-    def compressed(self, out: Path, before: Plan, given: Stats | None) -> Result:
-        """Decide, transform, write; what a killed run has done already is taken from `out`."""
+    def compressed(self, out: Path, before: Plan, given: Stats | None, final_out: Path) -> Result:
+        """Decide, transform, write; what a killed run has done already is taken from `out`. The log lies in `final_out`."""
         run, text, parsed, skeleton = self.run, self.text, self.run.recipe, self.run.skeleton
         journal = Journal(out, self.inputs, run.team)
         run.team.from_main(journal.refuse_other_content)
         run.team.from_main(lambda: disk.check(out, before.disk, before.spill))
-        with journal:
+        with journal, logged(run.reporter, final_out / LOG, self.command, main=run.team.main):
             decisions, metrics = unchanged(skeleton.sites), {}
             for number, step in enumerate(parsed.steps):
                 name = f"{number}.{step.name}"
@@ -173,11 +177,12 @@ def gather_statistics(
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
     base = Recipe(steps=(ExpertDrop(ratio=0.25),))
     with team(device) as processes:
-        reporter = reporter if processes.main else QUIET
+        reporter = (reporter if processes.main else QUIET).fresh()
 
         def on_paper() -> tuple[Skeleton, CalibrationSpec, Calibration]:
             spec = with_calibration(base, calibration, samples, length).calibration
-            skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+            with reporter.stage("Read headers"):
+                skeleton = Skeleton.of(str(model), compute_dtype(dtype))
             refuse_inside(Path(out), skeleton)
             usable_device(processes.place(device))
             if processes.main and Path(out).exists():
@@ -187,12 +192,16 @@ def gather_statistics(
         skeleton, spec, text = processes.after_main(on_paper)
         about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype}
         reach, place = max(site.num_experts for site in skeleton.sites.values()), processes.place(device)
-        stats = statistics(
-            skeleton, _batches(text, place, processes), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory,
-            seed=seed, device=place, about=about, reporter=reporter, team=processes,
-        )  # fmt: skip
+        call = f"trimoe.gather_statistics({str(model)!r}, out, calibration={list(calibration)!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
         if processes.main:
-            stats.save(Path(out))
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+        with logged(reporter, Path(f"{out}.log"), call, main=processes.main):
+            stats = statistics(
+                skeleton, _batches(text, place, processes), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory,
+                seed=seed, device=place, about=about, reporter=reporter, team=processes,
+            )  # fmt: skip
+            if processes.main:
+                stats.save(Path(out))
         return stats
 
 
@@ -209,15 +218,16 @@ def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, report
     if spec.length > skeleton.context:
         reporter.say(f"Samples of {spec.length} tokens are cut to {skeleton.context}, the model's context.")
     vocabulary = skeleton.config.get_text_config().vocab_size
-    text = calibrate(
-        skeleton.checkpoint,
-        spec.sources,
-        samples=spec.samples,
-        length=spec.length,
-        context=skeleton.context,
-        vocabulary=vocabulary,
-        seed=seed,
-    )
+    with reporter.stage("Tokenise the calibration text"):
+        text = calibrate(
+            skeleton.checkpoint,
+            spec.sources,
+            samples=spec.samples,
+            length=spec.length,
+            context=skeleton.context,
+            vocabulary=vocabulary,
+            seed=seed,
+        )
     if len(text.samples_NL) < spec.samples:
         reporter.say(f"The calibration text gives {len(text.samples_NL)} of the {spec.samples} samples asked for.")
     return text
