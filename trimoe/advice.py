@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from trimoe.calibration import BUILTIN_DOMAINS
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
@@ -11,7 +10,6 @@ from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.skeleton import Skeleton
 
 ENOUGH = 512  # tokens an expert, on average: experts are used unevenly, and one that saw fewer than 128 is fitted to its layer's inputs
-STABLE = 0.7  # Jaccard of the sets kept by two halves of the search tokens, below which a set is called unstable
 
 # The share that went without much harm in our runs, and what more of it did.
 USUAL: dict[str, tuple[float, str]] = {
@@ -110,15 +108,3 @@ def _amount(skeleton: Skeleton, tokens: int) -> Iterator[str]:
     if least < ENOUGH:
         wanted = -(-ENOUGH * tokens // max(1, int(least)))
         yield f"{tokens:,} calibration tokens are {least:,.0f} an expert on average; kept sets may be unstable below {ENOUGH}: take {wanted:,}."
-
-
-def unstable(layers: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """One sentence about layers whose kept sets two halves of the calibration would choose otherwise. `layers`: expert_drop's metrics."""
-    poor = {index: row["stability"] for index, row in layers.items() if row.get("stability") is not None and row["stability"] < STABLE}
-    if not poor:
-        return None
-    worst = min(poor, key=lambda index: poor[index])
-    return (
-        f"kept sets are unstable in {len(poor)} of {len(layers)} layers (two halves of the search tokens agree on {poor[worst]:.0%} in layer "
-        f"{worst}): calibrate on more samples."
-    )

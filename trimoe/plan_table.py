@@ -35,6 +35,15 @@ def console(file: Any = None, width: int | None = None) -> Console:
     return Console(file=file, width=width, markup=False, highlight=False, emoji=False, color_system=None if file else "auto")
 
 
+def show(shown: RenderableType) -> None:
+    """On standard output: in colours and in its width on a terminal, plain and 80 columns wide elsewhere."""
+    terminal = console()
+    if terminal.is_terminal:
+        terminal.print(shown)
+    else:
+        print(rendered(shown))
+
+
 def short(value: float) -> str:
     """12345678 -> '12.3M'."""
     power = 0
@@ -169,19 +178,16 @@ def _resources(plan: dict[str, Any]) -> Table:
 
 
 def _time(time: dict[str, Any]) -> Iterable[RenderableType]:
-    made = table(
-        "expected time", "on this machine", *([f"{time['processes']} processes", "over the network"] if time["processes"] > 1 else [])
-    )
-    for stage in time["stages"]:
-        cells = [duration(stage["seconds"])]
-        if time["processes"] > 1:
-            cells += [duration(stage["shared_seconds"]), human(stage["network_bytes"])]
+    many, known = time["processes"] > 1, time["seconds"] is not None
+    columns = ["here, one process"] if known else ["FLOPs", "bytes read"]
+    columns += ([f"{time['processes']} processes"] if known else []) + ["over the network"] if many else []
+    made = table("expected time" if known else "work", *columns)
+    for stage in (*time["stages"], {**time, "stage": "in all"}):
+        cells = [duration(stage["seconds"])] if known else [short(stage["flops"]), human(stage["read_bytes"])]
+        cells += ([duration(stage["shared_seconds"])] if known else []) + [human(stage["network_bytes"])] if many else []
+        if stage["stage"] == "in all":
+            made.add_section()
         made.add_row(stage["stage"], *cells)
-    cells = [duration(time["seconds"])]
-    if time["processes"] > 1:
-        cells += [duration(time["shared_seconds"]), human(time["network_bytes"])]
-    made.add_section()
-    made.add_row("in all", *cells)
     yield made
     yield Text(time["note"], "dim")
 

@@ -6,6 +6,7 @@ same inputs. It is appended to by every run on the folder.
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import sys
@@ -81,8 +82,8 @@ class Reporter:
 
     def fresh(self) -> Reporter:
         """One that speaks in the same way, for one run."""
-        new = type(self)("quiet")
-        new.__dict__ |= {**self.__dict__, "log": None, "early": []}
+        new = copy.copy(self)
+        new.log, new.early = None, []
         return new
 
     def say(self, message: str) -> None:

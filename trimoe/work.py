@@ -201,7 +201,7 @@ class Work:
             if step.counts == "optimal":
                 most = min(count - step.floor(site, step.share({site.layer: site})), reach - site.rule.top_k)
                 menus.shared += self._evaluated(site, searched, most * count - most * (most - 1) // 2)
-            compare.shared += self._evaluated(site, searched, greedy + 21 + count)
+            compare.shared += self._evaluated(site, searched, 2 * greedy + 21 + count)
         yield from (menus, search, compare) if menus.shared else (search, compare)
 
     def _evaluated(self, site: Site, searched: int, evaluations: float) -> Iterator[Amount]:

@@ -55,4 +55,4 @@ def show(made: Any) -> None:
     """A plan on standard output."""
     from trimoe import plan_table
 
-    plan_table.console().print(plan_table.of_plan(made.to_json()))
+    plan_table.show(plan_table.of_plan(made.to_json()))
