@@ -33,9 +33,9 @@ def words(folder: Path, **recipe: Any) -> list[str]:
 
 def test_table_and_json_say_the_same(family_folder: Family, line: Line) -> None:
     folder = str(family_folder("deepseek_v2"))
-    code, shown, _ = line("plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "8")
+    code, shown, _ = line.run("plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "8")
     assert code == 0 and all(len(row) <= 80 for row in shown.splitlines()) and "\x1b" not in shown
-    code, text, _ = line("plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "8", "--json")
+    code, text, _ = line.run("plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "8", "--json")
     body = json.loads(text)
     assert code == 0 and f"{body['after']['file_bytes']:,}" in shown and f"{body['after']['active']:,}" in shown
     assert plan_table.short(body["after"]["flops"]) in shown and plan_table.human(body["after"]["cache_bytes"]) in shown
@@ -43,8 +43,11 @@ def test_table_and_json_say_the_same(family_folder: Family, line: Line) -> None:
     assert {row["layer"] for row in body["layers"]} == {1, 2} and body["dense_layers"]["count"] == 1 and "1 dense" in shown
     assert all(row["bits"] == 4 and row["kept"] == 6 and "4 bits" in shown and "8 -> 6" in shown for row in body["layers"])
     time = body["time"]
-    assert time["processes"] == 4 and [stage["stage"] for stage in time["stages"]] == ["Statistics", "Quantise and write"]
-    assert all(0 < stage["shared_seconds"] < stage["seconds"] and stage["network_bytes"] > 0 for stage in time["stages"])
+    assert time["processes"] == 4 and [stage["stage"] for stage in time["stages"]] == [
+        "Statistics", "Search", "Compare with greedy and random", "Quantise and write",
+    ]  # fmt: skip
+    assert all(0 <= stage["shared_seconds"] <= stage["seconds"] for stage in time["stages"])
+    assert time["stages"][0]["network_bytes"] > 0 < time["stages"][3]["network_bytes"]
     assert time["seconds"] == pytest.approx(sum(stage["seconds"] for stage in time["stages"]))
     assert Plan.from_json({name: value for name, value in body.items() if name not in ("time", "traffic")}).to_json() | {"time": 0, "traffic": 0} == {
         **body, "time": 0, "traffic": 0,
@@ -61,14 +64,14 @@ def test_what_is_measured_stays_out_of_the_record(family_folder: Family, text_fi
 
 
 def test_without_time_nothing_is_measured(family_folder: Family, line: Line, tmp_path: Path) -> None:
-    code, text, _ = line("plan", str(family_folder("mixtral")), "--recipe", "expert-drop", "--no-time", "--json")
+    code, text, _ = line.run("plan", str(family_folder("mixtral")), "--recipe", "expert-drop", "--no-time", "--json")
     assert code == 0 and json.loads(text)["time"] is None and not (tmp_path / "cache").exists()
-    assert line("plan", str(family_folder("mixtral")), "--recipe", "expert-drop")[0] == 0
+    assert line.run("plan", str(family_folder("mixtral")), "--recipe", "expert-drop")[0] == 0
     assert len(list((tmp_path / "cache" / "trimoe").iterdir())) == 1
 
 
 def test_a_device_that_is_not_here(family_folder: Family, line: Line) -> None:
-    code, shown, _ = line("plan", str(family_folder("mixtral")), "--recipe", "slim-int4", "--set", "steps.0.group=8", "--device", "cuda:7")
+    code, shown, _ = line.run("plan", str(family_folder("mixtral")), "--recipe", "slim-int4", "--set", "steps.0.group=8", "--device", "cuda:7")
     assert code == 0 and "speed of cuda:7 is not known here" in " ".join(shown.split()) and "FLOPs" in shown
 
 
@@ -125,7 +128,11 @@ def test_warnings_each(family_folder: Family) -> None:
     half = words(folder, steps=[{"expert_drop": {"ratio": 0.5, "counts": "uniform"}}])
     assert [part.split(":")[0] for part in half] == ["expert_drop of 50% is beyond the usual 0.25", "perplexity flatters here"]
     assert words(folder, steps=[{"expert_drop": {"ratio": 0.5, "counts": "uniform"}}], recover={"method": "logits"})[0].startswith("perplexity flatters")
-    assert any(part.startswith("only 30% of the expert") for part in words(folder, steps=[{"low_rank": {"ratio": 0.69, "rank": "uniform", "form": "dense"}}]) + ["only 30% of the expert"])
+    low = words(folder, steps=[{"expert_drop": {"count": 4, "counts": "uniform"}}, {"low_rank": {"ratio": 0.5, "rank": "uniform", "form": "factored"}}])
+    assert [part for part in low if part.startswith(("low_rank", "only"))] == [
+        "low_rank of 50% is beyond the usual 0.4: on mini-mixtral KL rose from 0.011 at 40 % to 0.065 at 60 %; plan recovery (trimoe recover).",
+        "only 24% of the expert parameters stay; beyond half, recovery training is usually needed.",
+    ]
     assert words(folder, steps=[{"weight_prune": {"pattern": "1:4", "score": "magnitude"}}])[0].startswith("weight_prune of 75% is beyond")
     assert words(folder, steps=[{"block_drop": {"count": 1}}]) == ["perplexity flatters here: it may look well while the model's answers change; judge by KL, agreement and tasks (trimoe eval)."]
     native = words(folder, steps=[{"expert_drop": {"ratio": 0.125}}])

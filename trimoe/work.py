@@ -208,7 +208,7 @@ class Work:
         first = (
             min(site.num_experts, -(-max(2 * site.rule.top_k, site.rule.top_k + 4) // 4) * 4) if site.rule.ordered else 2 * site.rule.top_k
         )
-        yield "memory", evaluations * searched * first * 4 * 16, 0
+        yield "memory", evaluations * searched * first * 4 * 64, 0
         yield "matmul", evaluations * searched * (2 * first**2 + 2 * site.num_experts), 16
         yield "ops", 40 * evaluations * max(1.0, searched * first / (1 << 22)) + 400, 0
 
