@@ -28,7 +28,6 @@ Mode = Literal["auto", "plain", "quiet"]
 LOG = "trimoe.log"
 PLAIN_EVERY = 10.0  # seconds between plain lines of one stage
 LOG_EVERY = 60.0  # seconds between lines in the log
-SHORT = 2.0  # seconds of a stage without a count below which plain lines do not mention it
 
 
 def resident() -> int:
@@ -181,12 +180,10 @@ class Reporter:
 
     @contextmanager
     def stage(self, label: str) -> Iterator[None]:
-        """Work that cannot be counted."""
+        """Work that cannot be counted; plain lines mention it if it takes long."""
         count = _Count(label, 0, None)
         with self._shown(count):
             yield
-        if self.mode == "plain" and count.seconds >= SHORT:
-            print(f"{label}: done in {count.seconds:.1f} s, {count.rate()}", file=sys.stderr, flush=True)
         self.finished(label, count.seconds, count.rate())
 
 
