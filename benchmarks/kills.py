@@ -212,7 +212,7 @@ def attempt(folder: Path, words: list[str], *, after: float | None = None, at: i
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != progress.LOG]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import random_model
 from alternate import table, write_json
 
-from trimoe.plan import IMPORTS, human
+from trimoe.disk import human
+from trimoe.plan import IMPORTS
 from trimoe.skeleton import Skeleton
 
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from trimoe import calibration, card, cli
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
+from trimoe.progress import LOG
 
 BASE = ["--samples", "4", "--length", "32", "--quiet"]
 UNIFORM = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform", "search": "greedy"}}]}
@@ -30,8 +31,8 @@ Family = Callable[[str], Path]
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file below a folder and what is in it."""
-    files = sorted(path for path in (folder, *folder.rglob("*")) if path.is_file())
+    """Every file below a folder but the log, and what is in it."""
+    files = sorted(path for path in (folder, *folder.rglob("*")) if path.is_file() and path.name != LOG)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

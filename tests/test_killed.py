@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from test_bad_input import FACTORED, UNIFORM, Line, snapshot
 
 import trimoe
+from trimoe import disk
 from trimoe.aside import aside, disk_errors
 from trimoe.journal import FOLDER, Journal
 from trimoe.recover.rewrite import Rewriter
@@ -126,7 +127,7 @@ def test_no_space_left(family_folder: Family, text_file: Path, tmp_path: Path, l
     with mounted(small, "-t", "tmpfs", "-o", "size=200k", "none"):
         line.monkeypatch.chdir(small)
         line.refused("of disk", *words)
-        monkeypatch.setattr(sys.modules["trimoe.compress"], "_check_disk", lambda out, wanted: None)
+        monkeypatch.setattr(disk, "check", lambda out, wanted, spill: None)
         failed(line, words, "No space left on device")
         shutil.copytree(small / "out", tmp_path / "cut" / "out")
         line.monkeypatch.chdir(tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 
-from trimoe import card, recorded
+from trimoe import card, disk, recorded
 from trimoe import recipe as recipes
 from trimoe.calibration import Calibration, calibrate
 from trimoe.decide import Run, decide
+from trimoe.disk import human
 from trimoe.distributed import ALONE, Team, team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
@@ -25,9 +25,9 @@ from trimoe.layout import Layout
 from trimoe.linears import linears
 from trimoe.methods import ExpertDrop, LowRank, WeightPrune
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
-from trimoe.plan import Plan, final_plan, human, plan
-from trimoe.progress import QUIET, Reporter
-from trimoe.recipe import CalibrationSpec, Recipe
+from trimoe.plan import Plan, final_plan, plan
+from trimoe.progress import LOG, QUIET, Reporter, logged
+from trimoe.recipe import CalibrationSpec, Recipe, with_calibration
 from trimoe.recover import recover
 from trimoe.recover.given import check, refuse_inside
 from trimoe.recover.spec import Recover
@@ -81,13 +81,16 @@ def compress(
         f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
     )
     with team(device) as processes:
-        reporter = reporter if processes.main else QUIET
+        reporter = (reporter if processes.main else QUIET).fresh()
 
         def on_paper() -> tuple[Job, Plan]:
             parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
-            skeleton = Skeleton.of(str(model), compute_dtype(dtype))
-            before = possible(skeleton, parsed, out, device, processes)
+            with reporter.stage("Read headers and plan"):
+                skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+                before = possible(skeleton, parsed, out, device, processes)
             text = calibration_for(skeleton, parsed.calibration, seed, reporter)
+            for warning in before.warnings:
+                reporter.note(f"warning: {warning}")
             return job_of(skeleton, parsed, text, seed, device, dtype, command or call, reporter, processes), before
 
         job, before = processes.after_main(on_paper)
@@ -113,7 +116,8 @@ def job_of(
     if parsed.recover is not None:
         check(parsed.recover, skeleton, parsed.calibration.data, seed)
     place = processes.place(device)
-    about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
+    with reporter.stage("Fingerprint the model"):
+        about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
     run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes)
     inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
     return Job(run, text, inputs, command)
@@ -138,30 +142,30 @@ class Job:
             return finished
         given = main.from_main(lambda: _given_stats(stats, run.about, run.skeleton, run.recipe))
         if run.recipe.recover is None:
-            return self.compressed(out, before, given)
+            return self.compressed(out, before, given, out)
         stage = out / FOLDER / "compressed"
         if not stage.exists():
             Journal(out, self.inputs).refuse_other_content()
         made = _finished(stage, self.inputs, None)
         if made is None:
-            made = self.compressed(stage, before, given)
+            made = self.compressed(stage, before, given, out)
         Journal(stage, self.inputs).tidy()
         trained = recover(stage, out, run.recipe.recover, seed=run.seed, device=run.device, command=self.command, reporter=run.reporter)
         return replace(made, out=out, metrics={**made.metrics, "recover": trained.metrics})
 
-    def compressed(self, out: Path, before: Plan, given: Stats | None) -> Result:
-        """Decide, transform, write; what a killed run has done already is taken from `out`."""
+    def compressed(self, out: Path, before: Plan, given: Stats | None, final_out: Path) -> Result:
+        """Decide, transform, write; what a killed run has done already is taken from `out`. The log lies in `final_out`."""
         run, text, parsed, skeleton = self.run, self.text, self.run.recipe, self.run.skeleton
         journal = Journal(out, self.inputs, run.team)
         run.team.from_main(journal.refuse_other_content)
-        run.team.from_main(lambda: check_disk(out, before.disk))
-        with journal:
+        run.team.from_main(lambda: disk.check(out, before.disk, before.spill))
+        with journal, logged(run.reporter, final_out / LOG, self.command, main=run.team.main):
             decisions, metrics = unchanged(skeleton.sites), {}
             for number, step in enumerate(parsed.steps):
                 name = f"{number}.{step.name}"
                 decisions, metrics[name] = decide(run, journal, number, step, decisions, given if number == 0 else None)
             final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
-            run.team.from_main(lambda: check_disk(out, final.disk))
+            run.team.from_main(lambda: disk.check(out, final.disk, final.spill))
             layout = Layout(skeleton, decisions)
             writer = Writer(layout, out)
             metrics |= transform(run, decisions, writer, journal)
@@ -187,11 +191,12 @@ def gather_statistics(
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
     base = Recipe(steps=(ExpertDrop(ratio=0.25),))
     with team(device) as processes:
-        reporter = reporter if processes.main else QUIET
+        reporter = (reporter if processes.main else QUIET).fresh()
 
         def on_paper() -> tuple[Skeleton, CalibrationSpec, Calibration]:
             spec = with_calibration(base, calibration, samples, length).calibration
-            skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+            with reporter.stage("Read headers"):
+                skeleton = Skeleton.of(str(model), compute_dtype(dtype))
             refuse_inside(Path(out), skeleton)
             usable_device(processes.place(device))
             if processes.main and Path(out).exists():
@@ -201,12 +206,16 @@ def gather_statistics(
         skeleton, spec, text = processes.after_main(on_paper)
         about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype}
         reach, place = max(site.num_experts for site in skeleton.sites.values()), processes.place(device)
-        stats = statistics(
-            skeleton, _batches(text, place, processes), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory,
-            seed=seed, device=place, about=about, reporter=reporter, team=processes,
-        )  # fmt: skip
+        call = f"trimoe.gather_statistics({str(model)!r}, out, calibration={list(calibration)!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
         if processes.main:
-            stats.save(Path(out))
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+        with logged(reporter, Path(f"{out}.log"), call, main=processes.main):
+            stats = statistics(
+                skeleton, _batches(text, place, processes), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory,
+                seed=seed, device=place, about=about, reporter=reporter, team=processes,
+            )  # fmt: skip
+            if processes.main:
+                stats.save(Path(out))
         return stats
 
 
@@ -219,26 +228,20 @@ def _lasting(skeleton: Skeleton) -> str:
 # ---- input
 
 
-def with_calibration(recipe: Recipe, sources: Sequence[str], samples: int | None, length: int | None) -> Recipe:
-    changes = {"data": list(sources) or None, "samples": samples, "length": length}
-    body = recipe.to_json()
-    body["calibration"] |= {key: value for key, value in changes.items() if value is not None}
-    return recipes.load(body)
-
-
 def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, reporter: Reporter) -> Calibration:
     if spec.length > skeleton.context:
         reporter.say(f"Samples of {spec.length} tokens are cut to {skeleton.context}, the model's context.")
     vocabulary = skeleton.config.get_text_config().vocab_size
-    text = calibrate(
-        skeleton.checkpoint,
-        spec.sources,
-        samples=spec.samples,
-        length=spec.length,
-        context=skeleton.context,
-        vocabulary=vocabulary,
-        seed=seed,
-    )
+    with reporter.stage("Tokenise the calibration text"):
+        text = calibrate(
+            skeleton.checkpoint,
+            spec.sources,
+            samples=spec.samples,
+            length=spec.length,
+            context=skeleton.context,
+            vocabulary=vocabulary,
+            seed=seed,
+        )
     if len(text.samples_NL) < spec.samples:
         reporter.say(f"The calibration text gives {len(text.samples_NL)} of the {spec.samples} samples asked for.")
     return text
@@ -269,13 +272,6 @@ def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
         raise UserError(
             f"{step.name} in {skeleton.dtype} would round weights that {skeleton.name} keeps in {wider[0]}; leave --dtype at float32."
         )
-
-
-def check_disk(out: Path, wanted: int) -> None:
-    existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in out.glob("*.safetensors*") if out.is_dir())
-    if free < wanted:
-        raise UserError(f"The result needs {human(wanted)} of disk at {existing}, which has {human(free)} free.")
 
 
 def record_of(out: Path, inputs: dict[str, Any], recover: Recover | None) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from trimoe import depth, gather, parts, receptive_field, recorded, search
+from trimoe import depth, gather, parts, receptive_field, recorded, search, stability
 from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
@@ -126,6 +126,9 @@ def _decide_drops(
     found: dict[int, search.Found] = _by_layer(run, sites, searched, "Search")
     drops: dict[int, Drop] = {index: best.drops[0] for index, best in found.items()}
     metrics: dict[str, Any] = {"layers": _drop_metrics(run, step, sites, stats, found, counts, protected)}
+    unstable = stability.warning(metrics["layers"])
+    if unstable is not None:
+        run.reporter.say(f"warning: {unstable}")
     if sensitive is not None:
         metrics["sensitivity"] = {str(i): value for i, value in sensitive.items()}
     if step.receptive_field is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from trimoe.checkpoint import Checkpoint
+from trimoe.costs import context_of, of_layers
+from trimoe.engines import as_json, loading
 from trimoe.errors import UserError
+from trimoe.layout import Layout
 from trimoe.methods import METHODS
-from trimoe.plan import human, plan
+from trimoe.methods.method import unchanged
+from trimoe.plan import plan, sizes
 from trimoe.skeleton import Skeleton
 
 
@@ -56,7 +61,24 @@ def _structure(skeleton: Skeleton) -> dict[str, Any]:
             "score": rule.score, "renormalise": rule.renormalise, "correction_bias": rule.biased_choice, "groups": rule.groups,
             "topk_group": rule.topk_group, "scale": rule.scale, "fewest_experts": rule.min_experts,
         },
-        "bytes": parts, "native": skeleton.spec is not None, "methods": _methods(skeleton),
+        "bytes": parts, "native": skeleton.spec is not None, **_costs(skeleton), "methods": _methods(skeleton),
+    }  # fmt: skip
+
+
+def _costs(skeleton: Skeleton) -> dict[str, Any]:
+    """What a token costs, and what loads the checkpoint as it is."""
+    layout = Layout(skeleton, unchanged(skeleton.sites))
+    layers, found = of_layers(skeleton, layout), loading(skeleton, layout, native=skeleton.spec is not None)
+    kinds = Counter(
+        (layer.cache.kind, layer.cache.token_bytes, layer.cache.state_bytes, layer.cache.window) for layer in layers if layer.cache
+    )
+    cached = [
+        {"layers": count, "keeps": kind, "token_bytes": token, "state_bytes": state, "window": window}
+        for (kind, token, state, window), count in kinds.items()
+    ]
+    return {
+        "size": sizes(skeleton, layout, layers).__dict__, "flops_context": context_of(skeleton), "cache": cached or None,
+        "costs": {str(index): layer.to_json() for index, layer in enumerate(layers)}, "loads_in": found.loads_in, "parallel": as_json(found),
     }  # fmt: skip
 
 
@@ -81,23 +103,7 @@ def _methods(skeleton: Skeleton) -> dict[str, str]:
 
 
 def table(about: dict[str, Any]) -> str:
-    """The same for people."""
-    lines = [
-        f"{about['model']}  ({about['model_type']}, {', '.join(about['dtypes'])}, {about['files']} files, {about['tensor_bytes']:,} bytes)"
-    ]
-    if not about["supported"]:
-        return "\n".join([*lines, f"  not supported: {about['reason']}"])
-    counts = sorted(set(about["experts"].values()))
-    router = about["router"]
-    words = [router["score"], "renormalised" if router["renormalise"] else "not renormalised"]
-    words += ["correction bias"] if router["correction_bias"] else []
-    words += [f"{router['groups']} groups, {router['topk_group']} used"] if router["groups"] > 1 else []
-    words += [f"scaled by {router['scale']:g}"] if router["scale"] != 1 else []
-    lines += [
-        f"  layers    {about['layers']}, {len(about['moe_layers'])} of them MoE; context {about['context']:,}",
-        f"  experts   {' / '.join(map(str, counts))} a layer, {about['top_k']} used per token; hidden {about['hidden']}, width {about['expert_width']}",
-        f"  router    {', '.join(words)}; keeps at least {router['fewest_experts']} experts",
-        *(f"  {name:<26}{value:>16,}  {human(value):>11}  {value / about['tensor_bytes']:6.1%}" for name, value in about["bytes"].items()),
-        *(f"  {name:<26}{answer}" for name, answer in about["methods"].items()),
-    ]
-    return "\n".join(lines)
+    """The same for people, without colours."""
+    from trimoe import plan_table
+
+    return plan_table.rendered(plan_table.of_model(about))

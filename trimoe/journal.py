@@ -10,6 +10,7 @@ from typing import Any
 
 from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
+from trimoe.progress import LOG
 from trimoe.stats import Stats
 from trimoe.write import write_text
 
@@ -31,7 +32,7 @@ class Journal:
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         begun = self.folder / "inputs.json"
-        if not begun.is_file() and [path.name for path in self.out.iterdir()] == [FOLDER]:
+        if not begun.is_file() and FOLDER in (names := {path.name for path in self.out.iterdir()}) and names <= {FOLDER, LOG}:
             return  # killed before it had begun
         if not begun.is_file():
             raise UserError(f"The output folder {self.out} is not empty; give one that is empty or does not exist.")

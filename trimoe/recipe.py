@@ -129,6 +129,14 @@ def read(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
     return raw, where
 
 
+def with_calibration(recipe: Recipe, sources: Sequence[str], samples: int | None, length: int | None) -> Recipe:
+    """The recipe with other text, or another amount of it."""
+    changes = {"data": list(sources) or None, "samples": samples, "length": length}
+    body = recipe.to_json()
+    body["calibration"] |= {key: value for key, value in changes.items() if value is not None}
+    return load(body)
+
+
 class _Loader(yaml.SafeLoader):
     """Without aliases: a few lines of them stand for gigabytes."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trimoe import search
+from trimoe import search, stability
 from trimoe.layout import Layout
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import Exhaustive
@@ -57,6 +57,7 @@ def expert_drop(
     if isinstance(step.search, Exhaustive) or space.size() <= FEW_SETS:
         found = best if isinstance(step.search, Exhaustive) else search.exhaustive(loss, space)
         row["exhaustive"], row["sets"] = found.losses[0], space.size()
+    row["stability"] = stability.jaccard(step, site, layer, dropped, protected, device)
     return row
 
 

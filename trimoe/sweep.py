@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
-from trimoe import card, distributed
+from trimoe import card, disk, distributed
 from trimoe.alternatives import Variant, variants
 from trimoe.calibration import Calibration, read_text
-from trimoe.compress import Job, calibration_for, check_disk, job_of, possible, record_of, with_calibration
+from trimoe.compress import Job, calibration_for, job_of, possible, record_of, with_calibration
 from trimoe.errors import UserError
 from trimoe.evaluate import evaluate
 from trimoe.gather import statistics
@@ -126,8 +126,9 @@ def sweep(
     journal.refuse_other_content()
     for entry in entries:
         entry.refuse_other()
-    todo = [entry.plan.disk for entry in entries if not entry.measured()]
-    check_disk(out, sum(todo) if keep != "none" else max(todo, default=0))
+    todo = [entry.plan for entry in entries if not entry.measured()]
+    together = sum if keep != "none" else max
+    disk.check(out, together([0, *(plan.disk for plan in todo)]), max([0, *(plan.spill for plan in todo)]))
     reporter.say(f"{len(entries)} variants, {len(todo)} of them to be made.")
     with journal:
         for entry in entries:

@@ -144,7 +144,7 @@ def traffic_cells(found: list[dict[str, Any] | None]) -> list[str]:
 
 def bench(report: dict[str, Any]) -> None:
     """Speed and memory of one model, or of two and their ratio, on standard output."""
-    from trimoe.plan import human
+    from trimoe.disk import human
 
     models, ratio = report["models"], report["ratio"]
     table = Table(

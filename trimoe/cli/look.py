@@ -11,6 +11,7 @@ import typer
 from trimoe.cli.options import (
     Changes,
     Device,
+    Dtype,
     JsonFile,
     JsonFlag,
     Length,
@@ -18,6 +19,7 @@ from trimoe.cli.options import (
     Quiet,
     RecipeName,
     Samples,
+    Texts,
     check_writable,
     reporter_of,
     write_json,
@@ -26,20 +28,44 @@ from trimoe.cli.options import (
 
 def inspect(model: Model, as_json: JsonFlag = False) -> None:
     """Structure, bytes by part and what can be done, from configuration and headers alone."""
-    from trimoe import inspection
+    from trimoe import inspection, plan_table
 
     about = inspection.inspect(model)
-    print(json.dumps(about, indent=1) if as_json else inspection.table(about))
+    if as_json:
+        print(json.dumps(about, indent=1))
+    else:
+        plan_table.show(plan_table.of_model(about))
 
 
 def plan(
-    model: Model, recipe: RecipeName, changes: Changes = [], samples: Samples = None, length: Length = None, as_json: JsonFlag = False
-) -> None:
-    """Sizes before and after, and what will load the result. Reads no weight."""
-    import trimoe
+    model: Model, recipe: RecipeName, changes: Changes = [], calibration: Texts = [], samples: Samples = None, length: Length = None,
+    stats: Annotated[Path | None, typer.Option(help="a file written by trimoe stats: how stable its choices are, expert-parallel traffic")] = None,
+    time: Annotated[bool, typer.Option(help="measure this machine (two seconds, once) and say how long it takes")] = True,
+    processes: Annotated[int, typer.Option(min=1, help="say how long so many processes take, and what they send to each other")] = 1,
+    device: Device = "cpu", dtype: Dtype = "float32", as_json: JsonFlag = False,
+) -> None:  # fmt: skip
+    """Sizes before and after, what a token costs, what will load the result, how long it takes. Reads no weight."""
+    from dataclasses import replace
 
-    made = trimoe.plan(model, recipe, changes, samples=samples, length=length)
-    print(json.dumps(made.to_json(), indent=1) if as_json else made)
+    import trimoe
+    from trimoe import plan_table
+    from trimoe.known import known
+    from trimoe.recipe import load, with_calibration
+    from trimoe.skeleton import Skeleton
+    from trimoe.stream import compute_dtype
+    from trimoe.timing import estimate
+
+    parsed = with_calibration(load(recipe, changes), calibration, samples, length)
+    skeleton = Skeleton.of(model, compute_dtype(dtype), weights=False)
+    made, traffic = trimoe.plan(skeleton, parsed), None
+    if stats is not None:
+        warnings, traffic = known(skeleton, parsed, stats)
+        made = replace(made, warnings=[*made.warnings, *warnings])
+    body = made.to_json() | {"traffic": traffic, "time": estimate(skeleton, parsed, processes=processes, device=device) if time else None}
+    if as_json:
+        print(json.dumps(body, indent=1))
+    else:
+        plan_table.show(plan_table.of_plan(body))
 
 
 def bench(

@@ -22,6 +22,7 @@ from trimoe.cli.options import (
     Texts,
     check_writable,
     command_line,
+    print_plan,
     reporter_of,
     write_json,
 )
@@ -63,7 +64,7 @@ def compress(
         model, recipe, out, changes=changes, calibration=calibration, samples=samples, length=length, seed=seed, stats=stats,
         device=device, dtype=dtype, command=command_line(), reporter=reporter_of(quiet),
     )  # fmt: skip
-    print(result.plan)
+    print_plan(result.plan)
     write_json(json_file, {"out": str(result.out), "plan": result.plan.to_json(), "metrics": result.metrics})
 
 
@@ -143,7 +144,7 @@ def demo(
     report = trimoe.evaluate(out, against=model, reporter=reporter)
     if distributed.speaks():
         card.add_evaluation(out, report)
-    print(result.plan)
+    print_plan(result.plan)
     tables.evaluation(report)
     print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")
     if distributed.speaks():

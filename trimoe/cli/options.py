@@ -49,3 +49,10 @@ def write_json(path: Path | None, value: dict[str, Any]) -> None:
 
     if path is not None and distributed.speaks():
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def print_plan(made: Any) -> None:
+    """A plan on standard output."""
+    from trimoe import plan_table
+
+    plan_table.show(plan_table.of_plan(made.to_json()))

@@ -288,7 +288,7 @@ class ExpertDrop:
         if dropped == 0:
             return find.Found(drops=((),), losses=(0.0,), evaluations=0, history=())
         if self.search is None:
-            return self._lowest(space, self.importance(stats, seed))
+            return self.lowest(space, self.importance(stats, seed))
         loss, seed = SubsetLoss(stats, device=device), (seed * 1009 + site.layer) % (1 << 63)
         if isinstance(self.search, Exhaustive):
             self._refuse_too_many(site.layer, space)
@@ -306,7 +306,7 @@ class ExpertDrop:
         return replace(found, evaluations=found.evaluations + start.evaluations, trace=trace)
 
     @staticmethod
-    def _lowest(space: find.Space, value_E: torch.Tensor) -> find.Found:
+    def lowest(space: find.Space, value_E: torch.Tensor) -> find.Found:
         """The lowest scores, equally many in each router group."""
         value_E = value_E.clone()
         value_E[list(space.protected)] = torch.inf

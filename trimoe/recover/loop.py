@@ -9,10 +9,8 @@ a token.
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +25,7 @@ from torch.nn import functional as F
 
 from trimoe.aside import aside
 from trimoe.errors import UserError
-from trimoe.progress import PLAIN_EVERY, Reporter
+from trimoe.progress import Reporter
 from trimoe.recover.experts import expert_loss
 from trimoe.recover.pairs import Pair
 from trimoe.recover.spec import Recover, schedule
@@ -163,13 +161,14 @@ class Training:
         if not self._resume():
             self._validate()
         saved = time.monotonic()
-        with _progress(self.reporter, f"Train, {self.spec.method}", self.step, self.steps) as advance:
+        tokens = self.batch * self.samples_NL.shape[1]
+        with self.reporter.steps(f"Train, {self.spec.method}", self.step, self.steps, tokens=tokens) as advance:
             while self.step < self.steps and self.bad < self.spec.patience:
                 loss = self._optimise()
                 self.step += 1
                 if self.step % self.every == 0 or self.step == self.steps:
                     self._validate()
-                advance(self.step, loss)
+                advance(self.step, f", loss {loss:.4f}")
                 if time.monotonic() - saved >= SAVE_EVERY:
                     self._save()
                     saved = time.monotonic()
@@ -292,24 +291,3 @@ def launcher() -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # the others wait while the main process runs the original
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True), patient]  # unused: experts that no token chose
     return Accelerator(device_placement=False, mixed_precision="no", kwargs_handlers=handlers)
-
-
-@contextmanager
-def _progress(reporter: Reporter, label: str, begun: int, total: int) -> Iterator[Callable[[int, float], None]]:
-    """A function (step, loss) that shows both and the time left: in a live bar, as plain lines, or not at all."""
-    start = last = time.monotonic()
-    with reporter._bar(label, total) as bar:
-
-        def advance(step: int, loss: float) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if bar is not None:
-                bar.update(bar.task_ids[0], completed=step, description=f"{label}, loss {loss:.4f}")
-            elif reporter.mode == "plain" and now - last >= PLAIN_EVERY:
-                last = now
-                left = (now - start) / (step - begun) * (total - step)
-                print(f"{label}: {step}/{total}, loss {loss:.4f}, {left:.0f} s left", file=sys.stderr, flush=True)
-
-        yield advance
-    if reporter.mode == "plain":
-        print(f"{label}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from trimoe.errors import UserError
 from trimoe.headers import DTYPES
 from trimoe.journal import FOLDER, Journal
 from trimoe.loading import load
-from trimoe.progress import QUIET, Reporter
+from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recover import adapters, experts
 from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for
 from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
@@ -87,18 +87,20 @@ def recover(
         raise UserError(
             "recover: method experts goes layer by layer in one process; start it without accelerate launch, or set stream=false."
         )
-    reporter = reporter if processes.is_main_process else QUIET
+    reporter = (reporter if processes.is_main_process else QUIET).fresh()
     call = f"trimoe.recover({str(folder)!r}, out, {spec.to_json()!r}, teacher={None if teacher is None else str(teacher)!r}, seed={seed!r}, device={device!r})"
     record = record_of(Path(folder))
-    student = Skeleton.of(str(folder))
-    original = teacher_of(spec, teacher, Path(folder), record, student)
+    with reporter.stage("Read headers"):
+        student = Skeleton.of(str(folder))
+        original = teacher_of(spec, teacher, Path(folder), record, student)
     refuse_packed(spec, student)
     for skeleton in (student, original):
         refuse_inside(out, skeleton)
     usable_device(device)
     if spec.method in ("lora", "logits") and spec.train == "lora":
         adapters.import_peft()
-    text, count = text_for(student, record, spec, seed, reporter)
+    with reporter.stage("Tokenise the training text"):
+        text, count = text_for(student, record, spec, seed, reporter)
     inputs = {
         "folder": student.checkpoint.fingerprint,
         "teacher": original.checkpoint.fingerprint if original else None, "recover": spec.to_json(), "seed": seed,
@@ -113,7 +115,8 @@ def recover(
     journal = Journal(out, inputs)
     journal.refuse_other_content()
     run = Run(student, original, record, spec, text, count, out, seed, device, reporter)
-    with journal if processes.is_main_process else contextlib.nullcontext():
+    main = processes.is_main_process
+    with journal if main else contextlib.nullcontext(), logged(reporter, out / LOG, command or call, main=main):
         rewriter = Rewriter(student.checkpoint, out)
         by_layer = spec.method == "experts" and spec.stream
         metrics, job, changed = (_by_layer(run, rewriter, journal), None, {}) if by_layer else _as_a_whole(run, processes)
@@ -139,7 +142,8 @@ def recover(
 def _by_layer(run: Run, rewriter: Rewriter, journal: Journal) -> dict[str, Any]:
     """`experts`, streamed: what was learned is in the rewriter."""
     assert run.teacher is not None
-    rewriter.begin()
+    with run.reporter.stage("Copy the folder"):
+        rewriter.begin()
     samples_NL = run.text.samples_NL
     layers = experts.distil(
         run.student, run.teacher, run.record, run.spec, in_batches(samples_NL[: run.count], run.device),
@@ -155,7 +159,8 @@ def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, dict[str
     teacher = _answers(run, processes) if run.spec.method in ("router", "logits") else None
     place = processes.device if processes.num_processes > 1 else run.device
     options: dict[str, Any] = {} if run.student.checkpoint.scheme is None else {"backend": "dequantize"}  # gradients flow through it
-    model = _loaded(run.student, place, **options)
+    with run.reporter.stage("Load the model"):
+        model = _loaded(run.student, place, **options)
     job, about = _job(run, model, teacher, place)
     training = Training(
         job, run.text.samples_NL, run.count, run.spec, run.folder, processes, seed=run.seed, device=run.device, reporter=run.reporter,
@@ -260,7 +265,8 @@ def _held(trained: dict[str, Any], zeros: dict[str, torch.Tensor]) -> Held | Non
 
 def _rewrite(run: Run, rewriter: Rewriter, changed: Mapping[str, torch.Tensor], entry: dict[str, Any]) -> None:
     """The folder's copy with the trained numbers."""
-    rewriter.begin()
+    with run.reporter.stage("Copy the folder"):
+        rewriter.begin()
     for name, tensor in changed.items():
         disk = hf.to_disk_format(run.student.model, {name: tensor.cpu()}, run.student.conversion)
         assert set(disk) == set(run.student.source_keys(name)), f"{name} would be written under other names than it was read from"

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from trimoe.card import SPEEDS
-from trimoe.plan import human
+from trimoe.disk import human
 from trimoe.report import charts
 from trimoe.report.measured import AFTER, BEFORE, SIDES
 from trimoe.report.read import Finished

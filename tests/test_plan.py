@@ -1,0 +1,223 @@
+"""What plan and inspect show: tables, JSON, which engines, over how many devices, warnings, disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+from test_bad_input import Line
+
+import trimoe
+from trimoe import disk, inspection, plan_table, spill
+from trimoe.errors import UserError
+from trimoe.plan import Plan
+
+Family = Callable[[str], Path]
+DROP = {"expert_drop": {"count": 2, "counts": "uniform", "search": "greedy"}}
+MANY = {"calibration": {"samples": 4096, "length": 64}}
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Line:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Line(monkeypatch, capsys)
+
+
+def words(folder: Path, **recipe: Any) -> list[str]:
+    return trimoe.plan(str(folder), {**MANY, **recipe}).warnings
+
+
+def test_table_and_json_say_the_same(family_folder: Family, line: Line) -> None:
+    folder = str(family_folder("deepseek_v2"))
+    code, shown, _ = line.run(
+        "plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "8"
+    )
+    assert code == 0 and all(len(row) <= 80 for row in shown.splitlines()) and "\x1b" not in shown
+    code, text, _ = line.run(
+        "plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "8", "--json"
+    )
+    body = json.loads(text)
+    assert code == 0 and f"{body['after']['file_bytes']:,}" in shown and f"{body['after']['active']:,}" in shown
+    assert plan_table.short(body["after"]["flops"]) in shown and plan_table.human(body["after"]["cache_bytes"]) in shown
+    assert all(answer.split()[0] in shown for answer in body["loads_in"].values())
+    assert {row["layer"] for row in body["layers"]} == {1, 2} and body["dense_layers"]["count"] == 1 and "1 dense" in shown
+    assert all(row["bits"] == 4 and row["kept"] == 6 and "4 bits" in shown and "8 -> 6" in shown for row in body["layers"])
+    time = body["time"]
+    assert time["processes"] == 4 and [stage["stage"] for stage in time["stages"]] == [
+        "Statistics", "Search", "Compare with greedy and random", "Quantise and write",
+    ]  # fmt: skip
+    assert all(0 <= stage["shared_seconds"] <= stage["seconds"] for stage in time["stages"])
+    assert time["stages"][0]["network_bytes"] > 0 < time["stages"][3]["network_bytes"]
+    assert time["seconds"] == pytest.approx(sum(stage["seconds"] for stage in time["stages"]))
+    assert Plan.from_json({name: value for name, value in body.items() if name not in ("time", "traffic")}).to_json() | {"time": 0, "traffic": 0} == {
+        **body, "time": 0, "traffic": 0,
+    }  # fmt: skip
+
+
+def test_what_is_measured_stays_out_of_the_record(family_folder: Family, text_file: Path, tmp_path: Path) -> None:
+    made = trimoe.compress(
+        str(family_folder("mixtral")), {"steps": [DROP]}, tmp_path / "out", calibration=[str(text_file)], samples=6, length=32
+    )  # fmt: skip
+    record = json.loads((tmp_path / "out" / "trimoe.json").read_text())
+    assert "time" not in record["plan"] and record["plan"] == json.loads(json.dumps(made.plan.to_json()))
+    assert made.plan.after.exact and str(made.plan).startswith(str(family_folder("mixtral")))
+
+
+def test_without_time_nothing_is_measured(family_folder: Family, line: Line, tmp_path: Path) -> None:
+    code, text, _ = line.run("plan", str(family_folder("mixtral")), "--recipe", "expert-drop", "--no-time", "--json")
+    assert code == 0 and json.loads(text)["time"] is None and not (tmp_path / "cache").exists()
+    assert line.run("plan", str(family_folder("mixtral")), "--recipe", "expert-drop")[0] == 0
+    assert len(list((tmp_path / "cache" / "trimoe").iterdir())) == 1
+
+
+def test_a_device_that_is_not_here(family_folder: Family, line: Line) -> None:
+    code, shown, _ = line.run(
+        "plan", str(family_folder("mixtral")), "--recipe", "slim-int4", "--set", "steps.0.group=8", "--device", "cuda:7"
+    )
+    assert code == 0 and "speed of cuda:7 is not known here" in " ".join(shown.split()) and "FLOPs" in shown
+
+
+def test_inspect(family_folder: Family) -> None:
+    about = inspection.inspect(str(family_folder("qwen3_next")))
+    assert about["cache"] == [
+        {"layers": 2, "keeps": "state", "token_bytes": 0, "state_bytes": about["cache"][0]["state_bytes"], "window": None},
+        {"layers": 1, "keeps": "all tokens", "token_bytes": 2 * 2 * 8 * 4, "state_bytes": 0, "window": None},
+    ]
+    assert about["size"]["cache_bytes"] == 1000 * 128 + about["size"]["state_bytes"] and about["size"]["state_bytes"] > 0
+    shown = inspection.table(about)
+    assert all(len(row) <= 80 for row in shown.splitlines()) and "1 layers: all tokens" in " ".join(shown.split())
+    assert f"{about['size']['parameters']:,}" in shown and len(about["costs"]) == about["layers"]
+
+
+# ---- engines
+
+
+def test_why_an_engine_does_not_load_it(family_folder: Family, tmp_path: Path) -> None:
+    def answers(*steps: dict[str, Any], family: str = "mixtral") -> dict[str, str]:
+        return trimoe.plan(str(family_folder(family)), {"steps": list(steps)}).loads_in
+
+    assert answers(DROP)["vllm"] == "yes, as mixtral (not tried)"
+    assert answers({"expert_drop": {"ratio": 0.25}})["vllm"] == "no (expert counts differ from layer to layer)"
+    assert answers({"low_rank": {"ratio": 0.1, "rank": "uniform"}})["sglang"] == "no (experts are factored)"
+    assert answers({"weight_prune": {"ratio": 0.5, "form": "bitmask"}})["llama.cpp"] == "no (zeros are left out of the files)"
+    assert answers({"layer_drop": {"count": 1}})["vllm"].startswith("no (MoE sub-layers are dropped")
+    packed = answers({"quantize": {"group": 8}})
+    assert packed["vllm"].startswith("made for it") and packed["llama.cpp"].startswith("no (it does not read")
+    assert answers(DROP, family="minimax")["llama.cpp"] == "not known: minimax is not in its list of 2026"
+
+
+def test_over_how_many_devices(tmp_path: Path) -> None:
+    """4 heads, 2 key-value heads, experts of width 24, 8 experts."""
+    families.save("mixtral", tmp_path / "a")
+    made = trimoe.plan(str(tmp_path / "a"), {"steps": [DROP]})
+    assert made.parallel == {"tensor": [1, 2, 4], "expert": [1, 2, 3, 6]}  # over 4, each of the 2 key-value heads lies on 2
+    grouped = trimoe.plan(str(tmp_path / "a"), {"steps": [{"quantize": {"group": 8}}]})
+    assert grouped.parallel == {"tensor": [1], "expert": [1, 2, 4, 8]}  # 24 = 3 groups of 8, and 3 does not divide 4 heads
+    families.save("mixtral", tmp_path / "b", num_key_value_heads=4, num_attention_heads=12, hidden_size=48, head_dim=4)
+    assert trimoe.plan(str(tmp_path / "b"), {"steps": [DROP]}).parallel["tensor"] == [1, 2, 4, 12]
+    assert trimoe.plan(str(tmp_path / "a"), {"steps": [{"expert_drop": {"ratio": 0.25}}]}).parallel == {"tensor": [], "expert": []}
+    families.save("qwen2_moe", tmp_path / "c", shared_expert_intermediate_size=26)  # the shared expert's width divides by 2 alone
+    assert trimoe.plan(str(tmp_path / "c"), {"steps": [DROP]}).parallel["tensor"] == [1, 2]
+
+
+# ---- warnings
+
+
+def test_warnings_each(family_folder: Family) -> None:
+    folder = family_folder("mixtral")
+    quiet = {"expert_drop": {"count": 1, "counts": "uniform"}}
+    assert words(folder, steps=[quiet]) == []
+    half = words(folder, steps=[{"expert_drop": {"ratio": 0.5, "counts": "uniform"}}])
+    assert [part.split(":")[0] for part in half] == ["expert_drop of 50% is beyond the usual 0.25", "perplexity flatters here"]
+    assert words(folder, steps=[{"expert_drop": {"ratio": 0.5, "counts": "uniform"}}], recover={"method": "logits"})[0].startswith(
+        "perplexity flatters"
+    )
+    low = words(
+        folder,
+        steps=[{"expert_drop": {"count": 4, "counts": "uniform"}}, {"low_rank": {"ratio": 0.5, "rank": "uniform", "form": "factored"}}],
+    )
+    assert [part for part in low if part.startswith(("low_rank", "only"))] == [
+        "low_rank of 50% is beyond the usual 0.4: on mini-mixtral KL rose from 0.011 at 40 % to 0.065 at 60 %; plan recovery (trimoe recover).",
+        "only 24% of the expert parameters stay; beyond half, recovery training is usually needed.",
+    ]
+    assert words(folder, steps=[{"weight_prune": {"pattern": "1:4", "score": "magnitude"}}])[0].startswith("weight_prune of 75% is beyond")
+    assert words(folder, steps=[{"block_drop": {"count": 1}}]) == [
+        "perplexity flatters here: it may look well while the model's answers change; judge by KL, agreement and tasks (trimoe eval)."
+    ]
+    native = words(folder, steps=[{"expert_drop": {"ratio": 0.125}}])
+    assert native == ["the result loads in transformers only; vLLM, SGLang and llama.cpp would need --set steps.0.counts=uniform."]
+    assert any("halve the speed of prefill" in part for part in words(folder, steps=[{"quantize": {"group": 8}}]))
+
+
+def test_warnings_about_calibration(family_folder: Family) -> None:
+    folder, mild = str(family_folder("mixtral")), {"expert_drop": {"count": 1, "counts": "uniform"}}
+
+    def of(step: dict[str, Any], **calibration: Any) -> list[str]:
+        return trimoe.plan(folder, {"steps": [step], "calibration": {"samples": 4096, "length": 64, **calibration}}).warnings
+
+    assert of(mild, data="builtin:english") == [
+        "calibration has no docs and no code: experts that only such text uses look idle and go first; builtin:mixed has all three."
+    ]
+    assert of(mild, data=["builtin:english", "builtin:docs", "builtin:code"]) == of(mild, data=["a.txt", "b.txt"]) == []
+    assert of(mild, data="mine.txt")[0].startswith("calibration is one text (mine.txt)")
+    # 20 samples of 64 tokens, 2 of 8 experts a token: 320 an expert; 2,048 tokens are 512
+    assert of(mild, samples=20) == [
+        "1,280 calibration tokens are 320 an expert on average; kept sets may be unstable below 512: take 2,048."
+    ]
+    assert of(mild, samples=32) == []
+    assert of({"quantize": {"method": "round", "group": 8}}, samples=2, data="mine.txt")[1:] == []  # reads no text
+    assert trimoe.plan(folder, {"steps": [mild]}, calibration=["mine.txt"], samples=4096).warnings[0].startswith("calibration is one text")
+
+
+# ---- disk
+
+
+def test_disk_by_part(family_folder: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(family_folder("mixtral"))
+    plain = trimoe.plan(folder, {"steps": [{"quantize": {"method": "round", "group": 8}}]})
+    assert plain.disk_split == {"result": plain.after.file_bytes} and plain.disk == plain.after.file_bytes and plain.spill == 0
+    searched = trimoe.plan(folder, {"steps": [DROP], "recover": {"method": "logits", "samples": 16, "length": 32}})
+    assert set(searched.disk_split) == {
+        "result",
+        "statistics, until it is done",
+        "result before recovery, until it is done",
+        "training, until it is done",
+    }
+    assert searched.disk == sum(searched.disk_split.values()) > 2 * searched.after.file_bytes
+    monkeypatch.setattr(disk, "BUDGET", 1 << 16)
+    spilled = trimoe.plan(folder, {"steps": [DROP]}, samples=64, length=64)
+    assert spilled.spill == 64 * 64 * 32 * 4 - (1 << 16)
+    assert trimoe.plan(folder, {"steps": [{"quantize": {"group": 8}}]}, samples=64, length=64).spill == 2 * spilled.spill
+
+
+def test_statistics_on_disk_are_what_plan_says(
+    family_folder: Family, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that a killed run would find: as large as planned, within its header."""
+    from trimoe.journal import Journal
+
+    sizes: list[int] = []
+    real = Journal.put_stats
+
+    def put(self: Journal, stage: str, stats: Any) -> None:
+        real(self, stage, stats)
+        sizes.append((self.folder / f"{stage}.safetensors").stat().st_size)
+
+    monkeypatch.setattr(Journal, "put_stats", put)
+    recipe = {"steps": [DROP], "calibration": {"data": str(text_file), "samples": 6, "length": 32, "search_tokens": 192}}
+    made = trimoe.compress(str(family_folder("mixtral")), recipe, tmp_path / "out")
+    planned = made.plan.disk_split["statistics, until it is done"]
+    assert 0.5 * sizes[0] < planned < 1.2 * sizes[0]  # order and logits of search tokens are not counted, headers neither
+
+
+def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"The result needs 1\.00 TiB of disk at .*, which has .* free"):
+        disk.check(tmp_path / "new", 1 << 40)
+    monkeypatch.setattr(disk.tempfile, "gettempdir", lambda: "/proc")
+    with pytest.raises(UserError, match=r"Hidden states that do not fit in memory need .* set TMPDIR"):
+        disk.check(tmp_path / "new", 1, 1 << 40)
+    assert spill.BUDGET > 0

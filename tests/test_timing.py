@@ -1,0 +1,142 @@
+"""Expected time: what is counted, how it is shared out, what is measured and kept; and bytes between processes, against real ones."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from test_distributed import NEW, torchrun
+
+from trimoe import machine, recipe, timing
+from trimoe.machine import ROWS, Rates
+from trimoe.skeleton import Skeleton
+from trimoe.work import Work
+
+Family = Callable[[str], Path]
+SPEED = Rates((1e9, 4e9, 16e9, 16e9), 1e9, 1e8, 2e8, 1e9, 5e8, 1e9, 1e8, 5e7, 1e5)
+MOE_I2 = {
+    "steps": [
+        {"expert_drop": {"ratio": 0.25, "counts": "optimal", "search": "genetic", "receptive_field": {"k": 2, "t": 2}}},
+        {"low_rank": {"ratio": 0.3, "rank": "optimal"}},
+    ]
+}
+COUNTING = """
+import atexit, json, os, sys
+import torch, trimoe
+from torch import distributed as dist
+source, text, out, recipe, options = json.loads(sys.argv[1])
+sent = 0
+def counted(name, nbytes):
+    real = getattr(dist, name)
+    def call(*args, **kwargs):
+        global sent
+        sent += nbytes(*args, **kwargs)
+        return real(*args, **kwargs)
+    setattr(dist, name, call)
+others = int(os.environ["WORLD_SIZE"]) - 1
+mine = lambda rank: int(os.environ["RANK"]) == rank
+counted("broadcast", lambda tensor, src: tensor.nbytes * others if mine(src) else 0)
+counted("send", lambda tensor, rank: tensor.nbytes)
+rank = int(os.environ["RANK"])
+counted("all_to_all_single", lambda taken, given, coming, going: given.nbytes - given.nbytes * going[rank] // max(1, sum(going)))
+trimoe.compress(source, recipe, out, calibration=[text], **options)
+open(f"{out}.{rank}", "w").write(str(sent))
+"""
+
+
+def test_speed_between_measured_numbers_of_rows() -> None:
+    assert [SPEED.product(rows) for rows in ROWS] == pytest.approx([1e9, 4e9, 16e9, 16e9])
+    assert SPEED.product(1) < SPEED.product(4) < SPEED.product(10) < SPEED.product(32) < SPEED.product(100) < SPEED.product(256)
+    assert SPEED.product(1 << 20) == SPEED.product(2048) and SPEED.product(1) == pytest.approx(0.25e9)
+    assert SPEED.seconds("matmul", 32e9, 256) == pytest.approx(2.0) and SPEED.seconds("write", 5e7) == pytest.approx(1.0)
+
+
+def test_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "measure", lambda device, dtype: calls.append(device) or SPEED)
+    assert machine.rates() == SPEED == machine.rates() and calls == ["cpu"]
+    (file,) = (tmp_path / "trimoe").iterdir()
+    assert json.loads(file.read_text())["double"] == 1e9
+    file.write_text("{")  # damaged: measured again
+    assert machine.rates() == SPEED and calls == ["cpu", "cpu"]
+    machine.rates(dtype=torch.bfloat16)
+    assert len(calls) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # no place to keep it
+    assert machine.rates() == SPEED and len(calls) == 4
+
+
+def test_measuring_is_quick_and_sane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SPEND", 0.01)
+    found = machine.measure()
+    assert all(1e7 < value < 1e15 for value in found.matmul) and 1e6 < found.memory < 1e13 and 1e3 < found.ops < 1e9
+    assert found.eigh < found.cholesky
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_has_a_time(name: str, family_folder: Family) -> None:
+    changes = ["steps.0.group=8"] if "int" in name and "drop" not in name else ["steps.1.group=8"] if "int" in name else []
+    changes += ["steps.0.ratio=0.34"] if name.startswith("block-drop") else []  # of three layers
+    one = timing.estimate(Skeleton.of(str(family_folder("qwen2_moe"))), recipe.load(name, changes), speed=SPEED)
+    assert one["stages"][-1]["stage"].endswith("rite") and one["seconds"] > 0
+    assert all(stage["seconds"] == stage["shared_seconds"] >= 0 and stage["network_bytes"] == 0 for stage in one["stages"])
+
+
+def test_work_grows_as_it_should(family_folder: Family) -> None:
+    skeleton = Skeleton.of(str(family_folder("mixtral")))
+
+    def seconds(kinds: set[str], body: dict[str, Any], **calibration: Any) -> float:
+        work = Work(skeleton, recipe.load({**body, "calibration": {"samples": 64, "length": 64, **calibration}}))
+        return sum(amount for stage in work.stages() for kind, amount, _ in (*stage.shared, *stage.repeated) if kind in kinds)
+
+    drop = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform", "score": "gate"}}]}
+    assert seconds({"matmul"}, drop, samples=128) == pytest.approx(2 * seconds({"matmul"}, drop))  # twice the tokens
+    assert seconds({"write"}, drop, samples=128) == seconds({"write"}, drop)
+    low = {"steps": [{"low_rank": {"ratio": 0.3, "rank": "uniform"}}]}
+    every = 3 * 8 * (min(48, 32) ** 3 + min(32, 24) ** 3)
+    assert seconds({"eigh"}, low) == every and seconds({"eigvalsh"}, low) == 0
+    optimal = {"steps": [{"low_rank": {"ratio": 0.3, "rank": "optimal"}}]}
+    assert seconds({"eigvalsh"}, optimal) == every
+    assert seconds({"solve"}, {"steps": [{"low_rank": {"ratio": 0.3, "rank": "uniform", "whiten": "none"}}]}) == 0
+
+
+def test_more_processes_take_less_time_and_send_more(family_folder: Family) -> None:
+    skeleton, parsed = Skeleton.of(str(family_folder("mixtral"))), recipe.load(MOE_I2)
+    found = [timing.estimate(skeleton, parsed, processes=count, speed=SPEED) for count in (1, 2, 8)]
+    assert found[0]["seconds"] == found[2]["seconds"]
+    assert found[0]["shared_seconds"] > found[1]["shared_seconds"] > found[2]["shared_seconds"] > found[0]["seconds"] / 8
+    assert 0 == found[0]["network_bytes"] < found[1]["network_bytes"] < found[2]["network_bytes"]
+    slow = timing.estimate(skeleton, parsed, speed=replace(SPEED, write=1.0))
+    assert slow["stages"][-1]["seconds"] > found[0]["stages"][-1]["seconds"] + 1000
+
+
+@NEW
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "body",
+    [MOE_I2, {"steps": [{"quantize": {"bits": 8, "group": 8}}]}, {"steps": [{"weight_prune": {"ratio": 0.5}}]}],
+    ids=["moe-i2", "quantize", "prune"],
+)
+def test_bytes_over_the_network_are_what_is_sent(body: dict[str, Any], tmp_path: Path) -> None:
+    """Two processes over gloo, every byte counted where it leaves; pickles and decisions are not in the formulas."""
+    families.save("mixtral", tmp_path / "source", hidden_size=64, intermediate_size=96)
+    generator = random.Random(0)
+    (tmp_path / "letters.txt").write_text("".join(generator.choice(string.ascii_lowercase + "    ") for _ in range(12000)))
+    parsed = recipe.load({**body, "calibration": {"samples": 150, "length": 64}})
+    script = tmp_path / "count.py"
+    script.write_text(COUNTING)
+    options = {"samples": 150, "length": 64}
+    words = json.dumps([str(tmp_path / "source"), str(tmp_path / "letters.txt"), str(tmp_path / "out"), body, options])
+    ran = torchrun(2, str(script), words)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    sent = sum(int((tmp_path / f"out.{rank}").read_text()) for rank in range(2))
+    expected = timing.estimate(Skeleton.of(str(tmp_path / "source")), parsed, processes=2, speed=SPEED)["network_bytes"]
+    assert 0.8 < expected / sent < 1.2, (expected, sent)

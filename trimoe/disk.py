@@ -1,0 +1,95 @@
+"""How much disk a recipe needs, where, and for what; checked before anything is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from trimoe.errors import UserError
+from trimoe.methods import LowRank, Quantize, WeightPrune
+from trimoe.paper import search_memory
+from trimoe.recipe import Recipe
+from trimoe.recover.spec import Recover
+from trimoe.skeleton import Skeleton
+from trimoe.spill import BUDGET
+
+
+def output_need(skeleton: Skeleton, recipe: Recipe, result: int) -> dict[str, int]:
+    """Bytes in the output folder at once, by what they are: the result of `result` bytes, and what lies in OUT/.trimoe until the run is done."""
+    found = {"result": result}
+    statistics = sum(_statistics(skeleton, recipe, number) for number in range(len(recipe.steps)))
+    if statistics:
+        found["statistics, until it is done"] = statistics
+    if recipe.recover is not None:
+        found["result before recovery, until it is done"] = result
+        found["training, until it is done"] = _training(skeleton, recipe.recover)
+    return found
+
+
+def spilled(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
+    """Bytes of files in TMPDIR: hidden states, and inputs that one layer's experts are fitted to, beyond their budgets in memory."""
+    hidden = tokens * next(iter(skeleton.sites.values())).hidden * skeleton.dtype.itemsize
+    fitted = any(isinstance(step, LowRank) or getattr(step, "calibrated", False) for step in recipe.steps)
+    return max(0, hidden - BUDGET) * (2 if fitted else 1)
+
+
+def _statistics(skeleton: Skeleton, recipe: Recipe, number: int) -> int:
+    """The file of statistics that a step keeps so that a killed run need not gather them again, at most."""
+    step = recipe.steps[number]
+    if isinstance(step, Quantize | WeightPrune) or (isinstance(step, LowRank) and not step.needs):
+        return 0  # nothing is gathered
+    total = search_memory(step, dict(skeleton.sites), recipe)
+    for site in skeleton.sites.values():
+        sums = 2 * site.num_experts**2 + site.num_experts * site.hidden
+        if "spectra" in step.needs:
+            sums += site.num_experts * (min(site.first, site.hidden) + min(site.hidden, site.width))
+        total += 8 * sums
+    return total
+
+
+def _training(skeleton: Skeleton, spec: Recover) -> int:
+    """States of training (numbers, two moments; the best; each beside the one that replaces it) and the original's answers."""
+    matrices = [tensor for layer in skeleton.layers for tensor in layer.parameters() if tensor.dim() > 1]
+    if spec.method == "experts" and spec.stream:
+        trained = 0  # a layer at a time, into the result itself
+    elif spec.method == "router":
+        trained = sum(site.num_experts * site.hidden for site in skeleton.sites.values())
+    elif spec.method == "experts" or spec.train == "full":
+        trained = sum(tensor.numel() for tensor in matrices)
+    else:
+        trained = sum(spec.rank * _edges(tensor) for tensor in matrices)
+    answers = spec.samples * min(spec.length, skeleton.context) * (8 * spec.top_k + 4) if spec.method in ("router", "logits") else 0
+    return 2 * trained * 4 * 4 + answers
+
+
+def _edges(tensor: torch.Tensor) -> int:
+    """Rows and columns of a matrix, or of all matrices in a stack."""
+    return (tensor.shape[-1] + tensor.shape[-2]) * (tensor.numel() // (tensor.shape[-1] * tensor.shape[-2]))
+
+
+def check(out: Path, wanted: int, spill: int = 0) -> None:
+    """Raises UserError where the disk of `out` has no room for `wanted` bytes, or that of temporary files none for `spill`."""
+    existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
+    there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0  # of a run that was killed
+    scratch = Path(tempfile.gettempdir())
+    if spill and os.stat(scratch).st_dev == os.stat(existing).st_dev:
+        wanted, spill = wanted + spill, 0
+    for place, need, have in ((existing, wanted, there), (scratch, spill, 0)):
+        free = shutil.disk_usage(place).free + have
+        if need and free < need:
+            what = "The result needs" if place == existing else "Hidden states that do not fit in memory need"
+            hint = "" if place == existing else "; set TMPDIR to a folder on a larger disk, or take fewer calibration tokens"
+            raise UserError(f"{what} {human(need)} of disk at {place}, which has {human(free)} free{hint}.")
+
+
+def human(count: float) -> str:
+    """1234567890 -> '1.15 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError

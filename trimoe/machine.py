@@ -1,0 +1,140 @@
+"""How fast this machine is: a few constants, measured in about two seconds and kept for next time.
+
+They lie in ~/.cache/trimoe (or XDG_CACHE_HOME), one file for each machine, number of threads, torch version, device and dtype. Nothing that
+is measured here gets into a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ROWS = (4, 32, 256, 2048)  # tokens of a matrix product: few of them are bound by reading the weights
+SIDE = 1024  # of the weights it is measured with
+SPEND = 0.12  # seconds for each constant
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is done in a second: `matmul[i]` FLOPs of products of ROWS[i] tokens, `double` FLOPs of float64 products; cubed sides n^3 of `eigh`,
+    `eigvalsh`, `cholesky`, `solve` in float64; `memory` bytes read and written by elementwise work; `read`, `write` bytes of files (from the page
+    cache; flushed to the disk); and `ops`, small operations (about the time that Python takes for each)."""
+
+    matmul: tuple[float, ...]
+    double: float
+    eigh: float
+    eigvalsh: float
+    cholesky: float
+    solve: float
+    memory: float
+    read: float
+    write: float
+    ops: float
+
+    def seconds(self, kind: str, amount: float, rows: float = 0.0) -> float:
+        return amount / (self.product(rows) if kind == "matmul" else float(getattr(self, kind)))
+
+    def product(self, rows: float) -> float:
+        """FLOP/s of a product of so many tokens: between two measured numbers, in proportion to the logarithm."""
+        for (low, slow), (high, fast) in zip(
+            zip(ROWS, self.matmul, strict=True), zip(ROWS[1:], self.matmul[1:], strict=True), strict=False
+        ):
+            if rows <= high:
+                place = max(0.0, min(1.0, (max(rows, 1) / low - 1) / (high / low - 1)))
+                return slow * (fast / slow) ** place if rows >= low else slow * max(rows, 1) / low
+        return self.matmul[-1]
+
+
+def rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
+    """This machine's, from the cache or measured now."""
+    path = _file(device, dtype)
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return Rates(**{**known, "matmul": tuple(known["matmul"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    found = measure(device, dtype)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        pass  # a home that cannot be written to: measured again next time
+    return found
+
+
+def _file(device: str, dtype: torch.dtype) -> Path:
+    about = (platform.node(), platform.machine(), _processor(), torch.__version__, torch.get_num_threads(), device, str(dtype), ROWS)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "trimoe" / f"speed-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()
+
+
+@torch.no_grad()
+def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
+    """Each constant as the best of a few repetitions within SPEND seconds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    weight, small = made(SIDE, SIDE), made(64, 64)
+    wide, square = made(256, 256, dtype=torch.float64), made(512, 512, dtype=torch.float64)
+    spd = wide @ wide.T + 256 * torch.eye(256, dtype=torch.float64, device=device)
+    large = made(1 << 22)
+    products = []
+    for rows in ROWS:
+        given = made(rows, SIDE)
+        products.append(2 * rows * SIDE**2 / _best(lambda given=given: given @ weight, device))  # type: ignore[misc]
+    read, write = _files()
+    return Rates(
+        tuple(products), 2 * 512**3 / _best(lambda: square @ square, device), 256**3 / _best(lambda: torch.linalg.eigh(spd), device),
+        256**3 / _best(lambda: torch.linalg.eigvalsh(spd), device), 256**3 / _best(lambda: torch.linalg.cholesky(spd), device),
+        256**3 / _best(lambda: torch.linalg.solve(spd, wide), device),
+        2 * large.nbytes / _best(lambda: large.mul(2.0), device), read, write, 1 / _best(lambda: small.add(small), device),
+    )  # fmt: skip
+
+
+def _best(work: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    work()
+    wait()
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < SPEND:
+        start = time.perf_counter()
+        work()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return max(best, 1e-9)
+
+
+def _files(size: int = 32 << 20) -> tuple[float, float]:
+    """Bytes a second of a temporary file written and flushed to the disk, and read back."""
+    block = bytes(size)
+    with tempfile.TemporaryFile() as file:
+        start = time.perf_counter()
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        written = time.perf_counter()
+        file.seek(0)
+        file.readinto(bytearray(size))  # type: ignore[attr-defined]
+        return size / (time.perf_counter() - written), size / (written - start)

@@ -1,0 +1,245 @@
+"""Plans and structure as tables: on a terminal in its width and with colours, elsewhere plain in 80 columns."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trimoe.costs import PER
+from trimoe.disk import human
+
+GONE = {"moe": "sub-layer dropped", "block": "layer dropped"}
+STEPS = ("", "K", "M", "G", "T", "P")
+
+
+def plain(plan: dict[str, Any]) -> str:
+    """`plan` (its JSON) without colours, 80 columns wide."""
+    return rendered(of_plan(plan))
+
+
+def rendered(shown: RenderableType) -> str:
+    file = io.StringIO()
+    console(file, width=80).print(shown)
+    return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
+
+
+def console(file: Any = None, width: int | None = None) -> Console:
+    """Text is printed as it is: names from outside are no markup."""
+    return Console(file=file, width=width, markup=False, highlight=False, emoji=False, color_system=None if file else "auto")
+
+
+def show(shown: RenderableType) -> None:
+    """On standard output: in colours and in its width on a terminal, plain and 80 columns wide elsewhere."""
+    terminal = console()
+    if terminal.is_terminal:
+        terminal.print(shown)
+    else:
+        print(rendered(shown))
+
+
+def short(value: float) -> str:
+    """12345678 -> '12.3M'."""
+    power = 0
+    while abs(value) >= 999.5 and power < len(STEPS) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g}{STEPS[power]}" if power else f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1 h 02 min'."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def of_plan(plan: dict[str, Any]) -> RenderableType:
+    """Everything that a plan says; under "time" it may have an estimate (timing.py), under "traffic" what statistics say of routing."""
+    head = Text.assemble((plan["model"], "bold"), f" -> {plan['form']} checkpoint")
+    parts = [head, _totals(plan), _layers(plan), *_engines(plan), _resources(plan)]
+    parts += [part for name, show in (("time", _time), ("traffic", _traffic)) if plan.get(name) for part in show(plan[name])]
+    return _apart(*parts, *(Text.assemble(("warning: ", "bold yellow"), warning) for warning in plan["warnings"]))
+
+
+def _apart(*parts: RenderableType) -> Group:
+    """With an empty line between tables."""
+    return Group(*(piece for part in parts for piece in ((Text(""), part) if isinstance(part, Table) else (part,))))
+
+
+def table(*columns: str, left: int = 1) -> Table:
+    """An open table; the first `left` columns are words, the others numbers."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    for number, name in enumerate(columns):
+        made.add_column(Text(name), justify="left" if number < left else "right", overflow="fold")
+    return made
+
+
+def _totals(plan: dict[str, Any]) -> Table:
+    before, after = plan["before"], plan["after"]
+    exact, known = after["file_bytes"] == after["least_bytes"], all(row["kept"] is not None for row in plan["layers"])
+    made = table("", "before", "after", "share")
+    size = f"{after['file_bytes']:,}" if exact else f"{after['least_bytes']:,} to {after['file_bytes']:,}"
+    made.add_row("safetensors, bytes", f"{before['file_bytes']:,}", size, f"{after['file_bytes'] / before['file_bytes']:.1%}")
+    sign = "" if exact or known else "at most "
+    for label, key in (("parameters", "parameters"), ("  active per token", "active"), ("  in routed experts", "experts")):
+        made.add_row(label, f"{before[key]:,}", f"{sign}{after[key]:,}", _share(before[key], after[key]))
+    made.add_row(
+        f"FLOPs per token at {plan['context']:,}",
+        short(before["flops"]),
+        sign + short(after["flops"]),
+        _share(before["flops"], after["flops"]),
+    )
+    if before["cache_bytes"] is None:
+        made.add_row(f"cache of {PER:,} tokens", "not known", "not known", "")
+        return made
+    made.add_row(
+        f"cache of {PER:,} tokens",
+        human(before["cache_bytes"]),
+        human(after["cache_bytes"]),
+        _share(before["cache_bytes"], after["cache_bytes"]),
+    )
+    if before["state_bytes"]:
+        made.add_row("  of fixed size", human(before["state_bytes"]), human(after["state_bytes"]), "")
+    return made
+
+
+def _share(before: float, after: float) -> str:
+    return f"{after / before:.1%}" if before else ""
+
+
+def _layers(plan: dict[str, Any]) -> Table:
+    """A line for every run of layers that are alike."""
+    made = table("layer", "experts", "form", "bytes", "params", "active", "FLOPs", f"cache/{short(PER)}", left=3)
+
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        after = row["after"]
+        cached = after["cache"]
+        return (
+            f"{row['experts']} -> {'?' if row['kept'] is None else row['kept']}" if row["experts"] else "dense", _form(row), human(after["bytes"]),
+            short(after["parameters"]), short(after["active"]), short(after["flops"]), "?" if cached is None else human(cached["bytes"]),
+        )  # fmt: skip
+
+    for same, run in groupby(plan["layers"], cells):
+        numbers = [row["layer"] for row in run]
+        made.add_row(_numbers(numbers), *same)
+    rest = plan["dense_layers"]
+    if rest["count"]:
+        made.add_row(
+            "others", f"{rest['count']} dense", "", human(rest["bytes"][1]), short(rest["parameters"][1]), "", short(rest["flops"][1]), ""
+        )
+    return made
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    if len(numbers) < 3:
+        return ", ".join(map(str, numbers))
+    whole = numbers[-1] - numbers[0] == len(numbers) - 1
+    return f"{numbers[0]}-{numbers[-1]}" if whole else f"{numbers[0]}-{numbers[-1]} ({len(numbers)})"
+
+
+def _form(row: dict[str, Any]) -> str:
+    if row["gone"]:
+        return GONE[row["gone"]]
+    words = [f"rank {row['rank']}"] if row["rank"] is not None else []
+    words += [f"{row['bits']} bits"] if row["bits"] else []
+    zeros = row["sparsity"]
+    words += [f"{zeros if isinstance(zeros, str) else format(zeros, '.0%')} zeros"] if zeros is not None else []
+    return ", ".join(words)
+
+
+def _engines(plan: dict[str, Any]) -> Iterable[RenderableType]:
+    made = table("loads in", "", left=2)
+    for engine, answer in plan["loads_in"].items():
+        style = "green" if answer.startswith("yes") else "red" if answer.startswith("no (") else "yellow"
+        made.add_row(engine, Text(answer, style))
+    ways = plan["parallel"]
+    if ways["expert"]:
+        made.add_row("tensor parallel", "over " + ", ".join(map(str, ways["tensor"])))
+        made.add_row("expert parallel", "over " + ", ".join(map(str, ways["expert"])))
+    yield made
+
+
+def _resources(plan: dict[str, Any]) -> Table:
+    made = table("to make it here", "", left=2)
+    made.add_row("memory, at most about", human(plan["peak_memory"]))
+    split = plan["disk_split"]
+    beside = "" if len(split) == 1 else " (" + "; ".join(f"{name}: {human(size)}" for name, size in split.items()) + ")"
+    made.add_row("disk", human(plan["disk"]) + beside)
+    if plan["spill"]:
+        made.add_row("disk for TMPDIR", human(plan["spill"]))
+    return made
+
+
+def _time(time: dict[str, Any]) -> Iterable[RenderableType]:
+    many, known = time["processes"] > 1, time["seconds"] is not None
+    columns = ["here, one process"] if known else ["FLOPs", "bytes read"]
+    columns += ([f"{time['processes']} processes"] if known else []) + ["over the network"] if many else []
+    made = table("expected time" if known else "work", *columns)
+    for stage in (*time["stages"], {**time, "stage": "in all"}):
+        cells = [duration(stage["seconds"])] if known else [short(stage["flops"]), human(stage["read_bytes"])]
+        cells += ([duration(stage["shared_seconds"])] if known else []) + [human(stage["network_bytes"])] if many else []
+        if stage["stage"] == "in all":
+            made.add_section()
+        made.add_row(stage["stage"], *cells)
+    yield made
+    yield Text(time["note"], "dim")
+
+
+def _traffic(traffic: dict[str, Any]) -> Iterable[RenderableType]:
+    made = table("expert parallel over", "bytes/token before", "after", "saving")
+    for ways, row in traffic.items():
+        made.add_row(ways, f"{row['before']:,.0f}", f"{row['after']:,.0f}", _share(row["before"], row["before"] - row["after"]))
+    yield made
+
+
+# ---- inspect
+
+
+def of_model(about: dict[str, Any]) -> RenderableType:
+    """Everything that inspect says."""
+    head = Text.assemble(
+        (about["model"], "bold"),
+        f"  ({about['model_type']}, {', '.join(about['dtypes'])}, {about['files']} files, {about['tensor_bytes']:,} bytes)",
+    )
+    if not about["supported"]:
+        return Group(head, Text.assemble(("not supported: ", "bold red"), about["reason"]))
+    parts: list[RenderableType] = [head, _facts(about), _bytes(about), *_engines(about)]
+    made = table("method", "", left=2)
+    for name, answer in about["methods"].items():
+        made.add_row(name, Text(answer, "green" if answer == "yes" else "yellow"))
+    return _apart(*parts, made)
+
+
+def _facts(about: dict[str, Any]) -> Table:
+    router, size = about["router"], about["size"]
+    words = [router["score"], "renormalised" if router["renormalise"] else "not renormalised"]
+    words += ["correction bias"] if router["correction_bias"] else []
+    words += [f"{router['groups']} groups, {router['topk_group']} used"] if router["groups"] > 1 else []
+    words += [f"scaled by {router['scale']:g}"] if router["scale"] != 1 else []
+    counts = " / ".join(map(str, sorted(set(about["experts"].values()))))
+    made = table("structure", "", left=2)
+    made.add_row("layers", f"{about['layers']}, {len(about['moe_layers'])} of them MoE; context {about['context']:,}")
+    made.add_row("experts", f"{counts} a layer, {about['top_k']} used per token; hidden {about['hidden']}, width {about['expert_width']}")
+    made.add_row("router", f"{', '.join(words)}; keeps at least {router['fewest_experts']} experts")
+    made.add_row("parameters", f"{size['parameters']:,}; {size['active']:,} active per token, {size['experts']:,} in routed experts")
+    made.add_row("FLOPs per token", f"{short(size['flops'])} at a context of {about['flops_context']:,}")
+    if about["cache"] is None:
+        made.add_row("cache", "not known: the architecture does not run hollow")
+    else:
+        kinds = "; ".join(f"{row['layers']} layers: {row['keeps']}" for row in about["cache"])
+        made.add_row("cache", f"{human(size['cache_bytes'])} for {PER:,} tokens of a sequence ({kinds})")
+    return made
+
+
+def _bytes(about: dict[str, Any]) -> Table:
+    made = table("bytes", "", "", "share")
+    for name, value in about["bytes"].items():
+        made.add_row(name, f"{value:,}", human(value), f"{value / about['tensor_bytes']:.1%}")
+    return made
