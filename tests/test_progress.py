@@ -112,7 +112,21 @@ def test_nothing_is_logged_of_a_mistake(family_folder: Family, text_file: Path, 
     assert not out.exists()
     out.mkdir()
     (out / LOG).write_text("somebody's")
-    line.refused("is not empty", "compress", family_folder("mixtral"), "-r", "expert-drop", "-o", out, "-c", text_file, "--samples", 4, "--length", 16)
+    line.refused(
+        "is not empty",
+        "compress",
+        family_folder("mixtral"),
+        "-r",
+        "expert-drop",
+        "-o",
+        out,
+        "-c",
+        text_file,
+        "--samples",
+        4,
+        "--length",
+        16,
+    )
     assert (out / LOG).read_text() == "somebody's" and QUIET.early is None
 
 

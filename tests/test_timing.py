@@ -121,7 +121,9 @@ def test_more_processes_take_less_time_and_send_more(family_folder: Family) -> N
 @NEW
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "body", [MOE_I2, {"steps": [{"quantize": {"bits": 8, "group": 8}}]}, {"steps": [{"weight_prune": {"ratio": 0.5}}]}], ids=["moe-i2", "quantize", "prune"]
+    "body",
+    [MOE_I2, {"steps": [{"quantize": {"bits": 8, "group": 8}}]}, {"steps": [{"weight_prune": {"ratio": 0.5}}]}],
+    ids=["moe-i2", "quantize", "prune"],
 )
 def test_bytes_over_the_network_are_what_is_sent(body: dict[str, Any], tmp_path: Path) -> None:
     """Two processes over gloo, every byte counted where it leaves; pickles and decisions are not in the formulas."""
