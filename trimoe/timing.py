@@ -25,7 +25,7 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
             speed = rates(str(usable_device(device)), skeleton.dtype)
         except UserError:
             note = UNKNOWN.format(device=device)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for stage in Work(skeleton, recipe, cpu=device == "cpu").stages():
         shared, repeated = (None, None) if speed is None else (_seconds(stage.shared, speed), _seconds(stage.repeated, speed))
         rows.append({
