@@ -145,9 +145,7 @@ def test_warnings_each(family_folder: Family) -> None:
         "only 24% of the expert parameters stay; beyond half, recovery training is usually needed.",
     ]
     assert words(folder, steps=[{"weight_prune": {"pattern": "1:4", "score": "magnitude"}}])[0].startswith("weight_prune of 75% is beyond")
-    assert words(folder, steps=[{"block_drop": {"count": 1}}]) == [
-        "perplexity flatters here: it may look well while the model's answers change; judge by KL, agreement and tasks (trimoe eval)."
-    ]
+    assert [part[:24] for part in words(folder, steps=[{"block_drop": {"count": 1}}])] == ["perplexity flatters here"]
     native = words(folder, steps=[{"expert_drop": {"ratio": 0.125}}])
     assert native == ["the result loads in transformers only; vLLM, SGLang and llama.cpp would need --set steps.0.counts=uniform."]
     assert any("halve the speed of prefill" in part for part in words(folder, steps=[{"quantize": {"group": 8}}]))

@@ -33,19 +33,19 @@ def compress(family_folder: Family, text_file: Path, out: Path, recipe: Any = UN
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no terminal: a line now and then, even within one item, with the time left, tokens a second and memory."""
-    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.05)
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.02)
     reporter = Reporter("auto")
     assert reporter.mode == "plain"
     for _ in reporter.track(range(2), "Walk", 2, tokens=1000):
-        time.sleep(0.2)
+        time.sleep(0.4)
     with reporter.stage("Think"):
-        time.sleep(0.12)
+        time.sleep(0.4)
     shown = capsys.readouterr().err.splitlines()
     assert any(row.startswith("Walk: 0/2, ") and "GiB" in row for row in shown)
-    assert any(row.startswith("Walk: 1/2, 0 s left, ") and "tokens/s" in row for row in shown)
+    assert any(row.startswith("Walk: 1/2, ") and "s left, " in row and "tokens/s" in row for row in shown)
     done = next(row for row in shown if row.startswith("Walk: done in "))
-    assert 500 < float(done.split(", ")[1].removesuffix(" tokens/s").replace(",", "")) <= 5000
-    assert any(row.startswith("Think: 0 s") for row in shown) and not any(row.startswith("Think: done") for row in shown)
+    assert 100 < float(done.split(", ")[1].removesuffix(" tokens/s").replace(",", "")) <= 5000
+    assert any(row.startswith("Think: ") for row in shown) and not any(row.startswith("Think: done") for row in shown)
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -99,8 +99,13 @@ class Reporter:
         if self.log is None and self.early is not None:
             self.early.append(line)
         elif self.log is not None:
-            with open(self.log, "a", encoding="utf-8") as file:
-                file.write(line)
+            self._append([line])
+
+    def _append(self, lines: list[str]) -> None:
+        """To the log; where the disk has no room for it, the run says so itself when it writes what matters."""
+        assert self.log is not None
+        with suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
+            file.writelines(lines)
 
     @contextmanager
     def logging(self, path: Path, head: Iterable[str]) -> Iterator[None]:
@@ -109,8 +114,7 @@ class Reporter:
         self.log, early, self.early = path, self.early or [], []
         for line in head:
             self.note(line)
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(early)
+        self._append(early)
         try:
             yield
         except BaseException as error:
