@@ -15,7 +15,7 @@ def evaluation(report: dict[str, Any]) -> None:
         _texts(report, versus)
     if "tasks" in report:
         _tasks(report, versus)
-    if report.get("generation"):
+    if "generation" in report:
         _generation(report["generation"], versus)
     if "traffic" in report:
         _traffic(report["traffic"]["ways"], versus)

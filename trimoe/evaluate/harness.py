@@ -40,6 +40,18 @@ class How:
     device: str
 
 
+def _writing(tasks: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until")
+
+
+def check(found: TaskSet, how: How) -> None:
+    """Raises UserError for what cannot be run as asked."""
+    if how.stream and (writes := _writing(found.tasks)):
+        raise UserError(
+            f"The task {writes[0]!r} lets the model write, which a streamed model cannot do in reasonable time; leave it out or give --no-stream."
+        )
+
+
 def compare(
     found: TaskSet, models: Mapping[str, Skeleton], how: How, *, cache: Cache, reporter: Reporter
 ) -> dict[str, Any]:  # fmt: skip
@@ -84,14 +96,8 @@ def _measured(
     new = {name: task for name, task in found.tasks.items() if name not in known}
     if not new:
         return known, "cache"
-    writes = sorted(name for name, task in new.items() if task.OUTPUT_TYPE == "generate_until")
-    stream = (
-        how.stream if how.stream is not None else not writes and (skeleton.checkpoint.scheme is not None or not fits(skeleton, how.device))
-    )
-    if stream and writes:
-        raise UserError(
-            f"The task {writes[0]!r} lets the model write, which a streamed model cannot do in reasonable time; leave it out or give --no-stream."
-        )
+    unasked = how.stream is None and not _writing(new) and (skeleton.checkpoint.scheme is not None or not fits(skeleton, how.device))
+    stream = how.stream or unasked
     reporter.say(f"Running {len(new)} tasks on {skeleton.name}, {'layer by layer' if stream else 'in memory'} ...")
     lm = _lm(skeleton, how, stream, reporter)
     result = evaluator.evaluate(lm, {"tasks": new, "groups": {}}, limit=how.limit, bootstrap_iters=0, log_samples=True)

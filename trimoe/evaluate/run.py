@@ -76,7 +76,10 @@ def evaluate(
         texts.windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens)
         for source in text for part in read_text(source, "eval")
     ]  # fmt: skip
-    found = taskset.find(tasks, include, fewshot, reporter) if tasks else None  # what cannot be had is said before hours of work
+    found, how = taskset.TaskSet(), harness.How(limit=limit, batch=batch, stream=stream, device=device)
+    if tasks:  # what cannot be had is said before hours of work
+        found = taskset.find(tasks, include, fewshot, reporter)
+        harness.check(found, how)
     kept = Cache(Path(cache) if cache is not None else None)
     report: dict[str, Any] = {
         "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride, "texts": [],
@@ -88,11 +91,11 @@ def evaluate(
             report["mean_kl"] = sum(row["kl"] for row in report["texts"]) / len(report["texts"])
         report["traffic"] = made["traffic"]
     models = {"model": skeleton} | ({"against": other} if other else {})
-    if found is not None:
-        how = harness.How(limit=limit, batch=batch, stream=stream, device=device)
+    if tasks:
         report |= harness.compare(found, models, how, cache=kept, reporter=reporter)
     if sets and (generate or (generate is None and generation.small(models.values(), device))):
-        report["generation"] = generation.smoke(models, sets, tokenizer, device=device, reporter=reporter)
+        written = generation.smoke(models, sets, tokenizer, device=device, reporter=reporter)
+        report |= {"generation": written} if written is not None else {}
     return report
 
 
