@@ -15,7 +15,7 @@ import torch
 from trimoe import card
 from trimoe import recipe as recipes
 from trimoe.calibration import Calibration, calibrate
-from trimoe.decide import Run, decide
+from trimoe.decide import Run, decide, rounded
 from trimoe.distributed import Team, team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
@@ -151,7 +151,7 @@ class _Job:
             final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
             run.team.from_main(lambda: _check_disk(out, final.disk))
             writer = Writer(Layout(skeleton, decisions), out)
-            metrics |= transform(run, decisions, writer, journal)
+            metrics |= rounded(transform(run, decisions, writer, journal))
             record = {
                 "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
                 "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
