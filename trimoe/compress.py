@@ -14,7 +14,7 @@ import torch
 from trimoe import card, disk, recorded
 from trimoe import recipe as recipes
 from trimoe.calibration import Calibration, calibrate
-from trimoe.decide import Run, decide
+from trimoe.decide import Run, decide, rounded
 from trimoe.disk import human
 from trimoe.distributed import ALONE, Team, team
 from trimoe.errors import UserError
@@ -168,7 +168,7 @@ class Job:
             run.team.from_main(lambda: disk.check(out, final.disk, final.spill))
             layout = Layout(skeleton, decisions)
             writer = Writer(layout, out)
-            metrics |= transform(run, decisions, writer, journal)
+            metrics |= rounded(transform(run, decisions, writer, journal))
             record = {
                 "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
                 "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,

@@ -79,7 +79,7 @@ def decide(
         else:
             decided, metrics = _decide_depth(run, journal, number, step, sites, decisions, given)
         decided = {**decisions, **decided}
-        known = json.loads(json.dumps({"decisions": {str(i): d.to_json() for i, d in decided.items()}, "metrics": metrics}))
+        known = json.loads(json.dumps({"decisions": {str(i): d.to_json() for i, d in decided.items()}, "metrics": rounded(metrics)}))
         journal.put(f"decisions-{number}", known)
     return {int(i): LayerDecision.from_json(value) for i, value in known["decisions"].items()}, known["metrics"]
 
@@ -270,3 +270,12 @@ def _rerank(
         rounds.append({"kl": {f"{kind} {index}": kl[kind, index] for kind, index in grown}, "dropped": f"{best[0]} {best[1]}"})
         chosen, before = grown[best], kl[best]
         shortlist = [part for part in shortlist if part != best]
+
+
+def rounded(value: Any, digits: int = 5) -> Any:
+    """Numbers as they are reported: what other thread counts change of a sum lies behind these digits (docs/scale.md)."""
+    if isinstance(value, dict):
+        return {key: rounded(one, digits) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(one, digits) for one in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -8,4 +8,4 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """What an exception of someone else's code says, as it can stand in a sentence of ours: its first line, cut."""
     said = str(error).strip().splitlines()
-    return said[0][:160] if said else type(error).__name__
+    return said[0].strip()[:160] if said else type(error).__name__

@@ -36,7 +36,7 @@ from trimoe.errors import UserError, first_line
 
 # The names under which configurations keep the number of routed experts and of experts per token.
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-MAX_BUFFERS = 1 << 30  # bytes; tables of positions and the like have a few kilobytes
+MAX_BUFFER = 64 << 20  # bytes of one table; those of positions have kilobytes, the largest known (a decay of minimax's) 17 MB a layer
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
 
@@ -88,9 +88,9 @@ def build_bare(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its buffers on the meta device, too; UserError where they would be too large for `build_meta`."""
     with torch.device("meta"):
         model = _built(config, dtype)
-    size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    if size > MAX_BUFFERS:
-        raise UserError(f"config.json describes a {config.model_type} with {size:,} bytes of tables beside its weights; it is damaged.")
+    size = max((buffer.numel() * buffer.element_size() for buffer in model.buffers()), default=0)
+    if size > MAX_BUFFER:
+        raise UserError(f"config.json describes a {config.model_type} with a table of {size:,} bytes beside its weights; it is damaged.")
     return model
 
 
