@@ -278,7 +278,7 @@ def check_disk(out: Path, wanted: int) -> None:
         raise UserError(f"The result needs {human(wanted)} of disk at {existing}, which has {human(free)} free.")
 
 
-def recorded(out: Path, inputs: dict[str, Any], recover: Recover | None) -> dict[str, Any] | None:
+def record_of(out: Path, inputs: dict[str, Any], recover: Recover | None) -> dict[str, Any] | None:
     """What trimoe.json in `out` says, if it is of the same inputs, trained in the same way."""
     try:
         record = json.loads((out / "trimoe.json").read_text(encoding="utf-8"))
@@ -291,7 +291,7 @@ def recorded(out: Path, inputs: dict[str, Any], recover: Recover | None) -> dict
 
 def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None) -> Result | None:
     """The result that `out` holds, if it is the finished one of the same inputs, trained in the same way."""
-    record = recorded(out, inputs, recover) if (out / "config.json").is_file() else None
+    record = record_of(out, inputs, recover) if (out / "config.json").is_file() else None
     if record is None:
         return None
     try:

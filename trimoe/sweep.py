@@ -21,7 +21,7 @@ import yaml
 from trimoe import card, distributed
 from trimoe.alternatives import Variant, variants
 from trimoe.calibration import Calibration, read_text
-from trimoe.compress import Job, calibration_for, check_disk, job_of, possible, recorded, with_calibration
+from trimoe.compress import Job, calibration_for, check_disk, job_of, possible, record_of, with_calibration
 from trimoe.errors import UserError
 from trimoe.evaluate import evaluate
 from trimoe.gather import statistics
@@ -146,7 +146,7 @@ class Entry:
     plan: Plan
 
     def record(self) -> dict[str, Any] | None:
-        return recorded(self.folder, self.job.inputs, self.job.run.recipe.recover)
+        return record_of(self.folder, self.job.inputs, self.job.run.recipe.recover)
 
     def refuse_other(self) -> None:
         if (self.folder / RECORD).is_file() and self.record() is None:
