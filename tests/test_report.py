@@ -23,9 +23,9 @@ from trimoe import UserError, card
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from trimoe.report import build, charts, page  # noqa: E402
-from trimoe.report.read import Finished  # noqa: E402
-from trimoe.report.section import Figure, Section, Table  # noqa: E402
+from trimoe.report import build, charts, page
+from trimoe.report.read import Finished
+from trimoe.report.section import Figure, Section, Table
 
 Family = Callable[[str], Path]
 SMALL: dict[str, Any] = {"samples": 4, "length": 32}
@@ -147,7 +147,7 @@ def test_what_is_recorded_of_a_search_is_true(made: Callable[[str], Path]) -> No
     for row in json.loads((made("naee") / "trimoe.json").read_text())["metrics"]["0.expert_drop"]["layers"].values():
         assert row["losses"][0] == row["exhaustive"] == row["trace"][-1][1] == min(value for _, value in row["trace"])
         assert row["exhaustive"] <= row["greedy"] and row["exhaustive"] <= row["random_trace"][-1][1] <= row["random"]
-        assert row["sets"] == 28 and row["evaluations"] == 28 and row["random_trace"][0][0] == 1
+        assert row["sets"] == row["evaluations"] in (21, 28) and row["random_trace"][0][0] == 1
         falls = [value for _, value in row["random_trace"]]
         assert falls == sorted(falls, reverse=True) and len(row["score"]) == 8
     step = json.loads((made("expert-drop") / "trimoe.json").read_text())["metrics"]["0.expert_drop"]["layers"]["0"]
@@ -168,13 +168,14 @@ def everything(folder: Path, tmp_path: Path) -> Path:
             "intervals": {"perplexity": [1.0, 2.0], "kl": [0.1, 0.2], "agreement": [0.5, 0.6], "against_perplexity": [1.0, 2.0]},
         }
     record["evaluation"]["tasks"] = [
-        {"task": "piqa", "metric": "acc", "n": 10, "value": 0.5, "stderr": None, "against": {"value": 0.6, "stderr": 0.01}, "difference": -0.1, "difference_stderr": 0.02},
+        {"task": "piqa", "metric": "acc", "n": 10, "value": 0.5, "stderr": None, "against": {"value": 0.6, "stderr": 0.01},
+         "difference": -0.1, "difference_stderr": 0.02},
         {"task": "rte", "metric": "acc", "n": 10, "value": 0.5, "stderr": 0.1},
     ]  # fmt: skip
     written = {"loops": 0.25, "empty": 0.0, "distinct": None, "samples": [{"prompt": "a", "greedy": "b"}]}
     record["evaluation"]["generation"] = {"prompts": 4, "prompt_tokens": 8, "new_tokens": 8, "model": written, "against": written}
     spread = {"median": 2.0, "low": 1.0, "high": 3.0}
-    model = {name: spread for name in ("prefill_tokens_s", "decode_tokens_s", "first_token_s")}
+    model = dict.fromkeys(("prefill_tokens_s", "decode_tokens_s", "first_token_s"), spread)
     model |= {"load_s": 1.0, "resident_bytes": 10, "peak_bytes": 10, "disk_bytes": 10, "dtype": "float32"}
     record["bench"] = {
         "batch": 1, "prompt": 8, "generate": 8, "rounds": 2, "machine": "here", "device": "cpu", "threads": 1, "torch": "2", "models": [model, model],

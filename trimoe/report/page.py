@@ -37,7 +37,9 @@ def charts_page(title: str, sections: Sequence[Section], *, subtitle: str = "", 
     names = [section.name for section in sections] + [figure.name for figure in figures(sections)]
     assert len(set(names)) == len(names), "names are anchors"
     drawn = {figure.name: _spec(figure, width="container") for figure in figures(sections)}
-    specs = json.dumps({"specs": drawn, "themes": {"light": theme.LIGHT, "dark": theme.DARK}, "entry": theme.ENTRY}, separators=(",", ":"))
+    specs = json.dumps(
+        {"specs": drawn, "themes": {"light": theme.LIGHT, "dark": theme.DARK}, "entry": theme.ENTRY}, separators=(",", ":"), allow_nan=False
+    )
     bundle, script = (_bundle() if drawn else ""), _file("page.js")
     policy = POLICY.format(" ".join(f"'sha256-{_hash(text)}'" for text in (bundle, script)))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
