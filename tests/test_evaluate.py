@@ -218,7 +218,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_wikitext_without_a_network_names_the_file_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     def unreachable(*args: object, **options: object) -> None:
         raise ConnectionError("Couldn't reach the Hub")
@@ -230,8 +230,7 @@ def test_wikitext_without_a_network_names_the_file_instead(monkeypatch: pytest.M
 
 
 def test_wikitext_and_ptb_are_one_document_of_the_right_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     asked = []
 
     def load(kind: str, *, data_files: dict[str, str], split: str) -> dict[str, list[str]]:

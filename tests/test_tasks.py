@@ -295,6 +295,17 @@ def test_tasks_that_write_run_in_memory(family_folder: Callable[[str], Path], fi
     assert report["task_settings"]["ran"] == {"model": "in memory"} and report["tasks"][0]["metric"] == "exact_match"
 
 
+def test_packed_experts_are_evaluated_as_they_are_stored(
+    family_folder: Callable[[str], Path], files: SimpleNamespace, text_file: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """Streamed unasked, not through a kernel that rounds activations; in memory the same numbers."""
+    steps = {"steps": [{"quantize": {"bits": 4, "group": 8, "method": "round"}}]}
+    trimoe.compress(family_folder("mixtral"), steps, tmp_path / "out", calibration=[str(text_file)], samples=4, length=32)
+    reports = [trimoe.evaluate(tmp_path / "out", text=[], tasks=["quiz"], include=[files.yaml], stream=stream) for stream in (None, False)]
+    assert [report["task_settings"]["ran"]["model"] for report in reports] == ["streamed", "in memory"]
+    assert [row["value"] for row in reports[0]["tasks"]] == [row["value"] for row in reports[1]["tasks"]]
+
+
 def test_other_libraries_speak_again_afterwards() -> None:
     from tqdm import tqdm
 
