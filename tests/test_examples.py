@@ -19,16 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.sh")])
 RECIPES = [*recipe.names(), *(str(path) for path in sorted((ROOT / "examples" / "recipes").glob("*.yaml")))]
 LONGEST = 40  # lines of an example
-SECONDS = 60  # of one core that an example may take; the machine may be busy with other work, so not by the clock
+SECONDS = 90  # of one core that an example may take; the machine may be busy with other work, so not by the clock
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_run(path: Path, tmp_path: Path) -> None:
+    if "trimoe report" in path.read_text(encoding="utf-8"):
+        pytest.importorskip("altair")
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "TRIMOE_CACHE": str(tmp_path / "hub"),
     }  # fmt: skip
     command = [sys.executable if path.suffix == ".py" else "bash", str(path), str(tmp_path / "out")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
