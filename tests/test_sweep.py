@@ -148,6 +148,13 @@ def test_a_sweep_leaves_numbers_and_recipes_and_no_weights(swept: Path) -> None:
     assert again.steps[0].ratio == 0.5 and again.steps[0].score == "reap" and again.calibration.samples == 8  # type: ignore[union-attr]
 
 
+def test_the_frontier_is_drawn(swept: Path) -> None:
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    page = (swept / "sweep.html").read_text()
+    assert all(name in page for name in names(DROP)) and (swept / "figures" / "frontier.svg").read_text().startswith("<svg")
+
+
 def test_a_variant_is_what_compress_makes(swept: Path, family_folder: Families, tmp_path: Path) -> None:
     recipe = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "counts": "uniform", "search": "greedy"}}, {"low_rank": {"ratio": 0.3}}]}
     text = Path(yaml.safe_load((swept / "ratio-0.25_score-gate.yaml").read_text())["calibration"]["data"][0])

@@ -74,7 +74,7 @@ def mixed(sizes: Sequence[int] = (2, 4)) -> Recipes:
 
 
 def recovery(steps: Sequence[int] = (0, 30, 100, 300), method: str = "logits") -> Recipes:
-    start = {"layer_drop": {"ratio": 0.25, "rerank": "kl"}}
+    start = {"layer_drop": {"ratio": 0.25}}
     samples = max(64, 4 * max(steps) + 64)
     train = {"method": method, "samples": samples, "length": 256, "batch": 4, "patience": 100}
     return {f"{count} steps": one(start, **({"recover": {**train, "steps": count}} if count else {})) for count in steps}
@@ -133,13 +133,14 @@ def main() -> None:
         "counts": lambda given: counts(),
         "threshold": lambda given: threshold(*reversed(gathered(given, 0))),
         "mixed": lambda given: mixed(),
-        "recovery": lambda given: recovery(method=given.method),
+        "recovery": lambda given: recovery(given.steps, given.method),
         "size": lambda given: size(),
         "domain": lambda given: domain(given.calibration),
     }
     arguments = comparison.options(__doc__, ["-"])
     arguments.add_argument("question", choices=[*questions, "search"])
     arguments.add_argument("--method", default="logits", help="recovery: lora, logits or experts")
+    arguments.add_argument("--steps", nargs="+", type=int, default=[0, 30, 100, 300], help="recovery: of 4 sequences each")
     arguments.add_argument("--ratio", type=float, default=0.5, help="search: share of the experts that goes")
     arguments.add_argument("--budgets", nargs="+", type=int, default=[16, 64, 256, 1024], help="search: sets evaluated")
     given = arguments.parse_args()
