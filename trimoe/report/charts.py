@@ -203,7 +203,7 @@ def dots(
         layers.insert(0, whiskers.encode(x=alt.X("low:Q", title=x_title), x2="high:Q", y=down, **color))
     if rule is not None:
         layers.insert(0, alt.Chart(_data([{"rule": rule}])).mark_rule(strokeDash=[5, 4]).encode(x=alt.X("rule:Q", title=x_title)))
-    return _layered(max(90, lines_ * (22 + 14 * max(1, len(names)))), *layers)
+    return _layered(max(90, lines_ * ((22 if lines_ <= 16 else 8) + (14 if lines_ <= 16 else 7) * max(1, len(names)))), *layers)
 
 
 def _scale(logarithmic: bool, *, zero: bool = False, nice: bool = True, padding: float = 0) -> alt.Scale:
