@@ -24,7 +24,6 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from trimoe.report import build, charts, page
-from trimoe.report.read import Finished
 from trimoe.report.section import Figure, Section, Table
 
 Family = Callable[[str], Path]
@@ -124,7 +123,7 @@ def checked(html: str) -> Read:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_has_its_page(recipe: str, made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = made(recipe)
-    (written,) = build.report([Finished.open(folder)], tmp_path / "page.html")
+    (written,) = build.report([folder], tmp_path / "page.html")
     read = checked(written.read_text())
     assert {attributes["id"] for attributes in read.all("section")} == ALWAYS | RECIPES[recipe][1] | (
         {"experts"} if recipe not in ("slim-int4", "moe-pruner-2-4") else set()
@@ -187,7 +186,7 @@ def everything(folder: Path, tmp_path: Path) -> Path:
 
 def test_what_evaluations_add_is_shown(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = everything(made("moe-i2"), tmp_path)
-    read = checked(build.report([Finished.open(folder)], tmp_path / "page.html")[0].read_text())
+    read = checked(build.report([folder], tmp_path / "page.html")[0].read_text())
     assert {"tasks-section", "generation", "speed"} <= {attributes["id"] for attributes in read.all("section")}
     assert "(0.1000 to 0.2000)" in read.text and "0.6000 \N{PLUS-MINUS SIGN} 0.0100" in read.text and "2.00x" in read.text
     card.refresh(folder)
@@ -210,7 +209,7 @@ def test_hostile_records_stay_text(made: Callable[[str], Path], tmp_path: Path) 
     other = tmp_path / "<script>alert(3)<"
     shutil.copytree(folder, other)
     for folders in ([other], [folder, other]):
-        read = checked(build.report([Finished.open(each) for each in folders], tmp_path / "page.html")[0].read_text())
+        read = checked(build.report(folders, tmp_path / "page.html")[0].read_text())
         assert "img" not in {tag for tag, _ in read.tags} and NASTY in read.text
         assert "alert(3)" in read.text
 
@@ -231,7 +230,7 @@ def test_broken_records_are_one_sentence(spoil: Callable[[Any], Any], message: s
     spoil(record)
     (out / "trimoe.json").write_text(json.dumps(record).replace("Infinity", "1e999"))
     with pytest.raises(UserError, match=message):
-        build.report([Finished.open(out)], tmp_path / "page.html")
+        build.report([out], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 
@@ -282,7 +281,7 @@ def test_the_frontier_joins_what_nothing_beats() -> None:
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_it_opens_in_a_browser(made: Callable[[str], Path], tmp_path: Path) -> None:
     """No message on the console (a request would be one: the page's policy forbids all), every chart drawn, in light and in dark."""
-    written = build.report([Finished.open(everything(made("moe-i2"), tmp_path))], tmp_path / "page.html")[0]
+    written = build.report([everything(made("moe-i2"), tmp_path)], tmp_path / "page.html")[0]
     count = len(json.loads(Read(written.read_text()).scripts[0][1])["specs"])
     for dark in ([], ["--blink-settings=preferredColorScheme=0"]):
         command = [

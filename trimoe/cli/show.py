@@ -28,7 +28,7 @@ def report(
         raise UserError(f"--html {html} cannot be written: give a file in a folder that exists.")
     if figures is not None and figures.exists() and not figures.is_dir():
         raise UserError(f"--figures {figures} is a file; give a folder.")
-    written = build(opened, html, figures)
+    written = build(folders, html, figures)
     for finished in opened:
         card.refresh(finished.folder)
     print(f"The report lies in {written[0].resolve()}.")

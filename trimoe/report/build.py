@@ -14,9 +14,11 @@ from trimoe.report.section import Code, Figure, Section, Table
 from trimoe.write import write_text
 
 
-def report(opened: Sequence[Finished], html: Path | None = None, figures: Path | None = None) -> list[Path]:
+def report(folders: Sequence[str | Path], html: Path | None = None, figures: Path | None = None) -> list[Path]:
     """Write the page `html` on finished folders (one in full, several against each other) and, into the folder `figures`, its charts as SVG
-    and PNG. Returns the files, the page first. Raises UserError for folders whose record does not make sense."""
+    and PNG. Returns the files, the page first. Raises UserError for folders that are not finished or whose record
+    does not make sense."""
+    opened = [Finished.open(folder) for folder in folders]
     broken = ", ".join(str(folder.folder / "trimoe.json") for folder in opened)
     try:
         made = full(opened[0]) if len(opened) == 1 else compared(opened)

@@ -152,8 +152,8 @@ def lines(
 ) -> alt.LayerChart:  # fmt: skip
     """Lines of `series` (named, or numbers if `numeric`: then shaded by their number); points to hover over."""
     names = list(order or dict.fromkeys(row[series] for row in rows))
-    across = alt.X(f"{x}:Q", title=x_title, scale=_scale(log_x, nice=not log_x), axis=alt.Axis(tickCount=6))
-    up = alt.Y(f"{y}:Q", title=y_title, scale=_scale(log_y), axis=alt.Axis(tickCount=5))
+    across = alt.X(f"{x}:Q", title=x_title, scale=_scale(log_x, nice=not log_x), axis=alt.Axis(tickCount=6, grid=not log_x))
+    up = alt.Y(f"{y}:Q", title=y_title, scale=_scale(log_y), axis=alt.Axis(tickCount=5, grid=not log_y))
     if numeric:
         color = alt.Color(
             f"{series}:Q", title=series, scale=alt.Scale(range="ordinal"), legend=alt.Legend(tickCount=min(8, len(names)), format="d")
@@ -203,7 +203,7 @@ def dots(
         layers.insert(0, whiskers.encode(x=alt.X("low:Q", title=x_title), x2="high:Q", y=down, **color))
     if rule is not None:
         layers.insert(0, alt.Chart(_data([{"rule": rule}])).mark_rule(strokeDash=[5, 4]).encode(x=alt.X("rule:Q", title=x_title)))
-    return _layered(max(90, lines_ * (22 + 14 * max(1, len(names)))), *layers)
+    return _layered(max(90, lines_ * ((22 if lines_ <= 16 else 8) + (14 if lines_ <= 16 else 7) * max(1, len(names)))), *layers)
 
 
 def _scale(logarithmic: bool, *, zero: bool = False, nice: bool = True, padding: float = 0) -> alt.Scale:

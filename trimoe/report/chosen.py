@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
-from trimoe.report import charts
-from trimoe.report.charts import alt
+from trimoe.report import charts, experts, searched
+from trimoe.report.experts import DENSE_CELLS, by_layer
 from trimoe.report.read import Finished, Step, layer_rows
 from trimoe.report.section import Figure, Section, Table
 
-STEPS = 40  # points of an averaged trace
 DENSE = -1  # the rank of a matrix that was left whole
-DENSE_CELLS = 3000  # cells from which a heat map is painted, not drawn
 GONE = {"moe": "MoE sub-layer dropped", "block": "layer dropped"}
 
 
 def sections(folder: Finished) -> list[Section]:
     """Those that the record has something to say on."""
-    made = [_experts(folder), *(_search(step) for step in folder.steps), *(_ranks(folder, step) for step in folder.steps)]
+    made = [experts.section(folder), *(searched.section(step) for step in folder.steps), *(_ranks(folder, step) for step in folder.steps)]
     made += [_depth(step) for step in folder.steps]
     made += [_numbers(folder), _decisions(folder)]
     named: dict[str, Section] = {}
@@ -27,212 +23,6 @@ def sections(folder: Finished) -> list[Section]:
         if section is not None:
             named.setdefault(section.name, section)
     return list(named.values())
-
-
-# ---- experts
-
-
-def _experts(folder: Finished) -> Section | None:
-    blocks = [figure for figure in (_importance(folder), _counts(folder), *_minded(folder)) if figure is not None]
-    if not blocks:
-        return None
-    return Section(
-        name="experts", title="Experts and layers", blocks=blocks,
-        text="Which experts mattered on the calibration text, which were kept, and how much each layer minds.",
-    )  # fmt: skip
-
-
-def _importance(folder: Finished) -> Figure | None:
-    """Scores of a drop in all of the original's experts; where there was none, the importance or the tokens that low_rank went by."""
-    before = {row["layer"]: row["experts"] for row in folder.layers}
-    for step in folder.steps:
-        scores = {index: row["score"] for index, row in layer_rows(step).items() if row.get("score")}
-        title = str(step.fields.get("score", "leave_one_out"))
-        if step.name == "low_rank":
-            scores = {int(index): values for index, values in (step.metrics.get("score") or {}).items()}
-        scores = {index: values for index, values in scores.items() if before.get(index) == len(values)}
-        if scores:
-            break
-    else:
-        routed: dict[str, Any] = next(
-            (step.metrics["tokens_per_expert"] for step in folder.steps if step.metrics.get("tokens_per_expert")), {}
-        )
-        scores = {int(index): values for index, values in routed.items() if before.get(int(index)) == len(values)}
-        title = "tokens routed"
-    if not scores:
-        return None
-    tokens = {index: row.get("tokens_per_expert") for step in folder.steps for index, row in layer_rows(step).items()}
-    rows = []
-    for index, values in sorted(scores.items()):
-        kept, most = set(folder.decisions[index]["keep"]), max(values) or 1.0
-        gone = folder.decisions[index].get("gone") is not None
-        counts = tokens.get(index) or []
-        total = sum(counts)
-        for expert, value in enumerate(values):
-            rows.append(
-                {"layer": index, "expert": expert, "share": value / most, "score": value, "dropped": gone or expert not in kept,
-                 "what": "dropped" if gone or expert not in kept else "kept",
-                 "tokens": counts[expert] / total if total and len(counts) == len(values) else None}
-            )  # fmt: skip
-    some = any(row["dropped"] for row in rows)
-    more = [alt.Tooltip("score:Q", title=title, format=".3~g"), alt.Tooltip("what:N", title="decision")]
-    if any(row["tokens"] is not None for row in rows):
-        more.append(alt.Tooltip("tokens:Q", title="of the routed tokens", format=".1%"))
-    width = max(len(values) for values in scores.values())
-    return Figure(
-        name="importance", title=f"Importance of each expert ({title.replace('_', ' ')})" + (", and what was kept" if some else ""),
-        chart=charts.heat(rows, value="share", title="share of the layer's most important", marked="dropped", limits=(0.0, 1.0), more=more,
-                          across="expert, by its number in the original"),
-        note="Dark is important to its layer on a light page, light on a dark one." + (" A cross marks the experts that were dropped." if some else ""),
-        wide=90 + 22 * width if width > 10 else 0, dense=len(rows) > DENSE_CELLS,
-        table=Table(
-            caption=f"scores of each expert ({title.replace('_', ' ')})", head=("layer", "kept", "dropped", "scores, expert 0 first (dropped in brackets)"),
-            rows=[
-                (str(index), str(len(folder.decisions[index]["keep"])),
-                 ", ".join(str(row["expert"]) for row in rows if row["layer"] == index and row["dropped"]) or "none",
-                 ", ".join(f"[{row['score']:.3g}]" if row["dropped"] else f"{row['score']:.3g}" for row in rows if row["layer"] == index))
-                for index in sorted(scores)
-            ],
-            prose=True,
-        ),
-    )  # fmt: skip
-
-
-def _counts(folder: Finished) -> Figure | None:
-    found = [row for row in folder.layers if row["experts"]]
-    if all(row["kept"] == row["experts"] for row in found):
-        return None
-    rows = [{"layer": row["layer"], "experts": row["kept"], "what": "kept"} for row in found]
-    rows += [{"layer": row["layer"], "experts": row["experts"] - row["kept"], "what": "dropped"} for row in found]
-    return Figure(
-        name="counts", title="Experts kept in each layer",
-        chart=charts.bars(rows, x="layer", y="experts", x_title="layer", y_title="experts", series="what", stacked=True, faint="dropped", form="d"),
-        wide=60 + 16 * len(found) if len(found) > 20 else 0,
-        table=Table(
-            caption="Experts kept in each layer", head=("layer", "before", "kept"),
-            rows=[(str(row["layer"]), str(row["experts"]), str(row["kept"])) for row in found],
-        ),
-    )  # fmt: skip
-
-
-def _minded(folder: Finished) -> list[Figure]:
-    """Per layer: the mean leave-one-out loss, and the measured sensitivity of the model's end."""
-    figures = []
-    for step in folder.steps:
-        mean = {}
-        for index, row in layer_rows(step).items():
-            values = row.get("leave_one_out") or (row.get("score") if step.fields.get("score") == "leave_one_out" else None)
-            if values:
-                mean[index] = sum(values) / len(values)
-        if mean:
-            figures.append(
-                _by_layer("layer-importance", "Importance of each layer", mean, "mean leave-one-out loss",
-                          "The mean over a layer's experts of the relative error of its output when that one expert is missing.")
-            )  # fmt: skip
-        sensitive = {int(index): value for index, value in (step.metrics.get("sensitivity") or {}).items()}
-        if sensitive:
-            what = "its experts pruned" if step.name == "expert_drop" else "its experts' outputs shrunk"
-            figures.append(
-                _by_layer(f"sensitivity-{step.name.replace('_', '-')}", f"How much the model minds each layer, as {step.name} measured it",
-                          sensitive, "KL per squared relative error",
-                          f"What the next-token distributions of the whole model lose (KL) with one layer changed ({what}), over its squared error.")
-            )  # fmt: skip
-    return figures
-
-
-def _by_layer(name: str, title: str, values: dict[int, float], y_title: str, note: str) -> Figure:
-    rows = [{"layer": index, "value": value} for index, value in sorted(values.items())]
-    return Figure(
-        name=name, title=title, note=note, wide=60 + 16 * len(rows) if len(rows) > 20 else 0,
-        chart=charts.bars(rows, x="layer", y="value", x_title="layer", y_title=y_title, height=200),
-        table=Table(caption=title, head=("layer", y_title), rows=[(str(row["layer"]), f"{row['value']:.4g}") for row in rows]),
-    )  # fmt: skip
-
-
-# ---- search
-
-
-def _search(step: Step) -> Section | None:
-    layers = {index: row for index, row in layer_rows(step).items() if row.get("losses") and row.get("greedy") is not None}
-    if not layers:
-        return None
-    way = step.fields.get("search")
-    how = next(iter(way)) + " search" if isinstance(way, dict) and way else f"lowest {str(step.fields.get('score')).replace('_', ' ')}"
-    blocks = [figure for figure in (_found(layers, how), _trace(layers, how)) if figure is not None]
-    return Section(
-        name="search", title="The search for which experts go", blocks=blocks,
-        text=f"Experts were chosen by {how}. The loss is the relative error of a layer's output on calibration tokens, re-routed without the "
-        "dropped experts. Lower is better.",
-    )  # fmt: skip
-
-
-def _found(layers: dict[int, dict[str, Any]], how: str) -> Figure:
-    names = {how: lambda row: row["losses"][0], "greedy": lambda row: row["greedy"], "random sets, mean": lambda row: row["random"],
-             "exhaustive (the optimum)": lambda row: row.get("exhaustive")}  # fmt: skip
-    if how == "exhaustive search":
-        del names["exhaustive (the optimum)"]
-    if how == "greedy search":
-        del names["greedy"]
-    rows = [
-        {"layer": f"layer {index}", "loss": value, "way": name}
-        for index, row in layers.items() for name, get in names.items() if (value := get(row)) is not None
-    ]  # fmt: skip
-    used = [name for name in names if any(row["way"] == name for row in rows)]
-    return Figure(
-        name="search-losses", title="Loss in each layer, by the way of choosing",
-        chart=charts.dots(rows, y="layer", x="loss", x_title="relative loss of the layer", series="way", order=used, zero=True),
-        table=Table(
-            caption="Loss in each layer", head=("layer", "dropped", "evaluations", *used),
-            rows=[
-                (str(index), str(row["dropped"]), f"{row['evaluations']:,}",
-                 *(f"{value:.4f}" if (value := names[name](row)) is not None else "-" for name in used))
-                for index, row in layers.items()
-            ],
-        ),
-    )  # fmt: skip
-
-
-def _trace(layers: dict[int, dict[str, Any]], how: str) -> Figure | None:
-    """Over all layers: the best loss so far over the best that any way found, by evaluations."""
-    layers = {index: row for index, row in layers.items() if row.get("random_trace") and row["losses"][0] > 0}
-    if not layers:
-        return None
-    floor = {
-        index: min(
-            value for value in (row["losses"][0], row["greedy"], row.get("exhaustive"), row["random_trace"][-1][1]) if value is not None
-        )
-        for index, row in layers.items()
-    }
-    layers = {index: row for index, row in layers.items() if floor[index] > 0}
-    end = max((max(row["evaluations"], row["random_trace"][-1][0]) for row in layers.values()), default=0)
-    if end < 2:
-        return None
-    grid = sorted({round(math.exp(math.log(end) * at / (STEPS - 1))) for at in range(STEPS)})
-    series = {"random, best so far": "random_trace"} | (
-        {how: "trace"} if any(len(row.get("trace") or ()) > 0 for row in layers.values()) else {}
-    )
-    rows = []
-    for name, key in series.items():
-        for at in grid:
-            ratios = [best / floor[index] for index, row in layers.items() if (best := _best(row.get(key) or (), at)) is not None]
-            if len(ratios) == len(layers):
-                rows.append({"evaluations": at, "loss": sum(ratios) / len(ratios), "way": name})
-    greedy = sum(row["greedy"] / floor[index] for index, row in layers.items()) / len(layers)
-    rows += [{"evaluations": at, "loss": greedy, "way": "greedy"} for at in (grid[0], grid[-1])]
-    return Figure(
-        name="search-trace", title="Best loss so far, mean over the layers",
-        chart=charts.lines(rows, x="evaluations", y="loss", x_title="sets of experts evaluated", y_title="loss / best found by any way",
-                           series="way", log_x=True, log_y=True, step=True, order=[how, "greedy", "random, best so far"] if how in series else None),
-        note="1 is the best loss that any way found in a layer (the optimum, where all sets were evaluated).",
-        table=Table(
-            caption="Best loss so far", head=("way", "evaluations", "loss / best found"),
-            rows=[(row["way"], f"{row['evaluations']:,}", f"{row['loss']:.4f}") for row in rows],
-        ),
-    )  # fmt: skip
-
-
-def _best(trace: Sequence[Sequence[float]], at: int) -> float | None:
-    return next((value for evaluations, value in reversed(trace) if evaluations <= at), None)
 
 
 # ---- ranks
@@ -357,9 +147,9 @@ def _numbers(folder: Finished) -> Section | None:
     bits = {index: decision["bits"] for index, decision in found.items() if decision.get("bits")}
     blocks = []
     if bits:
-        blocks.append(_by_layer("bits", "Bits of each expert weight, by layer", bits, "bits", ""))
+        blocks.append(by_layer("bits", "Bits of each expert weight, by layer", bits, "bits", ""))
     if zeros:
-        blocks.append(_by_layer("zeros", "Zeros among the expert weights, by layer", zeros, "share that is zero", ""))
+        blocks.append(by_layer("zeros", "Zeros among the expert weights, by layer", zeros, "share that is zero", ""))
     borrowed = sum(row.get("borrowed", 0) for row in recorded.values())
     unseen = sum(row.get("unseen_experts", 0) for row in recorded.values())
     text = []
@@ -381,7 +171,7 @@ def _zeros(decision: dict[str, Any]) -> float:
 
 
 def _decisions(folder: Finished) -> Section:
-    experts = {row["layer"]: row["experts"] for row in folder.layers}
+    before = {row["layer"]: row["experts"] for row in folder.layers}
     rows = []
     for index, decision in sorted(folder.decisions.items()):
         done = [GONE[decision["gone"]]] if decision.get("gone") else []
@@ -393,7 +183,7 @@ def _decisions(folder: Finished) -> Section:
         done += [f"{decision['sparsity']:.0%} zeros"] if decision.get("sparsity") else []
         done += ["{} of {} stay".format(*decision["pattern"])] if decision.get("pattern") else []
         done += [f"also {', '.join(decision['linears'])}"] if decision.get("linears") else []
-        keep, count = decision.get("keep") or [], experts.get(index, 0)
+        keep, count = decision.get("keep") or [], before.get(index, 0)
         gone = [str(expert) for expert in range(count) if expert not in set(keep)] if not decision.get("gone") else []
         rows.append((str(index), str(count), str(0 if decision.get("gone") else len(keep)), " ".join(gone) or "-", "; ".join(done) or "-"))
     return Section(

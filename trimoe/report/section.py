@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+LONG = 6000  # letters in a table
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -15,6 +17,11 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     prose: bool = False
+
+    @property
+    def long(self) -> bool:
+        """Whether it is folded away until it is asked for."""
+        return sum(len(cell) for row in self.rows for cell in row) > LONG
 
 
 @dataclass(frozen=True, kw_only=True)
