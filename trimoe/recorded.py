@@ -3,7 +3,6 @@ small: a report is drawn from it, nothing is computed from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from trimoe.subset import SubsetLoss
 FEW_SETS = 2048  # in a layer, all of which are evaluated beside any search
 DRAWS = 1000  # random sets at most that a search is compared with
 POINTS = 32  # of a spectrum
-DIGITS = 5
 PARTS = ("routed experts", "routers", "rest of the layers")
 REST = PARTS[-1]
 
@@ -35,7 +33,7 @@ def expert_drop(
     """
     row: dict[str, Any] = {
         "dropped": dropped, "drop": best.drops[0], "protected": protected, "evaluations": best.evaluations,
-        "tokens_per_expert": layer["count_E"].tolist(), "score": _short(step.importance(layer, seed).tolist()),
+        "tokens_per_expert": layer["count_E"].tolist(), "score": step.importance(layer, seed).tolist(),
     }  # fmt: skip
     if not layer.search:
         return row
@@ -63,7 +61,7 @@ def expert_drop(
 
 def importance(layer: LayerStats) -> list[float]:
     """The leave-one-out loss of each expert."""
-    return _short(leave_one_out(layer).tolist())
+    return leave_one_out(layer).tolist()
 
 
 def spectra(layer: LayerStats) -> dict[str, Any]:
@@ -75,7 +73,7 @@ def spectra(layer: LayerStats) -> dict[str, Any]:
         share_ER = value_ER / value_ER[:, :1].clamp_min(1e-30)
         at = torch.linspace(0, share_ER.shape[1] - 1, min(POINTS, share_ER.shape[1])).round().long()
         low, middle, high = (share_ER[:, at].quantile(q, 0).tolist() for q in (0.0, 0.5, 1.0))
-        made[name] = {"rank": (at + 1).tolist(), "low": _short(low), "median": _short(middle), "high": _short(high)}
+        made[name] = {"rank": (at + 1).tolist(), "low": low, "median": middle, "high": high}
     return made
 
 
@@ -113,8 +111,3 @@ def _part_of(skeleton: Skeleton, index: int) -> dict[str, str]:
             elif name in routers:
                 found |= dict.fromkeys(keys, PARTS[1])
     return found
-
-
-def _short(values: Sequence[float]) -> list[float]:
-    """Rounded to DIGITS significant digits: a record of 60 layers of 256 experts stays under a megabyte."""
-    return [float(f"{value:.{DIGITS}g}") for value in values]
