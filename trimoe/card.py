@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,21 @@ def is_original(folder: Path, against: str | None) -> bool:
 
 
 def add_evaluation(folder: Path, report: dict[str, Any]) -> None:
-    """Put the numbers of an evaluation against the original into a finished folder's trimoe.json and README.md."""
-    _add(folder, "evaluation", report)
+    """Put the numbers of an evaluation against the original into a finished folder's trimoe.json and README.md. What it did not measure
+    (texts, tasks) stays as an earlier one left it."""
+    of_texts = ("texts", "length", "stride")
+    new = {name: value for name, value in report.items() if report["texts"] or name not in of_texts}
+    _add(folder, "evaluation", lambda old: {**{name: report[name] for name in of_texts}, **old, **new})
 
 
 def add_bench(folder: Path, report: dict[str, Any]) -> None:
     """The same for speed and memory, measured in turns with the original."""
-    _add(folder, "bench", report)
+    _add(folder, "bench", lambda old: report)
 
 
-def _add(folder: Path, name: str, report: dict[str, Any]) -> None:
+def _add(folder: Path, name: str, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     record = json.loads((folder / "trimoe.json").read_text(encoding="utf-8"))
-    record[name] = report
+    record[name] = changed(record.get(name) or {})
     write_text(folder / "trimoe.json", json.dumps(record, indent=1) + "\n")
     write_text(folder / "README.md", text(record))
 

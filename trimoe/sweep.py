@@ -154,7 +154,7 @@ class Entry:
             raise UserError(f"{self.folder} holds a result of the same name and another recipe; give another folder.")
 
     def measured(self) -> bool:
-        return "evaluation" in (self.record() or {})
+        return bool((self.record() or {}).get("evaluation", {}).get("texts"))
 
     def complete(self) -> bool:
         """Whether the weights are there."""

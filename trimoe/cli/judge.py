@@ -36,8 +36,7 @@ def evaluate(
 
     check_writable(json_file)
     reporter = reporter_of(quiet)
-    made_from = card.made_from(Path(folder))
-    if against is None and made_from is not None:
+    if against is None and card.made_from(Path(folder)) is not None:
         try:
             against = origin(Path(folder))
         except UserError as reason:
@@ -49,12 +48,6 @@ def evaluate(
         reporter=reporter,
     )  # fmt: skip
     tables.evaluation(report)
-    if (
-        distributed.speaks()
-        and report["texts"]
-        and made_from is not None
-        and against is not None
-        and (against == made_from or Path(against).resolve() == Path(made_from))
-    ):
+    if distributed.speaks() and card.is_original(Path(folder), against):
         card.add_evaluation(Path(folder), report)
     write_json(json_file, report)
