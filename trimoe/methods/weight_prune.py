@@ -1,6 +1,6 @@
 """Zeros inside expert matrices: MoE-Pruner arXiv 2410.12013, Wanda arXiv 2306.11695, SparseGPT arXiv 2301.00774, magnitude.
 
-Zeros make nothing smaller or faster by themselves: engines multiply them like other numbers (see docs/methods.md for what they are good
+Zeros make nothing smaller or faster by themselves: engines multiply them like other numbers (see docs/methods/weight-prune.md for what they are good
 for). `form: bitmask` leaves them out on disk.
 
 Letters: S routed tokens of one expert, H hidden size, I expert width (or inputs of any matrix), O = 2I (gated) or I.
