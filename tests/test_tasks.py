@@ -152,6 +152,12 @@ def test_streamed_equals_in_memory_equals_the_model_itself(family: str, family_f
     assert rolling[0] == pytest.approx(rolling[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_rolling_task_alone(stream: bool, family_folder: Callable[[str], Path], files: SimpleNamespace) -> None:
+    report = trimoe.evaluate(family_folder("mixtral"), text=[], tasks=["long"], include=[files.yaml], stream=stream, limit=2)
+    assert rows_of(report)["long", "word_perplexity"]["value"] > 1 and all(row["cut"] == 0 for row in report["tasks"])
+
+
 def test_many_walks_give_what_one_gives(
     family_folder: Callable[[str], Path], files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

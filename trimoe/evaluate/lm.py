@@ -55,6 +55,10 @@ class InMemory(Counting, HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=skeleton.context, softmax_dtype="float32")
         self.cut, self.bars = Counter(), bars
 
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        self.asked = []  # windows fit the context; nothing is cut
+        return super().loglikelihood_rolling(requests, disable_tqdm=not self.bars)
+
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[tuple[float, bool]]:
         self.note(requests)
         return super()._loglikelihood_tokens(list(requests), **options | {"disable_tqdm": not self.bars})
@@ -119,8 +123,8 @@ class Streamed(Counting):
         return list(zip(logprob_R.tolist(), greedy_R.tolist(), strict=True))
 
     def _walks(self, rows: list[tuple[int, ...]]) -> list[list[list[tuple[int, ...]]]]:
-        """Rows, shortest first, in batches of one length (not every architecture is blind to padding), and batches in walks whose hidden
-        states and masks (at most two of float32 for each length) can be held."""
+        """Rows, shortest first, in batches of one length (a walk knows no padding), and batches in walks whose hidden states
+        and masks (at most two of float32 for each length) can be held."""
         batches: list[list[tuple[int, ...]]] = []
         for row in rows:
             if not batches or len(batches[-1][0]) != len(row) or (len(batches[-1]) + 1) * len(row) > BATCH_TOKENS:
