@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,14 @@ import families
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import trimoe
 from trimoe import calibration, cli, tables
 from trimoe.calibration import encode, read_text
-from trimoe.evaluate import generation, intervals, windows
+from trimoe.checkpoint import Checkpoint
+from trimoe.evaluate import cache, generation, intervals, windows
 from trimoe.evaluate.cache import Cache
 from trimoe.skeleton import Skeleton
 
@@ -212,6 +215,47 @@ def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "file")
     cache.put({"kind": "texts"}, 1)
     assert cache.get({"kind": "texts"}) is None
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.json, "dump", full)
+    Cache(tmp_path / "kept").put({"kind": "texts"}, 1)
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TRIMOE_CACHE")
+    monkeypatch.setattr(Path, "home", none)
+    assert cache.default_folder() is None
+
+
+def test_results_of_other_libraries_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Cache(tmp_path).put({"kind": "texts"}, 1)
+    assert Cache(tmp_path).get({"kind": "texts"}) == 1
+    monkeypatch.setattr(cache, "versions", lambda: {"torch": "another"})
+    assert Cache(tmp_path).get({"kind": "texts"}) is None
+
+
+def test_a_shard_written_again_is_another_model_wherever_it_differs(tmp_path: Path) -> None:
+    """Between the pieces that fingerprints take, too."""
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    path = tmp_path / "model.safetensors"
+    save_file({"large": torch.zeros(1 << 20)}, path)
+    before = Checkpoint.open(tmp_path)
+    said = before.fingerprint, cache.identity(before)
+    with open(path, "r+b") as file:
+        file.seek(100_000)
+        file.write(b"\x01")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    after = Checkpoint.open(tmp_path)
+    assert after.fingerprint == said[0], "the byte must lie between the pieces"
+    assert cache.identity(after) != said[1]
 
 
 # ---- the field's texts

@@ -1,11 +1,13 @@
 """What was measured before, so that it is not measured again: one small JSON file a result, in `~/.cache/trimoe/eval` or `$TRIMOE_CACHE`.
 
-A result is found by everything that it depends on: fingerprints of the models, what was asked, precision, and this code itself. Writers
-may be many: a file is written aside and renamed, and what cannot be read is measured again.
+A result is found by everything that it depends on: fingerprints of the models with the sizes and times of their files, what was asked,
+precision, this code itself and the libraries under it. Writers may be many: a file is written aside and renamed, and what cannot be read is
+measured again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,11 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from trimoe.checkpoint import Checkpoint
+from trimoe.version import versions
 
 
-def default_folder() -> Path:
+def default_folder() -> Path | None:
+    """None, and so nothing is kept, for users without a home (in containers)."""
     given = os.environ.get("TRIMOE_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "trimoe" / "eval"
+    try:
+        return Path(given) if given else Path.home() / ".cache" / "trimoe" / "eval"
+    except RuntimeError:
+        return None
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -39,8 +46,10 @@ def code() -> str:
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """Of a model and its tokenizer."""
-    return digest([checkpoint.fingerprint.encode(), *(path.read_bytes() for path in checkpoint.side_files())])
+    """Of a model and its tokenizer. The fingerprint reads samples of large shards; one that was written again has another time."""
+    stats = [(checkpoint.folder / file).stat() for file in checkpoint.files()]
+    shards = json.dumps([[stat.st_size, stat.st_mtime_ns] for stat in stats])
+    return digest([checkpoint.fingerprint.encode(), shards.encode(), *(path.read_bytes() for path in checkpoint.side_files())])
 
 
 class Cache:
@@ -52,7 +61,7 @@ class Cache:
     def _path(self, depends: dict[str, Any]) -> tuple[Path, str] | None:
         if self.folder is None:
             return None
-        key = json.dumps({"code": code(), **depends}, sort_keys=True)
+        key = json.dumps({"code": code(), "versions": versions(), **depends}, sort_keys=True)
         return self.folder / f"{depends['kind']}-{digest([key.encode()])}.json", key
 
     def get(self, depends: dict[str, Any]) -> Any | None:
@@ -74,6 +83,7 @@ class Cache:
         if found is None:
             return
         path, key = found
+        part = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(
@@ -82,4 +92,6 @@ class Cache:
                 json.dump({"key": key, "value": value}, part)
             os.replace(part.name, path)
         except OSError:
-            return
+            if part is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(part.name)

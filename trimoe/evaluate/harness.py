@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +59,7 @@ def compare(
     """`tasks`: one row a task and metric, then those of its groups; `task_settings`: how they were run."""
     import lm_eval
 
-    with quiet(bars=reporter.mode == "auto"):
-        random.seed(0)
-        np.random.seed(FEWSHOT_SEED)
+    with quiet(bars=reporter.mode == "auto"), _seeded():
         results, ran = {}, {}
         for name, skeleton in models.items():
             results[name], ran[name] = _measured(found, skeleton, how, cache, reporter)
@@ -70,6 +69,19 @@ def compare(
         "ran": ran,
     }  # fmt: skip
     return {"tasks": [row for item in found.top for row in table.rows(item, None)], "task_settings": settings}
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The generators that tasks draw from start alike every time, and are the caller's again afterwards."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(FEWSHOT_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 # ---- one model
