@@ -182,12 +182,12 @@ def _sources(
         found.setdefault(name, []).append(key)
         parts.setdefault(name, {}).setdefault(pattern or "", []).append(key)
     other = {word for pattern in model._get_dtype_plan(dtype) for word in pattern.split("*") if word}  # kept in another dtype
-    stacked = {}
+    stacked, parameters = {}, dict(model.named_parameters())  # factored experts have guards, buffers under stacked names
     for name, by_pattern in parts.items():
         made = next((one for one in converters if _stacks(one) and set(one.source_patterns) == by_pattern.keys()), None)
-        if made is not None and name in state and not any(word in name for word in other):
+        if made is not None and name in parameters and not any(word in name for word in other):
             ordered = [sorted(by_pattern[pattern], key=_numbers) for pattern in made.source_patterns]
-            if _fits([[tuple(tensors[key].shape) for key in part] for part in ordered], tuple(state[name].shape)):
+            if _fits([[tuple(tensors[key].shape) for key in part] for part in ordered], tuple(parameters[name].shape)):
                 stacked[name] = ordered
     return found, stacked
 
