@@ -17,6 +17,7 @@ from trimoe import standings
 from trimoe.alternatives import variants
 from trimoe.errors import UserError
 from trimoe.standings import Row, frontier
+from trimoe.stats import Stats
 
 Families = Callable[[str], Path]
 DROP: dict[str, Any] = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "score": ["gate", "reap"], "counts": "uniform"}}]}
@@ -155,17 +156,38 @@ def test_the_frontier_is_drawn(swept: Path) -> None:
     assert all(name in page for name in names(DROP)) and (swept / "figures" / "frontier.svg").read_text().startswith("<svg")
 
 
-def test_a_variant_is_what_compress_makes(swept: Path, family_folder: Families, tmp_path: Path) -> None:
-    recipe = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "counts": "uniform", "search": "greedy"}}, {"low_rank": {"ratio": 0.3}}]}
-    text = Path(yaml.safe_load((swept / "ratio-0.25_score-gate.yaml").read_text())["calibration"]["data"][0])
-    run(family_folder("mixtral"), tmp_path / "out", text, recipe, keep="all")
-    trimoe.compress(family_folder("mixtral"), str(tmp_path / "out" / "ratio-0.25.yaml"), tmp_path / "alone")
+FEW: dict[str, Any] = {"calibration": {"search_tokens": 128, "search_memory": 0.00008}}  # GiB: fewer tokens fit the further one reaches
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "passes"),
+    [
+        ({"steps": [{"expert_drop": {"count": [1, 6], "counts": "uniform", "search": "greedy"}}, {"low_rank": {"ratio": 0.3}}], **FEW}, "count-1", 0),
+        ({"steps": [{"expert_drop": {"ratio": 0.25, "score": ["gate", "leave_one_out"], "counts": "uniform"}}]}, "score-gate", 1),
+        ({"steps": [{"expert_drop": {"ratio": 0.25, "search": ["greedy", "none"]}}], **FEW}, "search-greedy", 1),
+    ],
+    ids=["reach", "search", "shared"],
+)
+def test_a_variant_is_what_compress_makes(
+    recipe: dict[str, Any], name: str, passes: int, family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte, the record too; where the memory for search tokens binds as well."""
+    with monkeypatch.context() as patch:
+        calls = Calls(patch)
+        run(family_folder("mixtral"), tmp_path / "out", text_file, recipe, keep="all")
+    assert calls.seen.count("statistics") == passes
+    trimoe.compress(family_folder("mixtral"), str(tmp_path / "out" / f"{name}.yaml"), tmp_path / "alone")
+    made = tmp_path / "out" / name
     for path in (tmp_path / "alone").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "out" / "ratio-0.25" / path.name).read_bytes()
+        assert path.read_bytes() == (made / path.name).read_bytes()
+    swept, alone = (json.loads((folder / "trimoe.json").read_text()) for folder in (made, tmp_path / "alone"))
+    for record in (swept, alone):
+        record.pop("command"), record.pop("evaluation", None)
+    assert swept == alone
 
 
 def test_one_statistics_pass_for_all(
-    swept: Path, family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Calls(monkeypatch)
     recipe = {
@@ -173,8 +195,8 @@ def test_one_statistics_pass_for_all(
     }
     found = run(family_folder("mixtral"), tmp_path / "out", text_file, recipe)
     assert calls.seen == ["statistics", "evaluate", "evaluate", "evaluate"] and [row.method for row in found.rows][2] == "quantize"
-    files = list((tmp_path / "out").glob("statistics-*.safetensors"))
-    assert len(files) == 1
+    searching = [bool(Stats.load(file).layers[0].search) for file in (tmp_path / "out").glob("statistics-*.safetensors")]
+    assert sorted(searching) == [False, True]
 
 
 def test_a_sweep_goes_on_and_grows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,11 @@ class Stats:
                 self.layers[index].merge(layer)
             else:
                 self.layers[index] = layer
+
+    def without_search(self) -> Stats:
+        """The same sums, and no search tokens."""
+        layers = {index: replace(layer, search={}) for index, layer in self.layers.items()}
+        return replace(self, layers=layers)
 
     def save(self, path: Path) -> None:
         tensors: dict[str, torch.Tensor] = {}

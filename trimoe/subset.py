@@ -42,7 +42,12 @@ def search_budget(sites: Sequence[Site], reach: int, tokens: int, memory: float)
 
 def gram_bytes(sites: Sequence[Site], reach: int) -> int:
     """Bytes that one search token takes in all MoE layers together."""
-    return sum(4 * (min(reach, site.num_experts) if site.rule.ordered else site.num_experts) ** 2 for site in sites)
+    return sum(4 * gram_side(site, reach) ** 2 for site in sites)
+
+
+def gram_side(site: Site, reach: int) -> int:
+    """Among how many experts one layer's Gram is, where `reach` are wanted."""
+    return min(reach, site.num_experts) if site.rule.ordered else site.num_experts
 
 
 class SubsetLoss:

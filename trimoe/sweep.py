@@ -22,6 +22,7 @@ from trimoe import card, disk, distributed
 from trimoe.alternatives import Variant, variants
 from trimoe.calibration import Calibration, read_text
 from trimoe.compress import Job, calibration_for, job_of, possible, record_of, with_calibration
+from trimoe.decide import Run
 from trimoe.errors import UserError
 from trimoe.evaluate import evaluate
 from trimoe.gather import statistics
@@ -32,12 +33,15 @@ from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import Recipe
 from trimoe.skeleton import Skeleton
 from trimoe.standings import Row, frontier, plot, write_tables
+from trimoe.stats import Stats
 from trimoe.stream import compute_dtype
+from trimoe.subset import gram_side, search_budget
 from trimoe.version import VERSION
 from trimoe.write import write_text
 
 KEEPS = ("none", "frontier", "all")
 RECORD = "trimoe.json"
+NO_SEARCH = "sums alone"
 
 
 @dataclass(frozen=True)
@@ -247,30 +251,69 @@ class _Race:
         write_tables(self.out, self._rows(), [entry.variant.name for entry in self.entries if not entry.measured()], self.command)
 
     def _statistics(self, wanted: set[str]) -> dict[str, Path]:
-        """One pass over the calibration text for all first steps that start from the same: a file by the variant's name."""
-        groups: dict[str, list[Entry]] = {}
+        """A file by the variant's name: one pass over the calibration text for all first steps that start from the same text and search on
+        the same tokens, to the same reach. Those that search on none take the sums of any such pass."""
+        groups: dict[str, dict[str, list[Entry]]] = {}
         for entry in self.entries:
-            step, run = entry.job.run.recipe.steps[0], entry.job.run
-            if isinstance(step, ExpertDrop | LayerDrop | BlockDrop) or step.needs == {"search"}:
-                shared = [run.about, run.spec.search_tokens, run.spec.search_memory]
-                groups.setdefault(json.dumps(shared), []).append(entry)
+            search = _searched(entry.job.run)
+            if search is not None:
+                groups.setdefault(json.dumps(entry.job.run.about), {}).setdefault(search, []).append(entry)
         files: dict[str, Path] = {}
-        for key, group in groups.items():
-            names, run = {entry.variant.name for entry in group}, group[0].job.run
-            reach = max(entry.job.run.recipe.steps[0].reach(dict(run.skeleton.sites)) for entry in group)
-            path = self.out / f"statistics-{hashlib.sha256(f'{key} {reach}'.encode()).hexdigest()[:8]}.safetensors"
-            if not path.exists() and (len(group) == 1 or not names & wanted):
-                continue
-            if not path.exists():
-                self.reporter.say(f"One statistics pass for {len(group)} variants.")
-                statistics(
-                    run.skeleton, run.batches, reach=reach, search_tokens=run.spec.search_tokens, search_memory=run.spec.search_memory,
-                    seed=run.seed, device=run.device, about=run.about, reporter=self.reporter,
-                ).save(path)  # fmt: skip
-            files |= dict.fromkeys(names, path)
+        for about, kinds in groups.items():
+            bare = kinds.pop(NO_SEARCH, [])
+            for search, own in kinds.items():
+                path = self._pass(about + search, own, bare, wanted)
+                if path is None:
+                    continue
+                files |= {entry.variant.name: path for entry in own}
+                if bare:
+                    files |= {entry.variant.name: self._bare(about, path) for entry in bare}
+                    bare = []
+            path = self._pass(about + NO_SEARCH, bare, [], wanted) if bare else None
+            files |= {} if path is None else {entry.variant.name: path for entry in bare}
         if files and (alone := len(wanted - set(files))):
-            self.reporter.say(f"{alone} variants do without: their first step needs no statistics, or singular values, or other text.")
+            self.reporter.say(f"{alone} variants do without: their first step needs no statistics, or other ones, or other text.")
         return files
+
+    def _pass(self, key: str, own: Sequence[Entry], bare: Sequence[Entry], wanted: set[str]) -> Path | None:
+        """The file of the pass that `own` need and that serves `bare` too; None where it would serve one variant, which gathers it itself."""
+        path, run = self._file(key), own[0].job.run
+        served = [*own, *bare]
+        if not path.exists():
+            if len(served) == 1 or not {entry.variant.name for entry in served} & wanted:
+                return None
+            self.reporter.say(f"One statistics pass for {len(served)} variants.")
+            statistics(
+                run.skeleton, run.batches, reach=run.recipe.steps[0].reach(dict(run.skeleton.sites)), search_tokens=run.spec.search_tokens,
+                search_memory=run.spec.search_memory, seed=run.seed, device=run.device, about=run.about, reporter=self.reporter,
+            ).save(path)  # fmt: skip
+        return path
+
+    def _bare(self, about: str, path: Path) -> Path:
+        """The pass at `path` as a step that does not search would have gathered it."""
+        bare = self._file(about + NO_SEARCH)
+        if not bare.exists():
+            Stats.load(path).without_search().save(bare)
+        return bare
+
+    def _file(self, key: str) -> Path:
+        return self.out / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
+
+
+def _searched(run: Run) -> str | None:
+    """What of the search tokens the first step is given: among how many experts in each layer, and how many tokens. None where it cannot
+    start from shared statistics."""
+    step, sites = run.recipe.steps[0], dict(run.skeleton.sites)
+    if not isinstance(step, ExpertDrop | LayerDrop | BlockDrop) and step.needs != {"search"}:
+        return None
+    reach = step.reach(sites)
+    if not reach:
+        return NO_SEARCH
+    try:
+        tokens = search_budget(list(sites.values()), reach, run.spec.search_tokens, run.spec.search_memory)
+    except UserError:
+        return None  # it says so itself, when its turn comes
+    return json.dumps([[gram_side(site, reach) for site in sites.values()], tokens])
 
 
 def _all(found: Sequence[Variant], work: Callable[[Variant], Any]) -> dict[str, Any]:
