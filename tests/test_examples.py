@@ -40,7 +40,9 @@ def test_examples_run(path: Path, tmp_path: Path) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out").exists()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) in (["hub", "out"], ["out"], ["out", "out.log"]), "an example writes where it was told to"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) in (["hub", "out"], ["out"], ["out", "out.log"]), (
+        "an example writes where it was told to"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import trimoe
 from trimoe import recipe as recipes
@@ -162,14 +161,24 @@ FEW: dict[str, Any] = {"calibration": {"search_tokens": 128, "search_memory": 0.
 @pytest.mark.parametrize(
     ("recipe", "name", "passes"),
     [
-        ({"steps": [{"expert_drop": {"count": [1, 6], "counts": "uniform", "search": "greedy"}}, {"low_rank": {"ratio": 0.3}}], **FEW}, "count-1", 0),
+        (
+            {"steps": [{"expert_drop": {"count": [1, 6], "counts": "uniform", "search": "greedy"}}, {"low_rank": {"ratio": 0.3}}], **FEW},
+            "count-1",
+            0,
+        ),
         ({"steps": [{"expert_drop": {"ratio": 0.25, "score": ["gate", "leave_one_out"], "counts": "uniform"}}]}, "score-gate", 1),
         ({"steps": [{"expert_drop": {"ratio": 0.25, "search": ["greedy", "none"]}}], **FEW}, "search-greedy", 1),
     ],
     ids=["reach", "search", "shared"],
 )
 def test_a_variant_is_what_compress_makes(
-    recipe: dict[str, Any], name: str, passes: int, family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: dict[str, Any],
+    name: str,
+    passes: int,
+    family_folder: Families,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Byte for byte, the record too; where the memory for search tokens binds as well."""
     with monkeypatch.context() as patch:
@@ -186,9 +195,7 @@ def test_a_variant_is_what_compress_makes(
     assert swept == alone
 
 
-def test_one_statistics_pass_for_all(
-    family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_statistics_pass_for_all(family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
     recipe = {
         "steps": [[{"expert_drop": {"ratio": 0.25, "counts": "uniform"}}, {"layer_drop": {"count": 1}}, {"quantize": {"method": "round"}}]]
@@ -268,10 +275,7 @@ def test_disk_is_checked_for_what_is_kept(
 ) -> None:
     import shutil
 
-    sizes = [
-        trimoe.plan(family_folder("mixtral"), {"steps": [{"expert_drop": {"ratio": ratio, "counts": "uniform"}}]}).disk
-        for ratio in (0.25, 0.5)
-    ]
+    sizes = [trimoe.plan(family_folder("mixtral"), variant.recipe()).disk for variant in variants([DROP])]
     usage = type(shutil.disk_usage(tmp_path))(1 << 40, 0, max(sizes) + 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="of disk"):

@@ -79,6 +79,15 @@ def read_text(source: str, split: str = "calib") -> list[Text]:
     return [_from_hub(path, label)]
 
 
+def check_here(source: str) -> None:
+    """Raises UserError for a text that lies on this machine, or should, and cannot be read; the hub is not asked."""
+    label, _, path = source.rpartition("=")
+    if source not in HUB_TEXTS and (
+        Path(source).exists() or Path(path).exists() or Path(path).suffix in (".txt", ".jsonl", ".json") or "/" not in path
+    ):
+        read_text(source)
+
+
 def _known_text(name: str, split: str) -> Text:
     pattern, column, between = HUB_TEXTS[name]
     instead = f"give its {split} part as a file instead: {name}=FILE.txt"
@@ -90,8 +99,7 @@ def _known_text(name: str, split: str) -> Text:
         rows = datasets.load_dataset("parquet", data_files={split: pattern.format(split)}, split=split)
         return Text(name, (between.join(rows[column]),))
     except Exception as error:  # datasets raises anything from OSError to its own types
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"The text {name!r} could not be read from the Hugging Face hub ({reason}); {instead}.") from None
+        raise UserError(f"The text {name!r} could not be read from the Hugging Face hub ({first_line(error)[:120]}); {instead}.") from None
 
 
 def _plain(file: Path) -> list[str]:

@@ -12,12 +12,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from trimoe.checkpoint import CARD
+from trimoe.errors import UserError
 from trimoe.tables import traffic_cells
 from trimoe.write import write_text
 
 NATIVE = """Stock code does not know the form of this checkpoint. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
 `trimoe.load(folder)`); without trimoe by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs
 `modeling_trimoe.py` of this folder. Otherwise transformers refuses it with a size mismatch."""
+FRONT_MATTER = 1 << 16  # characters of a source's README.md in which its metadata must lie
 GONE = {"moe": "sub-layer dropped", "block": "layer dropped"}
 PACKED = """ Its experts are packed integers (compressed-tensors): with compressed-tensors installed transformers unpacks
 them as it loads; `trimoe.load(folder)` runs them packed."""
@@ -79,7 +81,12 @@ def recovered(entry: dict[str, Any]) -> str:
 def made_from(folder: Path) -> str | None:
     """The model that a finished trimoe folder was made from, as it is recorded; None for other folders."""
     path = folder / "trimoe.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["model"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} does not read as trimoe writes it.") from None
 
 
 def is_original(folder: Path, against: str | None) -> bool:
@@ -116,14 +123,16 @@ def refresh(folder: Path) -> None:
 def inherited(folder: Path) -> dict[str, Any]:
     """What a compressed model takes over of its source's card: licence and languages, as the front matter of its README.md says them."""
     path = folder / CARD
-    found = (
-        re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL) if path.is_file() else None
-    )
-    if found is None:
+    if not path.is_file():
+        return {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        first, *lines = file.read(FRONT_MATTER).splitlines() or [""]
+    ends = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
+    if first.rstrip() != "---" or not ends:
         return {}
     try:
-        given = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+        given = yaml.safe_load("\n".join(lines[: ends[0]]))
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, a thousand brackets
         return {}
     return {name: value for name in INHERITED if _plain(value := given.get(name))} if isinstance(given, dict) else {}
 

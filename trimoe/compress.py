@@ -201,6 +201,8 @@ def gather_statistics(
             usable_device(processes.place(device))
             if processes.main and Path(out).exists():
                 raise UserError(f"The statistics file {out} exists already; give another name.")
+            if processes.main:
+                disk.probe(Path(out), "--out")
             return skeleton, spec, calibration_for(skeleton, spec, seed, reporter)
 
         skeleton, spec, text = processes.after_main(on_paper)

@@ -86,6 +86,16 @@ def check(out: Path, wanted: int, spill: int = 0) -> None:
             raise UserError(f"{what} {human(need)} of disk at {place}, which has {human(free)} free{hint}.")
 
 
+def probe(path: Path, option: str) -> None:
+    """Raises UserError where no file can be made in the folder of `path`: found out before hours of work, not after."""
+    existing = next(parent for parent in path.resolve().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written: {error.strerror}.") from None
+
+
 def human(count: float) -> str:
     """1234567890 -> '1.15 GiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trimoe.advice import advice
@@ -144,6 +144,9 @@ def describe(
     original = Layout(skeleton, unchanged(skeleton.sites))
     then, now = of_layers(skeleton, original), of_layers(skeleton, layout)
     before, after = sizes(skeleton, original, then), sizes(skeleton, layout, now, slack, least_bytes)
+    shown = (
+        now if kept_known else of_layers(skeleton, Layout(skeleton, _all_left(layout.decisions)))
+    )  # which layers go is open: as each is if it stays
     rows = []
     for index in range(len(skeleton.layers)):
         site, decision = skeleton.sites.get(index), layout.decisions.get(index)
@@ -151,7 +154,7 @@ def describe(
             continue  # dense layers that stay are summed up
         rows.append(
             {"layer": index, "experts": 0 if site is None else site.num_experts, **_form(site, decision, kept_known, slack),
-             "before": then[index].to_json(), "after": now[index].to_json()}
+             "before": then[index].to_json(), "after": shown[index].to_json()}
         )  # fmt: skip
     moe = {row["layer"] for row in rows}
     rest = {
@@ -170,6 +173,11 @@ def describe(
         dense_layers={"count": len(skeleton.layers) - len(moe), **rest}, context=context_of(skeleton), disk_split=disk,
         spill=spilled(skeleton, recipe, tokens), parallel=as_json(found),
     )  # fmt: skip
+
+
+def _all_left(decisions: Decisions) -> Decisions:
+    """The same, with no layer dropped."""
+    return {index: replace(decision, gone=None) for index, decision in decisions.items()}
 
 
 def _form(site: Site | None, decision: LayerDecision | None, kept_known: bool, slack: int | None) -> dict[str, Any]:

@@ -89,11 +89,12 @@ def _totals(plan: dict[str, Any]) -> Table:
     made.add_row("safetensors, bytes", f"{before['file_bytes']:,}", size, f"{after['file_bytes'] / before['file_bytes']:.1%}")
     sign = "" if exact or known else "at most "
     for label, key in (("parameters", "parameters"), ("  active per token", "active"), ("  in routed experts", "experts")):
-        made.add_row(label, f"{before[key]:,}", f"{sign}{after[key]:,}", _share(before[key], after[key]))
+        how = "about " if sign and key == "active" else sign  # a stand-in's: which experts a token meets is open
+        made.add_row(label, f"{before[key]:,}", f"{how}{after[key]:,}", _share(before[key], after[key]))
     made.add_row(
         f"FLOPs per token at {plan['context']:,}",
         short(before["flops"]),
-        sign + short(after["flops"]),
+        ("about " if sign else "") + short(after["flops"]),
         _share(before["flops"], after["flops"]),
     )
     if before["cache_bytes"] is None:
@@ -129,6 +130,9 @@ def _layers(plan: dict[str, Any]) -> Table:
     for same, run in groupby(plan["layers"], cells):
         numbers = [row["layer"] for row in run]
         made.add_row(_numbers(numbers), *same)
+    open_ = any(row["kept"] is None for row in plan["layers"])
+    if open_ and any(name in ("layer_drop", "block_drop") for step in plan["recipe"]["steps"] for name in step):
+        made.caption = "each layer as it is if it stays: which ones go is decided on the calibration text"
     rest = plan["dense_layers"]
     if rest["count"]:
         made.add_row(

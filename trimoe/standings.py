@@ -77,7 +77,8 @@ def frontier(rows: Sequence[Row]) -> set[str]:
     """Names of the rows that no other beats: none is as small and as near to the original, and better in one of the two."""
 
     def beaten(row: Row) -> bool:
-        return any(other.bytes <= row.bytes and other.kl <= row.kl and (other.bytes, other.kl) != (row.bytes, row.kl) for other in rows)
+        by = (other for other in rows if other.bytes <= row.bytes and other.kl <= row.kl)
+        return not math.isfinite(row.kl) or any((other.bytes, other.kl) != (row.bytes, row.kl) for other in by)
 
     return {row.name for row in rows if not beaten(row)}
 
@@ -106,8 +107,9 @@ def write_tables(out: Path, rows: Sequence[Row], pending: Sequence[str], command
 
 def table(rows: Sequence[Row]) -> None:
     """The rows on standard output, the smallest first; a star is on the frontier."""
-    from rich.console import Console
     from rich.table import Table
+
+    from trimoe.plan_table import show
 
     best = frontier(rows)
     shown = Table(
@@ -125,7 +127,7 @@ def table(rows: Sequence[Row]) -> None:
         )  # fmt: skip
     if rows:
         shown.add_row("", "original", "100.0%", "100.0%", "0", "100.0%", f"{rows[0].perplexity_before:.2f}")
-    Console().print(shown)
+    show(shown)
 
 
 def plot(out: Path, rows: Sequence[Row], reporter: Reporter) -> None:
@@ -139,7 +141,7 @@ def plot(out: Path, rows: Sequence[Row], reporter: Reporter) -> None:
         return
     points = [
         {"name": row.name, "method": row.method, "bytes": row.bytes, "share": row.share, "kl": row.kl, "kl_low": row.kl_low, "kl_high": row.kl_high}
-        for row in rows
+        for row in rows if math.isfinite(row.kl)
     ]  # fmt: skip
     best = frontier(rows)
     cells = [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
+from rich import box
 from rich.table import Table
+
+from trimoe.plan_table import show
 
 
 def evaluation(report: dict[str, Any]) -> None:
@@ -32,13 +34,14 @@ def _texts(report: dict[str, Any], versus: bool) -> None:
         title=_title(report, versus),
         caption=f"windows of {report['length']} tokens, stride {report['stride']}"
         + (f"; 95 % intervals: paired bootstrap over {' or '.join(drawn)}" if drawn else ""),
-    )
-    table.add_column("text")
+        box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1),
+    )  # fmt: skip
+    table.add_column("text", overflow="fold")
     columns = [("against_perplexity", "perplexity before", ".3f"), ("perplexity", "perplexity", ".3f"), ("kl", "KL, nats/token", ".4f"),
                ("agreement", "top-1 agreement", ".1%")]  # fmt: skip
     shown = columns if versus else columns[1:2]
     for name in ("tokens", *(label for _, label, _ in shown)):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in report["texts"]:
         values = row | ({"against_perplexity": row["against"]["perplexity"]} if versus else {})
         cells = [row["name"], f"{row['tokens']:,}"]
@@ -46,12 +49,11 @@ def _texts(report: dict[str, Any], versus: bool) -> None:
             ends = (row["intervals"] or {}).get(key)
             cells.append(f"{values[key]:{form}}" + (f"\n{_range(ends, form)}" if ends else ""))
         table.add_row(*cells)
-    Console().print(table)
+    show(table)
 
 
 def _range(ends: list[float], form: str) -> str:
-    """Short: the value above it has the digits."""
-    return f"{100 * ends[0]:.1f}-{ends[1]:{form}}" if form.endswith("%") else f"{ends[0]:.3g}-{ends[1]:.3g}"
+    return f"{100 * ends[0]:.1f}-{ends[1]:{form}}" if form.endswith("%") else f"{ends[0]:{form}}-{ends[1]:{form}}"
 
 
 def _tasks(report: dict[str, Any], versus: bool) -> None:
@@ -70,11 +72,11 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
             f"requests longer than the context of {settings['context']} tokens lost their beginning: "
             + ", ".join(f"{name} {count:,}" for name, count in cut.items())
         )
-    table = Table(title=_title(report, versus), caption="; ".join(notes))
+    table = Table(title=_title(report, versus), caption="; ".join(notes), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("task", overflow="fold")
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold")
     for name in ("n", *(["before", "after", "difference"] if versus else ["value"])):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for row in shown:
         if row["kind"] == "average":
             table.add_section()
@@ -86,7 +88,7 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
         else:
             cells.append(_with_error(row["value"], row["stderr"]))
         table.add_row(*cells)
-    Console().print(table)
+    show(table)
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
@@ -107,7 +109,7 @@ def _generation(found: dict[str, Any], versus: bool) -> None:
             seen = found[key][how]
             share = f"{seen['distinct']:.1%}" if seen["distinct"] is not None else "-"
             table.add_row(f"{label} {how}".strip(), f"{seen['loops']:.0%}", f"{seen['empty']:.0%}", share)
-    Console().print(table)
+    show(table)
 
 
 def _traffic(ways: dict[str, Any], versus: bool) -> None:
@@ -128,7 +130,7 @@ def _traffic(ways: dict[str, Any], versus: bool) -> None:
         found = [seen[model] for model, _ in columns]
         if any(found):
             table.add_row(number, *traffic_cells(found))
-    Console().print(table)
+    show(table)
 
 
 def traffic_cells(found: list[dict[str, Any] | None]) -> list[str]:
@@ -173,7 +175,7 @@ def bench(report: dict[str, Any]) -> None:
     ):
         share = [f"{ratio[name]:.2f}" if name in ratio else ""] if ratio else []
         table.add_row(label, *(human(model[name]) for model in models), *share)
-    Console().print(table)
+    show(table)
 
 
 def _short(value: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from trimoe.errors import UserError
 from trimoe.machine import Rates, rates
 from trimoe.recipe import Recipe
@@ -24,6 +26,10 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
         try:
             speed = rates(str(usable_device(device)), skeleton.dtype)
         except UserError:
+            try:
+                torch.device(device)  # one that is not in this machine, or a word that is none
+            except RuntimeError:
+                raise UserError(f"The device {device!r} is not known; cpu, cuda, cuda:1 ... are.") from None
             note = UNKNOWN.format(device=device)
     rows: list[dict[str, Any]] = []
     for stage in Work(skeleton, recipe, cpu=device == "cpu").stages():

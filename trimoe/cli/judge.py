@@ -47,7 +47,7 @@ def evaluate(
         stream=stream, generate=generate, device=device, dtype=compute_dtype(dtype), cache=default_folder() if cached else None,
         reporter=reporter,
     )  # fmt: skip
-    tables.evaluation(report)
     if distributed.speaks() and card.is_original(Path(folder), against):
         card.add_evaluation(Path(folder), report)
     write_json(json_file, report)
+    tables.evaluation(report)

@@ -49,12 +49,15 @@ def plan(
 
     import trimoe
     from trimoe import plan_table
+    from trimoe.calibration import check_here
     from trimoe.known import known
     from trimoe.recipe import load, with_calibration
     from trimoe.skeleton import Skeleton
     from trimoe.stream import compute_dtype
     from trimoe.timing import estimate
 
+    for source in calibration:
+        check_here(source)
     parsed = with_calibration(load(recipe, changes), calibration, samples, length)
     skeleton = Skeleton.of(model, compute_dtype(dtype), weights=False)
     made, traffic = trimoe.plan(skeleton, parsed), None

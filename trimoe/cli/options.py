@@ -38,10 +38,16 @@ def command_line() -> str:
 
 def check_writable(path: Path | None) -> None:
     """Find out before hours of work, not after."""
+    from trimoe import disk
     from trimoe.errors import UserError
 
-    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.resolve().parent.is_dir():
         raise UserError(f"--json {path} cannot be written: give a file in a folder that exists.")
+    if path.exists() and (path.resolve().parent / "config.json").is_file():
+        raise UserError(f"--json {path} is a file of a model's folder; give another name.")
+    disk.probe(path, "--json")
 
 
 def write_json(path: Path | None, value: dict[str, Any]) -> None:

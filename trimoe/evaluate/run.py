@@ -105,8 +105,12 @@ def origin(folder: Path) -> str | None:
     path = folder / "trimoe.json"
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    source = Checkpoint.open(record["model"])
-    if source.fingerprint != record["inputs"]["model"]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        name, fingerprint = str(record["model"]), record["inputs"]["model"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} does not read as trimoe writes it.") from None
+    source = Checkpoint.open(name)
+    if source.fingerprint != fingerprint:
         raise UserError(f"{source.name} has changed since {folder} was made from it.")
     return source.name

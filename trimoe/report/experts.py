@@ -98,22 +98,22 @@ def _counts(folder: Finished) -> Figure | None:
 def _minded(folder: Finished) -> list[Figure]:
     """Per layer: the mean leave-one-out loss, and the measured sensitivity of the model's end."""
     figures = []
-    for step in folder.steps:
-        mean = {}
+    for number, step in enumerate(folder.steps):
+        mean, which = {}, f"-{number + 1}" if number else ""
         for index, row in layer_rows(step).items():
             values = row.get("leave_one_out") or (row.get("score") if step.fields.get("score") == "leave_one_out" else None)
             if values:
                 mean[index] = sum(values) / len(values)
         if mean:
             figures.append(
-                by_layer("layer-importance", "Importance of each layer", mean, "mean leave-one-out loss",
+                by_layer(f"layer-importance{which}", "Importance of each layer", mean, "mean leave-one-out loss",
                           "The mean over a layer's experts of the relative error of its output when that one expert is missing.")
             )  # fmt: skip
         sensitive = {int(index): value for index, value in (step.metrics.get("sensitivity") or {}).items()}
         if sensitive:
             what = "its experts pruned" if step.name == "expert_drop" else "its experts' outputs shrunk"
             figures.append(
-                by_layer(f"sensitivity-{step.name.replace('_', '-')}", f"How much the model minds each layer, as {step.name} measured it",
+                by_layer(f"sensitivity-{step.name.replace('_', '-')}{which}", f"How much the model minds each layer, as {step.name} measured it",
                           sensitive, "KL per squared relative error",
                           f"What the next-token distributions of the whole model lose (KL) with one layer changed ({what}), over its squared error.")
             )  # fmt: skip

@@ -35,7 +35,8 @@ POLICY = "default-src 'none'; script-src {}; style-src 'unsafe-inline'; img-src 
 def charts_page(title: str, sections: Sequence[Section], *, subtitle: str = "", footer: str = "") -> str:
     """The page as HTML: headings, tiles, charts with tables as their text alternative, light and dark."""
     names = [section.name for section in sections] + [figure.name for figure in figures(sections)]
-    assert len(set(names)) == len(names), "names are anchors"
+    if len(set(names)) != len(names):  # they are anchors
+        raise ValueError(f"two figures are called {next(name for name in names if names.count(name) > 1)}")
     drawn = {figure.name: _spec(figure, width="container") for figure in figures(sections)}
     specs = json.dumps(
         {"specs": drawn, "themes": {"light": theme.LIGHT, "dark": theme.DARK}, "entry": theme.ENTRY}, separators=(",", ":"), allow_nan=False

@@ -10,11 +10,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 from trimoe.journal import FOLDER
 from trimoe.report.read import Finished
 
-LEFT_OUT = [f"{FOLDER}/*", "*.part", ".cache/*"]  # what runs leave, and what is only half there
+CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP client that huggingface_hub uses: no network, no name, no answer
+LEFT_OUT = [f"{FOLDER}/*", "*.part", "*.log", ".cache/*"]  # what runs leave, and what is only half there
 
 
 def push(folder: str | Path, repo: str, *, private: bool = True, message: str | None = None, revision: str | None = None) -> str:
@@ -42,6 +43,8 @@ def push(folder: str | Path, repo: str, *, private: bool = True, message: str | 
         )  # fmt: skip
     except HfHubHTTPError as error:
         raise UserError(f"The hub refused {repo}: {str(error).splitlines()[0].rstrip('.')}. Log in with: hf auth login") from error
+    except CLIENT_ERROR as error:
+        raise UserError(f"The hub cannot be reached: {first_line(error)}.") from error
     return str(getattr(done, "repo_url", None) or f"https://huggingface.co/{repo}")
 
 
