@@ -81,10 +81,9 @@ def read_text(source: str, split: str = "calib") -> list[Text]:
 
 def check_here(source: str) -> None:
     """Raises UserError for a text that lies on this machine, or should, and cannot be read; the hub is not asked."""
-    label, _, path = source.rpartition("=")
-    if source not in HUB_TEXTS and (
-        Path(source).exists() or Path(path).exists() or Path(path).suffix in (".txt", ".jsonl", ".json") or "/" not in path
-    ):
+    path = Path(source.rpartition("=")[2])
+    here = Path(source).exists() or path.exists() or path.suffix in (".txt", ".jsonl", ".json") or len(path.parts) != 2
+    if here and source not in HUB_TEXTS:
         read_text(source)
 
 
