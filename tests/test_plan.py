@@ -219,3 +219,20 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"Hidden states that do not fit in memory need .* set TMPDIR"):
         disk.check(tmp_path / "new", 1, 1 << 40)
     assert spill.BUDGET > 0
+
+
+def test_layers_that_nobody_chose_yet_are_shown_as_they_are_if_kept(family_folder: Family) -> None:
+    for step in ({"layer_drop": {"count": 1}}, {"block_drop": {"count": 1}}):
+        made = trimoe.plan(family_folder("mixtral"), {"steps": [step]})
+        assert {row["kept"] for row in made.layers} == {None} and {row["gone"] for row in made.layers} == {None}
+        assert len({row["after"]["bytes"] for row in made.layers}) == 1 and made.layers[0]["after"]["bytes"] > 0
+        assert made.after.parameters < made.before.parameters
+        assert "which ones go is decided on the calibration" in " ".join(str(made).split())
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["-c", "nofile.txt"], "There is no text file 'nofile.txt'"), (["-c", "builtin:nope"], "There is no built-in text"),
+    (["--device", "gpu"], "The device 'gpu' is not known"),
+])  # fmt: skip
+def test_plan_finds_what_can_be_found_without_weights(more: list[str], message: str, family_folder: Family, line: Line) -> None:
+    line.refused(message, "plan", family_folder("mixtral"), "-r", "expert-drop", *more)

@@ -12,6 +12,7 @@ import pytest
 from test_bad_input import Line
 
 import trimoe
+from trimoe import UserError
 from trimoe.report import push as module
 
 Family = Callable[[str], Path]
@@ -116,3 +117,14 @@ def test_what_the_hub_says_is_one_sentence(
 
     hub.fails = HfHubHTTPError("401 Client Error: Unauthorized\nmore", response=SimpleNamespace(headers={}, request=None, status_code=401))  # type: ignore[arg-type]
     Line(monkeypatch, capsys).refused("The hub refused me/small: 401 Client Error: Unauthorized", "push", folder, "me/small")
+
+
+def test_no_network_is_one_sentence(folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hub, "fails", module.CLIENT_ERROR("[Errno -3] name resolution\nmore"))
+    with pytest.raises(UserError, match=r"The hub cannot be reached: \[Errno -3\] name resolution\.$"):
+        module.push(folder, "me/small")
+
+
+def test_logs_stay_here(folder: Path, hub: type[Hub]) -> None:
+    module.push(folder, "me/small")
+    assert "*.log" in dict(hub.asked)["upload_folder"]["ignore_patterns"]
