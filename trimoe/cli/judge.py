@@ -20,7 +20,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma between: names, groups, moe-i2-nine, blimp=FILE.jsonl, rte3=FILE.jsonl")] = "",
     limit: Annotated[int | None, typer.Option(help="documents of each task, at most")] = None,
     fewshot: Annotated[int | None, typer.Option(help="examples in a task's prompt; the task's own number by default")] = None,
-    include: Annotated[list[Path], typer.Option(help="a folder of lm-eval task files (YAML); repeatable")] = [],
+    include: Annotated[list[Path], typer.Option(help="a folder of lm-eval task files (YAML, whose functions are run); repeatable")] = [],
     batch: Annotated[int, typer.Option(help="task requests at once, in memory")] = 8,
     stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="tasks layer by layer; by default where a model does not fit in memory")] = None,
     generate: Annotated[bool | None, typer.Option("--generate/--no-generate", help="continue prompts from the texts; by default with small models")] = None,
