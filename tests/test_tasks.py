@@ -139,7 +139,7 @@ def test_streamed_equals_in_memory_equals_the_model_itself(family: str, family_f
         with torch.no_grad():
             log = model(torch.tensor([whole[:-1]])).logits[0].double().log_softmax(-1)[-len(end) :]
         said.append((float(log.gather(-1, torch.tensor(end).unsqueeze(-1)).sum()), bool((log.argmax(-1) == torch.tensor(end)).all())))
-    # lm-eval pads without a mask, which transformers' minimax is not blind to
+    # lm-eval pads without a mask, which this minimax, whose decays are random, is not blind to
     for wrapped in (streamed,) if family == "minimax" else (memory, streamed):
         found = wrapped.loglikelihood(asked("loglikelihood", pairs))
         assert [value for value, _ in found] == pytest.approx([value for value, _ in said], rel=1e-4), type(wrapped)
