@@ -97,7 +97,7 @@ def test_report_and_table_have_intervals(family_folder: Callable[[str], Path], t
     tables.evaluation(report)
     shown = capsys.readouterr().out
     assert "paired bootstrap over windows" in " ".join(shown.split())
-    assert f"{row['intervals']['perplexity'][0]:.3g}-" in shown
+    assert f"{row['intervals']['perplexity'][0]:.3f}-" in shown
 
 
 # ---- generation
