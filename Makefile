@@ -35,7 +35,7 @@ bench: .venv/ready
 eval-offline: .venv/eval
 	$(BIN)/python benchmarks/eval_offline.py
 
-# A 4 GB checkpoint under 1.5 GiB of memory, low rank included: about 20 minutes, 8 GB of disk; as root a memory cgroup is the limit.
+# A 4 GB checkpoint under 1.5 GiB of memory, low rank included: 8 GB of disk; as root a memory cgroup is the limit.
 nightly: .venv/ready
 	$(BIN)/python benchmarks/bigger_than_memory.py --shape many_layers --limit 1.5 --samples 4 --low-rank
 
