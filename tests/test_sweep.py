@@ -123,6 +123,11 @@ def test_the_frontier_is_what_nothing_beats() -> None:
     assert frontier(rows) == {"small", "large", "twin"}
 
 
+def test_what_has_no_number_is_never_on_the_frontier() -> None:
+    rows = [row("broken", 10, float("nan")), row("burst", 20, float("inf")), row("good", 50, 0.5)]
+    assert frontier(rows) == {"good"} == frontier(rows[::-1])
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, family_folder: Families, text_file: Path) -> Path:
     out = tmp_path_factory.mktemp("sweep") / "out"
@@ -249,6 +254,31 @@ def test_what_is_kept_can_be_changed_afterwards(
     assert "| letters |" in (out / first.rows[0].name / "README.md").read_text()
     run(model, out, text_file, keep="none")
     assert not list(out.glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize("ratios", [[0.25, 0.5], [0.25]], ids=["one of two", "all"])
+def test_a_variant_without_a_number_has_failed_every_time(
+    ratios: list[float], family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, model, out = __import__("sys").modules["trimoe.sweep"], family_folder("mixtral"), tmp_path / "out"
+    real, nan = module.evaluate, float("nan")
+
+    def broken(folder: Path, **options: Any) -> Any:
+        report = real(folder, **options)
+        return report if "0.5" in folder.name else {**report, "mean_kl": nan, "texts": [{**text, "kl": nan} for text in report["texts"]]}
+
+    monkeypatch.setattr(module, "evaluate", broken)
+    recipe = {"steps": [{"expert_drop": {"ratio": ratios, "counts": "uniform", "score": "gate"}}]}
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"1 of {len(ratios)} variants failed: .*: its KL to the original is nan"):
+            run(model, out, text_file, recipe, keep="frontier")
+        assert not list(out.glob("*0.25*/*.safetensors")) and len(list(out.glob("*/*.safetensors"))) == len(ratios) - 1
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = json.loads((out / "sweep.json").read_text(), parse_constant=refuse)["variants"]
+    assert found[0]["kl"] is None and not found[0]["frontier"] and next(iter(found[0]["texts"].values()))["kl"] is None
 
 
 def test_every_impossible_variant_is_named_before_anything_is_written(family_folder: Families, text_file: Path, tmp_path: Path) -> None:

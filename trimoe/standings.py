@@ -86,7 +86,7 @@ def frontier(rows: Sequence[Row]) -> set[str]:
 def write_tables(out: Path, rows: Sequence[Row], pending: Sequence[str], command: str | None) -> None:
     """sweep.csv and sweep.json, whole at any time."""
     best = frontier(rows)
-    body = [{**row.__dict__, "frontier": row.name in best, "recipe": f"{row.name}.yaml"} for row in rows]
+    body = [_finite({**row.__dict__, "frontier": row.name in best, "recipe": f"{row.name}.yaml"}) for row in rows]
     write_text(out / "sweep.json", json.dumps({"command": command, "variants": body, "pending": list(pending)}, indent=1) + "\n")
     varied = list(dict.fromkeys(key for row in rows for key in row.varied))
     texts = list(dict.fromkeys(name for row in rows for name in row.texts))
@@ -103,6 +103,13 @@ def write_tables(out: Path, rows: Sequence[Row], pending: Sequence[str], command
             *(row.texts.get(name, {}).get(what, "") for name in texts for what in ("kl", "perplexity")), "yes" if row.kept else "",
         ])  # fmt: skip
     write_text(out / "sweep.csv", lines.getvalue())
+
+
+def _finite(value: Any) -> Any:
+    """As JSON has it: no number where there is none."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(rows: Sequence[Row]) -> None:
@@ -143,6 +150,8 @@ def plot(out: Path, rows: Sequence[Row], reporter: Reporter) -> None:
         {"name": row.name, "method": row.method, "bytes": row.bytes, "share": row.share, "kl": row.kl, "kl_low": row.kl_low, "kl_high": row.kl_high}
         for row in rows if math.isfinite(row.kl)
     ]  # fmt: skip
+    if not points:
+        return
     best = frontier(rows)
     cells = [
         [row.name, f"{row.bytes:,}", f"{row.share:.1%}", f"{row.kl:.4f}", f"{row.perplexity:.2f}", "yes" if row.name in best else "no"] for row in rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -214,6 +215,7 @@ class _Race:
                 self._remake(entry, shared.get(entry.variant.name))
         self._tidy()
         rows = self._rows()
+        failed |= {row.name: f"its KL to the original is {row.kl}" for row in rows if not math.isfinite(row.kl)}
         plot(self.out, rows, self.reporter)
         self.reporter.say(f"Wrote {self.out}/sweep.csv and sweep.json in {_span(time.monotonic() - self.started)}.")
         if failed:
@@ -309,10 +311,7 @@ def _searched(run: Run) -> str | None:
     reach = step.reach(sites)
     if not reach:
         return NO_SEARCH
-    try:
-        tokens = search_budget(list(sites.values()), reach, run.spec.search_tokens, run.spec.search_memory)
-    except UserError:
-        return None  # it says so itself, when its turn comes
+    tokens = search_budget(list(sites.values()), reach, run.spec.search_tokens, run.spec.search_memory)
     return json.dumps([[gram_side(site, reach) for site in sites.values()], tokens])
 
 
