@@ -54,6 +54,7 @@ def test_tasks_alone_are_recorded_and_the_card_says_that_texts_are_missing(finis
         ("---\nlicense: mit\nlanguage: [en]\n---\n# A model\n", {"license": "mit", "language": ["en"]}),
         ("---\ncreated: 2024-02-30\n---\n", {}),
         ("---\na: " + "[" * 5000 + "\n---\n", {}),
+        ("---\nlicense: mit\nsize: !!int ''\n---\n", {"license": "mit"}),
         ("---\nlicense: mit\n", {}),
         ("---" + "\n" * 100_000, {}),
         ("# A model\n", {}),

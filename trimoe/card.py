@@ -131,7 +131,7 @@ def inherited(folder: Path) -> dict[str, Any]:
     if first.rstrip() != "---" or not ends:
         return {}
     try:
-        given = yaml.safe_load("\n".join(lines[: ends[0]]))
+        given = yaml.load("\n".join(lines[: ends[0]]), Loader=yaml.BaseLoader)  # words alone: nothing is made of tags, dates, merges
     except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, a thousand brackets
         return {}
     return {name: value for name in INHERITED if _plain(value := given.get(name))} if isinstance(given, dict) else {}
