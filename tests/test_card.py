@@ -81,6 +81,8 @@ def test_results_do_not_replace_files_of_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a file of a model's folder"):
         check_writable(tmp_path / "config.json")
     check_writable(tmp_path / "new.json")
+    (tmp_path / "eval.json").write_text("{}", encoding="utf-8")
+    check_writable(tmp_path / "eval.json")  # of an earlier evaluation
     assert (tmp_path / "config.json").read_text(encoding="utf-8") == "{}" and not (tmp_path / "new.json").exists()
 
 

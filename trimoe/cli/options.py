@@ -36,6 +36,9 @@ def command_line() -> str:
     return shlex.join(["trimoe", *sys.argv[1:]])
 
 
+OWN = ("config.json", "generation_config.json", "trimoe.json", "model.safetensors.index.json")
+
+
 def check_writable(path: Path | None) -> None:
     """Find out before hours of work, not after."""
     from trimoe import disk
@@ -45,7 +48,8 @@ def check_writable(path: Path | None) -> None:
         return
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise UserError(f"--json {path} cannot be written: give a file in a folder that exists.")
-    if path.exists() and (path.resolve().parent / "config.json").is_file():
+    own = path.name in OWN or path.name.startswith("tokenizer") or path.suffix != ".json"
+    if own and path.exists() and (path.resolve().parent / "config.json").is_file():
         raise UserError(f"--json {path} is a file of a model's folder; give another name.")
     disk.probe(path, "--json")
 
