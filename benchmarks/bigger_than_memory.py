@@ -130,7 +130,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=8)
     arguments.add_argument("--length", type=int, default=256)
     arguments.add_argument(
-        "--low-rank", action="store_true", help="factor the experts that stay (40 %% of their parameters go), too: hours"
+        "--low-rank", action="store_true", help="factor the experts that stay (55 %% of their parameters go), too: an hour or two"
     )
     arguments.add_argument("--folder", help="where model and result go (default: a temporary folder); a model that is there is taken")
     arguments.add_argument("--json")
@@ -148,7 +148,7 @@ def main() -> None:
         print(f"{size / 1e9:.1f} GB of safetensors; limit {human(limit.size)} by {limit.kind}", flush=True)
         recipe = Path(scratch, "recipe.yaml")
         steps = "  - expert_drop: {ratio: 0.25, counts: uniform, search: greedy}\n"
-        steps += "  - low_rank: {ratio: 0.4, rank: uniform}\n" if given.low_rank else ""
+        steps += "  - low_rank: {ratio: 0.55, rank: uniform}\n" if given.low_rank else ""
         recipe.write_text(f"steps:\n{steps}calibration: {{search_tokens: 512}}\n")
         text = ["--samples", str(given.samples), "--length", str(given.length)]
         stats, out = Path(scratch, "stats.safetensors"), Path(scratch, "out")
