@@ -90,7 +90,7 @@ def compress(
                 before = possible(skeleton, parsed, out, device, processes)
             text = calibration_for(skeleton, parsed.calibration, seed, reporter)
             for warning in before.warnings:
-                reporter.note(f"warning: {warning}")
+                reporter.say(f"warning: {warning}")
             return job_of(skeleton, parsed, text, seed, device, dtype, command or call, reporter, processes), before
 
         job, before = processes.after_main(on_paper)
