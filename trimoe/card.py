@@ -22,10 +22,10 @@ NATIVE = """Stock code does not know the form of this checkpoint. Load it with `
 `trimoe.load(folder)`); without trimoe by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs
 `modeling_trimoe.py` of this folder. Otherwise transformers refuses it with a size mismatch."""
 FRONT_MATTER = 1 << 16  # characters of a source's README.md in which its metadata must lie
-GONE = {"moe": "sub-layer dropped", "block": "layer dropped"}
-PACKED = """This is a compressed-tensors checkpoint: weights of its experts are packed integers of {bits} bits. With the compressed-tensors package
-(`pip install compressed-tensors`) transformers loads it by `AutoModelForCausalLM.from_pretrained(folder)` and unpacks them;
-`trimoe.load(folder)` runs them packed."""
+GONE: dict[Any, str] = {"moe": "sub-layer dropped", "block": "layer dropped"}
+PACKED = """This is a compressed-tensors checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."""
+BITS = """ Weights of its experts are packed integers of {bits} bits: with the compressed-tensors package (`pip install compressed-tensors`)
+transformers unpacks them as it loads; `trimoe.load(folder)` runs them packed."""
 TRIED = """ vLLM reads such checkpoints with the same package; this one was not tried there."""
 SQUEEZED = """ Zeros of pruned matrices are left out of its files and put back while it is loaded."""
 SPEEDS = {"prefill_tokens_s": "prefill, tokens/s", "decode_tokens_s": "decode, tokens/s", "first_token_s": "first token, s"}
@@ -74,10 +74,8 @@ def _loading(plan: dict[str, Any]) -> str:
     if forms.PACKED not in form:
         return NATIVE if form == forms.NATIVE else STOCK
     bits = " or ".join(str(number) for number in sorted({row["bits"] for row in plan["layers"] if row.get("bits")}))
-    packed = PACKED.format(bits=bits)
-    if form == forms.PACKED:
-        return packed + (TRIED if plan.get("loads_in", {}).get("vllm", "").startswith("made for it") else "")
-    return f"{NATIVE}\n\n{packed.replace('This is', 'It is also', 1)}"
+    made_for = form == forms.PACKED and str(plan["loads_in"].get("vllm")).startswith("made for it")
+    return (PACKED if form == forms.PACKED else NATIVE) + BITS.format(bits=bits) + (TRIED if made_for else "")
 
 
 def _layers(rows: list[dict[str, Any]]) -> str:

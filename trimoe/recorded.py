@@ -110,7 +110,7 @@ def _outside(skeleton: Skeleton) -> dict[str, str]:
     """Which part every source tensor outside the layers belongs to."""
     model = skeleton.model
     owners = {id(module): part for module, part in ((model.get_output_embeddings(), "head"), (model.get_input_embeddings(), "embedding"))}
-    named = {}
+    named: dict[str, str] = {}
     for name, module in model.named_modules():
         part = owners.get(id(module)) or ("norms" if _vectors(module) else "other")
         named |= {f"{name}.{own}": part for own, _ in module.named_parameters(recurse=False)}

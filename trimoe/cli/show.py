@@ -24,6 +24,8 @@ def report(
         if len(folders) > 1:
             raise UserError("Several folders are compared on a page of their own; say where to write it: --html FILE.")
         html = opened[0].folder / "report.html"
+    for finished in opened:
+        card.check(finished.folder)
     written = build(folders, html, figures)
     for finished in opened:
         card.refresh(finished.folder)

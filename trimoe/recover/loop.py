@@ -144,8 +144,8 @@ class Training:
         self.each = count // self.batch
         self.steps = min(spec.steps or 1 << 60, spec.epochs * self.each)
         if spec.steps is not None and self.steps < spec.steps:
-            given = f"{_counted(spec.epochs, 'epoch')} of {_counted(count, 'sample')} in batches of {self.batch}"
-            reporter.say(f"{given} give {_counted(self.steps, 'step')}, fewer than the {spec.steps} asked for; give more epochs.")
+            text = f"{_counted(spec.epochs, 'epoch')} of {_counted(count, 'sample')} in batches of {self.batch}"
+            reporter.say(f"There is room for only {self.steps} of the {spec.steps} steps asked for in {text}; give more epochs.")
         self.every = max(1, -(-self.steps // VALIDATIONS))
         self.step, self.bad, self.curve = 0, 0, list[dict[str, Any]]()
         self.model = accelerator.prepare(job.model)

@@ -156,7 +156,7 @@ def _generation(folder: Finished) -> Section | None:
         ("both ways", side, numbers) for side, numbers in sides
     ]
     rows = [
-        {"what": f"{label}, {how}", "share": numbers[key], "model": side}
+        {"what": f"{label},\n{how}", "share": numbers[key], "model": side}
         for key, label in names.items() for how, side, numbers in apart if numbers.get(key) is not None
     ]  # fmt: skip
     blocks: list[Figure | Table] = [
