@@ -74,7 +74,7 @@ def _loading(plan: dict[str, Any]) -> str:
     if forms.PACKED not in form:
         return NATIVE if form == forms.NATIVE else STOCK
     bits = " or ".join(str(number) for number in sorted({row["bits"] for row in plan["layers"] if row.get("bits")}))
-    made_for = form == forms.PACKED and str(plan["loads_in"].get("vllm")).startswith("made for it")
+    made_for = form == forms.PACKED and str((plan.get("loads_in") or {}).get("vllm")).startswith("made for it")
     return (PACKED if form == forms.PACKED else NATIVE) + BITS.format(bits=bits) + (TRIED if made_for else "")
 
 

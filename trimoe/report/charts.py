@@ -185,8 +185,8 @@ def dots(
         f"{x}:Q", title=x_title, scale=_scale(False, zero=zero, padding=0 if zero else 12),
         axis=alt.Axis(format="%" if percent else "", tickCount=6),
     )  # fmt: skip
-    split = {"labelExpr": "split(datum.label, '\\n')"} if any("\n" in row[y] for row in rows) else {}
-    down = alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(grid=True, labelLimit=170, **split))
+    split = "split(datum.label, '\\n')" if any("\n" in row[y] for row in rows) else alt.Undefined
+    down = alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(grid=True, labelLimit=170, labelExpr=split))
     encoding: dict[str, Any] = {"x": across, "y": down}
     color: dict[str, Any] = {}
     shape: dict[str, Any] = {}
