@@ -125,7 +125,7 @@ def _by_layer(parts: dict[str, Any]) -> Figure:
     ]  # fmt: skip
     return Figure(
         name="size-layers", title="Bytes by layer", wide=60 + 24 * len(sums) if len(sums) > 14 else 0,
-        chart=charts.bars(rows, x="layer", y="bytes", x_title="layer, by its number in the original", y_title="MiB", series="model", form=".2f", order=SIDES),
+        chart=charts.bars(rows, x="layer", y="bytes", x_title="layer of the original", y_title="MiB", series="model", form=".2f", order=SIDES),
         table=Table(
             caption="Bytes by layer", head=("layer", "before", "after", "share"),
             rows=[(index, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "-") for index, (old, new) in sums.items()],
