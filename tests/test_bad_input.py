@@ -401,7 +401,7 @@ def test_recipes_that_cannot_be(line: Line, source: Path, text_file: Path, tmp_p
     go("its router needs at least 2 (top-2), so at most 6 can go", recipe={"steps": [{"expert_drop": {"ratio": 0.9}}]})
     go("its router needs at least 2 (top-2)", recipe={"steps": [{"expert_drop": {"count": 7, "counts": "uniform"}}]})
     go("expert_drop: give ratio or count.", recipe={"steps": ["expert_drop"]})
-    go("expert_drop: give ratio or count, not both.", recipe={"steps": [{"expert_drop": {"ratio": 0.25, "count": 2}}]})
+    go("expert_drop: give ratio or count, not both.", recipe={"steps": [{"expert_drop": {"ratio": 0.25, "count": 2, "counts": "uniform"}}]})
     go("layer_drop: give one of ratio, count and threshold.", recipe={"steps": ["layer_drop"]})
     go("has no '='", "--set", "steps.0.ratio")
     go("has no field 'rank'", "--set", "steps.0.rank=3")
