@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from trimoe import UserError, card, tables
-from trimoe.cli.options import check_writable
+from trimoe.cli.options import check_writable, write_json
 from trimoe.evaluate import origin
+from trimoe.form import form_of
 from trimoe.standings import Row, frontier
 
 TEXTS: dict[str, Any] = {"model": "m", "against": "o", "length": 64, "stride": 32, "texts": [{"name": "a", "kl": 0.1}], "mean_kl": 0.1}
@@ -59,6 +60,8 @@ def test_tasks_alone_are_recorded_and_the_card_says_that_texts_are_missing(finis
         ("---" + "\n" * 100_000, {}),
         ("# A model\n", {}),
         ("", {}),
+        ("---\nlicense: null\nlicense_name: ~\nlicense_link:\nlanguage: [en, null]\n---\n", {"language": ["en"]}),
+        ("---\nlicense: NULL\nlanguage: [~, '']\n---\n", {}),
     ],
 )
 def test_a_source_card_gives_its_licence_or_nothing(text: str, found: dict[str, Any], tmp_path: Path) -> None:
@@ -84,6 +87,115 @@ def test_results_do_not_replace_files_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text("{}", encoding="utf-8")
     check_writable(tmp_path / "eval.json")  # of an earlier evaluation
     assert (tmp_path / "config.json").read_text(encoding="utf-8") == "{}" and not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("notes.txt", "mine"),
+        ("result", '{"a": 1}'),
+        ("book.ipynb", '{"cells": []}'),
+        ("list.json", "[1]"),
+        ("broken.json", "{"),
+        ("bytes.json", "\0"),
+    ],
+)
+def test_results_replace_nothing_but_results(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="is no earlier result") as caught:
+        check_writable(path)
+    assert "\n" not in str(caught.value) and path.read_text(encoding="utf-8") == text
+
+
+def test_an_earlier_result_or_an_empty_file_is_replaced_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    for before in ("", '{"old": 1}'):
+        path.write_text(before, encoding="utf-8")
+        check_writable(path)
+        write_json(path, {"new": 2})
+        assert json.loads(path.read_text(encoding="utf-8")) == {"new": 2}
+    (tmp_path / "made-by-mktemp").touch()
+    check_writable(tmp_path / "made-by-mktemp")
+
+    def fails(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"newer": 3})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"new": 2}
+
+
+def test_results_go_to_files(tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    for path in (tmp_path / "folder.json", Path("/dev/null"), tmp_path / "absent" / "a.json"):
+        with pytest.raises(UserError, match="give a file in a folder that exists"):
+            check_writable(path)
+
+
+def test_an_evaluation_says_by_which_command_it_was_made(finished: Path) -> None:
+    card.add_evaluation(finished, TEXTS, "trimoe eval a")
+    card.add_evaluation(finished, TASKS, "trimoe eval b --tasks t")
+    assert kept(finished)["commands"] == {"texts": "trimoe eval a", "tasks": "trimoe eval b --tasks t"}
+    card.add_evaluation(finished, {**TEXTS, "mean_kl": 0.2})
+    assert kept(finished)["commands"] == {"tasks": "trimoe eval b --tasks t"}, "a command that the numbers are not of is not kept"
+
+
+def test_cards_of_damaged_records_are_one_sentence(tmp_path: Path) -> None:
+    for text in ("{", "[]", "{}", '{"plan": {}, "calibration": {}, "model": "m", "recipe": {"steps": []}}'):
+        (tmp_path / "trimoe.json").write_text(text, encoding="utf-8")
+        for act in (card.refresh, card.check, lambda folder: card.add_evaluation(folder, TEXTS)):
+            with pytest.raises(UserError, match=r"trimoe\.json") as caught:
+                act(tmp_path)
+            assert "\n" not in str(caught.value)
+        assert not (tmp_path / "README.md").exists() and (tmp_path / "trimoe.json").read_text(encoding="utf-8") == text
+
+
+PLAN: dict[str, Any] = {
+    "form": "stock",
+    "loads_in": {},
+    "layers": [{"layer": 0, "experts": 8, "kept": 8, "rank": None, "bits": None, "sparsity": None}],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "head", "words"),
+    [
+        ("stock", {"kept": 6}, "| layer | experts before | after |", "stock"),
+        ("stock", {"bits": 4}, "| layer | experts | bits of a weight |", "compressed-tensors"),
+        ("stock", {"bits": 8, "kept": 6}, "| layer | experts before | after | bits of a weight |", "compressed-tensors"),
+        ("stock", {"sparsity": "2:4"}, "| layer | experts | zeros |", "stock"),
+        ("native", {"rank": "3 / 4", "kept": 6}, "| layer | experts before | after | mean rank, first / last projection |", "native"),
+        (
+            "native",
+            {"bits": 4, "kept": 0, "gone": "moe"},
+            "| layer | experts before | after | bits of a weight |",
+            "native with compressed-tensors",
+        ),
+    ],
+)
+def test_what_a_result_is_and_the_columns_that_apply(form: str, changes: dict[str, Any], head: str, words: str) -> None:
+    row = PLAN["layers"][0] | changes
+    plan = PLAN | {"form": form, "layers": [row], "loads_in": {"vllm": "made for it, not tried (compressed-tensors)"}}
+    assert form_of(plan) == words
+    shown = card._layers(plan["layers"])
+    assert shown.splitlines()[0] == head and len(shown.splitlines()) == 3
+    said = card._loading(plan)
+    assert ("is a stock checkpoint" in said) == (words == "stock") and ("import trimoe" in said) == (form == "native")
+    assert ("pip install compressed-tensors" in said) == ("compressed" in words) and ("vLLM" in said) == (words == "compressed-tensors")
+
+
+def test_numbers_have_three_digits() -> None:
+    assert [tables.three(value) for value in (2.0, 4.066, 12.34, 99.96, 99.94, 1234.5, 0.01234, 9.999)] == [
+        "2.00", "4.07", "12.3", "100", "99.9", "1,234", "0.0123", "10.0"
+    ]  # fmt: skip
+
+
+def test_a_saving_of_nothing_has_no_sign() -> None:
+    one = {"bytes_per_token": 100_000.0, "imbalance": {"mean": 1.0, "worst": 1.0}}
+    assert tables.traffic_cells([one, one | {"bytes_per_token": 100_004.0}])[2] == "0.0%"
+    assert tables.traffic_cells([one, one | {"bytes_per_token": 103_000.0}])[2] == "-3.0%"
 
 
 def test_numbers_that_are_none_are_on_no_frontier() -> None:

@@ -90,6 +90,35 @@ def test_log_is_no_part_of_what_is_compared(family_folder: Family, text_file: Pa
     assert (tmp_path / "a" / LOG).read_text() == before
 
 
+def test_warnings_are_said_before_the_work(
+    family_folder: Family, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compress(family_folder, text_file, tmp_path / "said", reporter=Reporter("plain"))
+    lines = capsys.readouterr().err.splitlines()
+    warned = [number for number, line in enumerate(lines) if line.startswith("warning: ")]
+    assert warned and max(warned) < next(number for number, line in enumerate(lines) if line.startswith("Statistics"))
+    assert (tmp_path / "said" / LOG).read_text().count("warning: ") == len(warned)
+    compress(family_folder, text_file, tmp_path / "quiet", reporter=Reporter("quiet"))
+    assert capsys.readouterr() == ("", "") and "warning: " in (tmp_path / "quiet" / LOG).read_text()
+
+
+def test_what_is_said_outside_runs_is_in_no_log(tmp_path: Path) -> None:
+    """One reporter, several logs, as in a sweep."""
+    reporter = Reporter("quiet").fresh()
+    reporter.say("before")
+    for number in range(3):
+        with reporter.logging(tmp_path / f"{number}.log", ["head"]):
+            reporter.say(f"inside {number}")
+        reporter.say("between")
+        assert reporter.early is None, "nothing piles up"
+    with pytest.raises(ZeroDivisionError), reporter.logging(tmp_path / "failed.log", []):
+        _ = 1 / 0
+    assert reporter.log is None and reporter.early is None
+    said = [(tmp_path / f"{number}.log").read_text() for number in range(3)]
+    assert "between" not in "".join(said) and [text.count("inside") for text in said] == [1, 1, 1]
+    assert "before" in said[0] and "before" not in said[1]
+
+
 def test_log_goes_on_when_a_run_is_resumed(family_folder: Family, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trimoe.write import Writer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,32 @@ def test_unfinished_folders_are_refused(
     line.refused(f"lacks {shard.name}", "push", folder, "me/small")
     (folder / "config.json").unlink()
     line.refused("is no finished trimoe folder", "push", folder, "me/small")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("trimoe.json", "{"),
+        ("trimoe.json", "[]"),
+        ("trimoe.json", {"recipe": {}}),
+        ("trimoe.json", {"recipe": {"steps": [{}]}}),
+        ("trimoe.json", {"plan": {}}),
+        ("trimoe.json", {"metrics": []}),
+        ("model.safetensors.index.json", "{"),
+        ("model.safetensors.index.json", "{}"),
+        ("model.safetensors.index.json", '{"weight_map": ["a"]}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../config.json"}}'),
+    ],
+)
+def test_damaged_folders_are_one_sentence(
+    file: str, text: str | dict[str, Any], folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / file
+    path.write_text(text if isinstance(text, str) else json.dumps(json.loads(path.read_text()) | text))
+    line = Line(monkeypatch, capsys)
+    line.refused("" if "trimoe" not in file else "trimoe.json", "push", folder, "me/small")
     assert hub.asked == []
 
 

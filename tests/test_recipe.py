@@ -193,6 +193,16 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     path.write_text("- expert_drop", encoding="utf-8")
     with pytest.raises(UserError, match="holds a list; a mapping with steps is expected"):
         load(path)
+    for text, said in (
+        ("", "is empty"),
+        ("# steps\n", "is empty"),
+        ("3", "holds 3 alone"),
+        ("expert drop", "holds 'expert drop' alone"),
+        ("x " * 99, "holds text alone"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=rf"broken\.yaml {said}; a mapping with steps is expected\.$"):
+            load(path)
     with pytest.raises(UserError, match=r"no built-in recipe 'moe-i3' \(did you mean moe-i2\?\).*there are: block-drop, "):
         load("moe-i3")
     with pytest.raises(UserError, match="no such file"):

@@ -19,6 +19,7 @@ from test_bad_input import FACTORED, UNIFORM, snapshot
 import trimoe
 from trimoe import UserError
 from trimoe.checkpoint import Checkpoint
+from trimoe.progress import Reporter
 from trimoe.recover import adapters, loop, recover
 from trimoe.recover.spec import parsed, schedule
 from trimoe.recover.teacher import Kept, distillation, keep
@@ -33,6 +34,17 @@ CASES = {
     "deepseek_v2": ("deepseek_v2", UNIFORM), "factored": ("mixtral", FACTORED), "uneven": ("qwen2_moe", UNEVEN),
 }  # fmt: skip
 Finished = Callable[..., Path]
+
+
+class Heard(Reporter):
+    """Quiet, but keeps what it was to say in the list it is given."""
+
+    def __init__(self, said: list[str]):
+        super().__init__("quiet")
+        self.said = said
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +89,15 @@ def changed(before: Path, after: Path) -> set[str]:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(3, 43).view(2, 20)).logits
+
+
+def test_too_few_samples_for_the_steps_asked_for_are_said(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    recover(
+        finished("mixtral"), tmp_path / "out", section("router", repetitive, samples=8, batch=8, epochs=1, steps=5), reporter=Heard(said)
+    )
+    (line,) = [line for line in said if "asked for" in line]
+    assert line == "There is room for only 1 of the 5 steps asked for in 1 epoch of 6 samples in batches of 6; give more epochs."
 
 
 # ---- distillation

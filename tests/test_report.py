@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import yaml
 from test_bad_input import Line
@@ -23,8 +25,13 @@ from trimoe import UserError, card
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from trimoe.report import build, charts, page
-from trimoe.report.section import Figure, Section, Table
+from trimoe import recorded
+from trimoe.layout import Layout
+from trimoe.methods.method import unchanged
+from trimoe.report import build, charts, page, size
+from trimoe.report.read import Finished
+from trimoe.report.section import Code, Figure, Section, Table
+from trimoe.skeleton import Skeleton
 
 Family = Callable[[str], Path]
 SMALL: dict[str, Any] = {"samples": 4, "length": 32}
@@ -40,6 +47,7 @@ RECIPES: dict[str, tuple[list[str], set[str]]] = {
     "moe-pruner-2-4": ([], {"numbers"}),
     "layer-drop-full": (["steps.0.ratio=0.34", "recover.samples=8", "recover.length=32", "recover.steps=2"], {"depth", "recovery"}),
 }
+SHARED = ("qwen2_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe")  # have shared experts
 NASTY = "</script></style>\"'><img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
@@ -138,7 +146,7 @@ def test_parts_sum_to_what_lies_on_disk(made: Callable[[str], Path]) -> None:
     for recipe in RECIPES:
         folder = made(recipe)
         parts = json.loads((folder / "trimoe.json").read_text())["parts"]
-        after = parts["outside the layers"][1] + sum(sizes[1] for layer in parts["layers"].values() for sizes in layer.values())
+        after = sum(sizes[1] for place in (parts["outside the layers"], *parts["layers"].values()) for sizes in place.values())
         assert after == json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"], recipe
 
 
@@ -171,7 +179,15 @@ def everything(folder: Path, tmp_path: Path) -> Path:
          "difference": -0.1, "difference_stderr": 0.02},
         {"task": "rte", "metric": "acc", "n": 10, "value": 0.5, "stderr": 0.1},
     ]  # fmt: skip
-    written = {"loops": 0.25, "empty": 0.0, "distinct": None, "samples": [{"prompt": "a", "greedy": "b"}]}
+    ways = {"greedy": {"loops": 0.5, "empty": 0.0, "distinct": 0.125}, "sampled": {"loops": 0.0, "empty": 0.0, "distinct": None}}
+    written = {
+        "loops": 0.25,
+        "empty": 0.0,
+        "distinct": 0.125,
+        **ways,
+        "samples": [{"prompt": "a", "greedy": "goes on", "sampled": "wanders"}],
+    }
+    record["evaluation"]["commands"] = {"texts": "trimoe eval THIS", "tasks": "trimoe eval THAT", "generation": "trimoe eval THIS"}
     record["evaluation"]["generation"] = {"prompts": 4, "prompt_tokens": 8, "new_tokens": 8, "model": written, "against": written}
     spread = {"median": 2.0, "low": 1.0, "high": 3.0}
     model = dict.fromkeys(("prefill_tokens_s", "decode_tokens_s", "first_token_s"), spread)
@@ -192,6 +208,166 @@ def test_what_evaluations_add_is_shown(made: Callable[[str], Path], tmp_path: Pa
     card.refresh(folder)
     text = (folder / "README.md").read_text()
     assert "## Tasks" in text and "## Speed" in text and "(0.1000 to 0.2000)" in text
+
+
+def values_of(figure: Figure) -> list[dict[str, Any]]:
+    """What its chart is drawn from."""
+    (values,) = figure.chart.to_dict()["datasets"].values()
+    return list(values)
+
+
+def test_greedy_and_sampled_are_told_apart(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = everything(made("moe-i2"), tmp_path)
+    section = next(section for section in build.full(Finished.open(folder)) if section.name == "generation")
+    figure, samples = section.blocks
+    assert isinstance(figure, Figure) and isinstance(samples, Table)
+    drawn = {(row["what"], row["model"]): row["share"] for row in values_of(figure)}
+    assert (
+        drawn["in a loop,\ngreedy", "compressed"] == 0.5
+        and drawn["in a loop,\nsampled", "compressed"] == 0.0
+        and 0.25 not in drawn.values()
+    )
+    assert ("greedy", "original", "50.0%", "0.0%", "12.5%") in figure.table.rows and (
+        "sampled",
+        "compressed",
+        "0.0%",
+        "0.0%",
+        "-",
+    ) in figure.table.rows
+    assert ("compressed", "greedy", "a", "goes on") in samples.rows and ("original", "sampled", "a", "wanders") in samples.rows
+    record = json.loads((folder / "trimoe.json").read_text())
+    for side in ("model", "against"):
+        record["evaluation"]["generation"][side] = {"loops": 0.25, "empty": 0.0, "distinct": None}  # as older versions wrote
+    (folder / "trimoe.json").write_text(json.dumps(record))
+    read = checked(build.report([folder], tmp_path / "page.html")[0].read_text())
+    assert "both ways" in read.text and "25.0%" in read.text
+
+
+def test_warnings_are_a_list(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = made("naee")
+    warnings = json.loads((folder / "trimoe.json").read_text())["plan"]["warnings"]
+    page = build.report([folder], tmp_path / "page.html")[0].read_text()
+    assert len(warnings) > 1 and checked(page)
+    listed = re.findall(r"<li>([^<]*)</li>", page.partition('class="warnings"')[2].partition("</div>")[0])
+    assert [html.unescape(entry) for entry in listed] == warnings
+
+
+def test_how_it_was_measured_is_said(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = everything(made("moe-i2"), tmp_path)
+    titles = {block.title: block.text for block in size.origin(Finished.open(folder)).blocks if isinstance(block, Code)}
+    assert titles["To measure texts and generation"] == "trimoe eval THIS" and titles["To measure tasks"] == "trimoe eval THAT"
+    record = json.loads((folder / "trimoe.json").read_text())
+    record["evaluation"]["commands"] = {"texts": record["command"]}
+    record["bench"]["command"] = "trimoe bench"
+    (folder / "trimoe.json").write_text(json.dumps(record))
+    assert [block.title for block in size.origin(Finished.open(folder)).blocks if isinstance(block, Code)] == [
+        "Command",
+        "To measure speed",
+        "Recipe",
+    ]
+
+
+def test_numbers_have_the_same_digits() -> None:
+    assert [size.short(count) for count in (2_000_000, 4_066_000, 999_600, 72_000, 812, 46_700_000_000)] == [
+        "2.00 M", "4.07 M", "1.00 M", "72.0 k", "812", "46.7 B"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_bytes_by_part(family: str, family_folder: Family) -> None:
+    """Every tensor is in a part, the same before and after where nothing changes, and the parts are where one would look for them."""
+    skeleton = Skeleton.of(str(family_folder(family)))
+    made = recorded.parts(Layout(skeleton, unchanged(skeleton.sites)))
+    assert all(before == after for place in (made["outside the layers"], *made["layers"].values()) for before, after in place.values())
+    assert list(made["outside the layers"]) == ["embedding", "norms", "head"]
+    for index, sizes in made["layers"].items():
+        assert list(sizes) == [part for part in recorded.PARTS if part in sizes]
+        site = skeleton.sites.get(int(index))
+        shared = {"shared experts"} if site is not None and family in SHARED else set()
+        feed = {"dense MLPs"} if site is None else {"routers", "routed experts"} | shared
+        assert set(sizes) == {"attention", "norms"} | feed, (family, index)
+        if site is not None:
+            keys = {
+                key
+                for path in site.router_paths()
+                for key in skeleton.source_keys(f"{skeleton.layer_name(int(index))}.{site.block}.{path}")
+            }
+            assert sizes["routers"][0] == sum(skeleton.checkpoint.tensors[key].nbytes for key in keys)
+
+
+def test_parts_are_drawn_in_one_order(made: Callable[[str], Path], tmp_path: Path) -> None:
+    def shown(folder: Path) -> list[str]:
+        section = size.size(Finished.open(folder))
+        figure = next(block for block in section.blocks if isinstance(block, Figure) and block.name == "size-parts")
+        rows = values_of(figure)
+        assert list(dict.fromkeys(row["model"] for row in rows)) == ["compressed", "original"]
+        assert [row["part"] for row in rows if row["model"] == "original"] == [row["part"] for row in rows if row["model"] == "compressed"]
+        return [row[0] for row in figure.table.rows]
+
+    folder = Path(shutil.copytree(made("layer-drop"), tmp_path / "copy"))
+    assert shown(folder) == ["embedding", "attention", "routers", "routed experts", "norms", "head"]
+    record = json.loads((folder / "trimoe.json").read_text())
+    record["parts"] = {
+        "outside the layers": [3, 3],
+        "layers": {"0": {"rest of the layers": [1, 1], "routers": [1, 1], "routed experts": [8, 4]}},
+    }
+    (folder / "trimoe.json").write_text(json.dumps(record))
+    assert shown(folder) == ["routers", "routed experts", "rest of the layers", "outside the layers"], "as older versions wrote"
+
+
+def test_two_steps_of_one_kind(family_folder: Family, text_file: Path, tmp_path: Path) -> None:
+    """Their figures have names of their own."""
+    step = {"expert_drop": {"ratio": 0.125, "counts": "optimal", "search": "greedy"}}
+    trimoe.compress(family_folder("mixtral"), {"steps": [step, step]}, tmp_path / "out", calibration=[str(text_file)], **SMALL)
+    page = build.report([tmp_path / "out"], tmp_path / "page.html")[0].read_text()
+    drawn = {attributes.get("data-chart") for attributes in checked(page).all("div")}
+    assert {"layer-importance", "layer-importance-2", "sensitivity-expert-drop", "sensitivity-expert-drop-2"} <= drawn
+
+
+def test_what_a_result_is_called(made: Callable[[str], Path], tmp_path: Path) -> None:
+    for recipe, form, head in (
+        ("slim-int4", "compressed-tensors", "| layer | experts | bits of a weight |"),
+        ("moe-pruner-2-4", "stock", "| layer | experts | zeros |"),
+        ("low-rank", "native", "| layer | experts | mean rank, first / last projection |"),
+        ("naee", "stock", "| layer | experts before | after |"),
+    ):
+        text = (made(recipe) / "README.md").read_text()
+        assert head in text.splitlines() and ("This is a stock checkpoint" in text) == (form == "stock"), recipe
+        page = build.report([made(recipe)], tmp_path / "page.html")[0].read_text()
+        assert f"Written as a {form} checkpoint" in page
+
+
+def test_files_that_are_no_pages_are_not_replaced(
+    made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, folder = Line(monkeypatch, capsys), Path(shutil.copytree(made("naee"), tmp_path / "folder"))
+    own, config = tmp_path / "mine.html", (folder / "config.json").read_text()
+    own.write_text('<html><head><meta name="generator" content="hugo"></head>mine</html>')
+    line.refused("is no page that trimoe wrote", "report", folder, "--html", own)
+    line.refused("give one that ends in .html", "report", folder, "--html", folder / "config.json")
+    (folder / "report.html").write_text("notes")
+    line.refused("is no page that trimoe wrote", "report", folder)
+    line.refused("which is a file", "report", folder, "--html", tmp_path / "new.html", "--figures", own)
+    for path in (own, folder / "config.json", folder / "trimoe.json", tmp_path, tmp_path / "absent" / "page.html"):
+        with pytest.raises(UserError):
+            build.report([folder], path)
+    with pytest.raises(UserError, match="which is a file"):
+        build.report([folder], figures=own)
+    assert "mine" in own.read_text() and (folder / "report.html").read_text() == "notes" and (folder / "config.json").read_text() == config
+    assert not (tmp_path / "new.html").exists()
+    (first,) = build.report([folder], tmp_path / "page.html")
+    assert page.GENERATOR in first.read_bytes()[: page.HEAD] and build.report([folder], first) == [first]
+
+
+def test_a_damaged_record_stops_before_the_page(
+    made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, folder = Line(monkeypatch, capsys), Path(shutil.copytree(made("naee"), tmp_path / "folder"))
+    record = json.loads((folder / "trimoe.json").read_text())
+    for spoiled in ({"recipe": {}}, {"recipe": {"steps": [3]}}, {"plan": {**record["plan"], "layers": [{}]}}):
+        (folder / "trimoe.json").write_text(json.dumps(record | spoiled))
+        line.refused("does not read as trimoe writes it", "report", folder)
+    assert not (folder / "report.html").exists()
 
 
 def test_hostile_records_stay_text(made: Callable[[str], Path], tmp_path: Path) -> None:
@@ -277,6 +453,16 @@ def test_the_frontier_joins_what_nothing_beats() -> None:
     assert "log" in json.dumps(charts.frontier([point("a", 0.5, 0.001), point("b", 0.6, 1.0)]).to_dict())
 
 
+def opened(path: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The document as it is after a minute of a browser's time, and what its console said."""
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", "--enable-logging=stderr",
+        "--virtual-time-budget=60000", *options, "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_it_opens_in_a_browser(made: Callable[[str], Path], tmp_path: Path) -> None:
@@ -284,16 +470,43 @@ def test_it_opens_in_a_browser(made: Callable[[str], Path], tmp_path: Path) -> N
     written = build.report([everything(made("moe-i2"), tmp_path)], tmp_path / "page.html")[0]
     count = len(json.loads(Read(written.read_text()).scripts[0][1])["specs"])
     for dark in ([], ["--blink-settings=preferredColorScheme=0"]):
-        command = [
-            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / f'profile{len(dark)}'}", "--enable-logging=stderr",
-            "--virtual-time-budget=60000", *dark, "--dump-dom", written.as_uri(),
-        ]  # fmt: skip
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+        ran = opened(written, tmp_path / f"profile{len(dark)}", *dark)
         assert f'data-drawn="{count}"' in ran.stdout, ran.stderr[-2000:]
         assert ran.stdout.count("graphics-document") + ran.stdout.count("<canvas") >= count
         assert ("Light mode" if dark else "Dark mode") in ran.stdout
         assert not [said for said in ran.stderr.splitlines() if "CONSOLE" in said]
+
+
+MEASURE = """<script>
+(function look() {
+  if (!document.documentElement.dataset.drawn) { setTimeout(look, 100); return; }
+  const wrong = [];
+  for (const svg of document.querySelectorAll(".chart svg.marks")) {
+    const outer = svg.getBoundingClientRect();
+    for (const text of svg.querySelectorAll(".role-axis-title text, .role-axis-label text, .role-legend text")) {
+      const inner = text.getBoundingClientRect(), out = inner.left < outer.left - 1 || inner.right > outer.right + 1;
+      if (inner.width && out) wrong.push(svg.closest(".chart").dataset.chart + ": " + text.textContent);
+    }
+  }
+  const scrolls = [...document.querySelectorAll("table")].every((table) => table.closest(".scroll"));
+  const found = { wrong, scrolls, width: window.innerWidth, page: document.documentElement.scrollWidth };
+  parent.document.body.append(Object.assign(parent.document.createElement("pre"), { id: "found", textContent: JSON.stringify(found) }));
+})();
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_it_fits_on_a_phone(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """390 pixels wide: the page itself does not scroll sideways (tables and wide charts do, in themselves), and no title, label or legend of
+    a chart is cut off."""
+    written = build.report([everything(made("naee"), tmp_path)], tmp_path / "page.html")[0].read_text()
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", written)
+    frame = html.escape(page.removesuffix("</body>\n</html>") + MEASURE)  # a window has 500 pixels at least
+    (tmp_path / "frame.html").write_text(f'<body><iframe srcdoc="{frame}" width="390" height="844" style="border: 0"></iframe>')
+    shown = opened(tmp_path / "frame.html", tmp_path / "phone", "--hide-scrollbars").stdout
+    found = json.loads(html.unescape(shown.rpartition('<pre id="found">')[2].partition("</pre>")[0]))
+    assert found["width"] == 390 and found["page"] == 390 and found["scrolls"] and found["wrong"] == []
 
 
 # ---- the model card
@@ -348,7 +561,31 @@ def test_benchmarks_of_the_original_are_kept(
     assert line.run("bench", folder, "-q")[0] == 0 and line.run("bench", folder, "--against", family_folder("olmoe"), "-q")[0] == 0
     assert "bench" not in json.loads((folder / "trimoe.json").read_text())
     assert line.run("bench", folder, "--against", family_folder("mixtral"), "-q")[0] == 0
-    assert json.loads((folder / "trimoe.json").read_text())["bench"] == bench and "## Speed" in (folder / "README.md").read_text()
+    kept = json.loads((folder / "trimoe.json").read_text())["bench"]
+    assert kept.pop("command").startswith("trimoe bench ") and kept == bench and "## Speed" in (folder / "README.md").read_text()
+
+
+def test_what_was_measured_is_saved_before_it_is_printed(
+    made: Callable[[str], Path], family_folder: Family, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The reader of the table may be gone: trimoe bench ... | head."""
+    folder, plain = everything(made("naee"), tmp_path), made("naee") / "trimoe.json"
+    record = json.loads((folder / "trimoe.json").read_text())
+
+    def gone(report: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    line = Line(monkeypatch, capsys)
+    for verb, name, part in (("bench", "bench", "bench"), ("eval", "evaluate", "evaluation")):
+        shutil.copyfile(plain, folder / "trimoe.json")
+        found = dict(record[part])
+        monkeypatch.setattr(trimoe, name, lambda *args, found=found, **kwargs: found)
+        monkeypatch.setattr(f"trimoe.tables.{'bench' if verb == 'bench' else 'evaluation'}", gone)
+        code, _, err = line.run(verb, folder, "--against", family_folder("mixtral"), "-q", "--json", tmp_path / f"{verb}.json")
+        assert code == 1 and "Input/output error" in err
+        assert json.loads((tmp_path / f"{verb}.json").read_text()) == found
+        kept = json.loads((folder / "trimoe.json").read_text())[part]
+        assert kept["command" if verb == "bench" else "commands"] and found.items() <= {**kept, "commands": found.get("commands")}.items()
 
 
 def test_pages_of_others_charts() -> None:

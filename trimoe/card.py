@@ -11,20 +11,26 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from trimoe import form as forms
 from trimoe.checkpoint import CARD
-from trimoe.errors import UserError
-from trimoe.tables import traffic_cells
+from trimoe.errors import UserError, first_line
+from trimoe.headers import read_json
+from trimoe.tables import three, traffic_cells
 from trimoe.write import write_text
 
 NATIVE = """Stock code does not know the form of this checkpoint. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
 `trimoe.load(folder)`); without trimoe by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs
 `modeling_trimoe.py` of this folder. Otherwise transformers refuses it with a size mismatch."""
 FRONT_MATTER = 1 << 16  # characters of a source's README.md in which its metadata must lie
-GONE = {"moe": "sub-layer dropped", "block": "layer dropped"}
-PACKED = """ Its experts are packed integers (compressed-tensors): with compressed-tensors installed transformers unpacks
-them as it loads; `trimoe.load(folder)` runs them packed."""
+GONE: dict[Any, str] = {"moe": "sub-layer dropped", "block": "layer dropped"}
+PACKED = """This is a compressed-tensors checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."""
+BITS = """ Weights of its experts are packed integers of {bits} bits: with the compressed-tensors package (`pip install compressed-tensors`)
+transformers unpacks them as it loads; `trimoe.load(folder)` runs them packed."""
+TRIED = """ vLLM reads such checkpoints with the same package; this one was not tried there."""
 SQUEEZED = """ Zeros of pruned matrices are left out of its files and put back while it is loaded."""
 SPEEDS = {"prefill_tokens_s": "prefill, tokens/s", "decode_tokens_s": "decode, tokens/s", "first_token_s": "first token, s"}
+MEASURED = ("texts", "tasks", "generation", "traffic")  # what an evaluation may measure
+NULL = ("", "~", "null", "Null", "NULL")  # how YAML writes that there is nothing
 INHERITED = ("license", "license_name", "license_link", "language")
 STOCK = "This is a stock checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."
 
@@ -41,16 +47,11 @@ def text(record: dict[str, Any]) -> str:
     parts = [
         f"---\n{_metadata(record)}\n---\n\n# {_escaped(Path(model).name or model)}, compressed",
         f"Made by trimoe {record['trimoe']} from {_code(model)}.",
-        (NATIVE if plan["form"] == "native" else STOCK)
-        + (PACKED if any(name == "quantize" for name, _ in steps) else "")
-        + (SQUEEZED if any(fields.get("form") == "bitmask" for _, fields in steps) else ""),
+        _loading(plan) + (SQUEEZED if any(fields.get("form") == "bitmask" for _, fields in steps) else ""),
         "## What was done",
         "\n".join(f"- `{name}`: {_fields(fields)}" for name, fields in steps),
         f"Calibration: {given['samples']} samples of {given['length']} tokens ({_escaped(', '.join(given['domains']))}), seed {record['seed']}.",
-        _table(
-            ("layer", "experts before", "after", "mean rank, first / last projection"),
-            [(row["layer"], row["experts"], GONE.get(row.get("gone"), row["kept"]), row["rank"] or "-") for row in plan["layers"]],
-        ),
+        _layers(plan["layers"]),
         "## Size",
         _table(
             ("", "before", "after", "share"),
@@ -65,6 +66,34 @@ def text(record: dict[str, Any]) -> str:
         *(recovered(entry) for entry in record.get("recovered", ())),
     ]
     return "\n\n".join(parts)
+
+
+def _loading(plan: dict[str, Any]) -> str:
+    """How the result is opened."""
+    form = forms.form_of(plan)
+    if forms.PACKED not in form:
+        return NATIVE if form == forms.NATIVE else STOCK
+    bits = " or ".join(str(number) for number in sorted({row["bits"] for row in plan["layers"] if row.get("bits")}))
+    made_for = form == forms.PACKED and str((plan.get("loads_in") or {}).get("vllm")).startswith("made for it")
+    return (PACKED if form == forms.PACKED else NATIVE) + BITS.format(bits=bits) + (TRIED if made_for else "")
+
+
+def _layers(rows: list[dict[str, Any]]) -> str:
+    """What was done to every layer: the columns in which something was."""
+    fewer = any(GONE.get(row.get("gone"), row["kept"]) != row["experts"] for row in rows)
+    columns: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("layer", lambda row: row["layer"]), ("experts before" if fewer else "experts", lambda row: row["experts"]),
+    ]  # fmt: skip
+    if fewer:
+        columns.append(("after", lambda row: GONE.get(row.get("gone"), row["kept"])))
+    used = {
+        "rank": ("mean rank, first / last projection", str), "bits": ("bits of a weight", str),
+        "sparsity": ("zeros", lambda share: share if isinstance(share, str) else f"{share:.0%}"),
+    }  # fmt: skip
+    for key, (title, shown) in used.items():
+        if any(row.get(key) for row in rows):
+            columns.append((title, lambda row, key=key, shown=shown: shown(row[key]) if row.get(key) else "-"))  # type: ignore[misc]
+    return _table(tuple(title for title, _ in columns), [tuple(cell(row) for _, cell in columns) for row in rows])
 
 
 def recovered(entry: dict[str, Any]) -> str:
@@ -95,29 +124,60 @@ def is_original(folder: Path, against: str | None) -> bool:
     return source is not None and against is not None and (against == source or Path(against).resolve() == Path(source))
 
 
-def add_evaluation(folder: Path, report: dict[str, Any]) -> None:
+def add_evaluation(folder: Path, report: dict[str, Any], command: str | None = None) -> None:
     """Put the numbers of an evaluation against the original into a finished folder's trimoe.json and README.md. What it did not measure
-    (texts, tasks) stays as an earlier one left it."""
+    (texts, tasks) stays as an earlier one left it; `commands` says by which command line each was measured."""
     of_texts = ("texts", "length", "stride")
     new = {name: value for name, value in report.items() if report["texts"] or name not in of_texts}
-    _add(folder, "evaluation", lambda old: {**{name: report[name] for name in of_texts}, **old, **new})
+    measured = [name for name in MEASURED if report.get(name)]
+
+    def changed(old: dict[str, Any]) -> dict[str, Any]:
+        commands = {name: said for name, said in (old.get("commands") or {}).items() if name not in measured}
+        commands |= {} if command is None else dict.fromkeys(measured, command)
+        return {
+            **{name: report[name] for name in of_texts},
+            **old,
+            **new,
+            **({"commands": commands} if "commands" in old or commands else {}),
+        }
+
+    _add(folder, "evaluation", changed)
 
 
-def add_bench(folder: Path, report: dict[str, Any]) -> None:
+def add_bench(folder: Path, report: dict[str, Any], command: str | None = None) -> None:
     """The same for speed and memory, measured in turns with the original."""
-    _add(folder, "bench", lambda old: report)
+    _add(folder, "bench", lambda old: report if command is None else {**report, "command": command})
 
 
 def _add(folder: Path, name: str, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    record = json.loads((folder / "trimoe.json").read_text(encoding="utf-8"))
+    record = _record(folder)
     record[name] = changed(record.get(name) or {})
+    shown = _text(folder, record)
     write_text(folder / "trimoe.json", json.dumps(record, indent=1) + "\n")
-    write_text(folder / "README.md", text(record))
+    write_text(folder / "README.md", shown)
 
 
 def refresh(folder: Path) -> None:
-    """README.md again, from what trimoe.json holds now."""
-    write_text(folder / "README.md", text(json.loads((folder / "trimoe.json").read_text(encoding="utf-8"))))
+    """README.md again, from what trimoe.json holds now. Raises UserError where that is damaged."""
+    write_text(folder / "README.md", _text(folder, _record(folder)))
+
+
+def check(folder: Path) -> None:
+    """Raises UserError where a card cannot be made of what trimoe.json holds: found out before hours of measuring, not after."""
+    _text(folder, _record(folder))
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "trimoe.json")
+
+
+def _text(folder: Path, record: dict[str, Any]) -> str:
+    try:
+        return text(record)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, StopIteration, ZeroDivisionError) as error:
+        raise UserError(
+            f"{folder / 'trimoe.json'} does not read as trimoe writes it: {type(error).__name__}, {first_line(error)}."
+        ) from error
 
 
 def inherited(folder: Path) -> dict[str, Any]:
@@ -134,14 +194,15 @@ def inherited(folder: Path) -> dict[str, Any]:
         given = yaml.load("\n".join(lines[: ends[0]]), Loader=yaml.BaseLoader)  # words alone: nothing is made of tags, dates, merges
     except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, a thousand brackets
         return {}
-    return {name: value for name in INHERITED if _plain(value := given.get(name))} if isinstance(given, dict) else {}
+    found = {name: _said(given.get(name)) for name in INHERITED} if isinstance(given, dict) else {}
+    return {name: value for name, value in found.items() if value}
 
 
-def _plain(value: Any) -> bool:
-    """A name, or a list of names."""
-    return (isinstance(value, str) and bool(value)) or (
-        isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
-    )
+def _said(value: Any) -> Any:
+    """A name, or those of a list of names that are not null; None for everything else."""
+    if isinstance(value, list):
+        return [name for name in value if name not in NULL] if all(isinstance(name, str) for name in value) else None
+    return value if isinstance(value, str) and value not in NULL else None
 
 
 def _metadata(record: dict[str, Any]) -> str:
@@ -261,7 +322,7 @@ def _speed(report: dict[str, Any] | None) -> list[str]:
     if report is None or ratio is None:
         return []
     rows = [
-        (label, *(f"{model[name]['median']:,.4g}" for model in reversed(report["models"])), f"{ratio[name]['median']:.2f}")
+        (label, *(three(model[name]["median"]) for model in reversed(report["models"])), f"{ratio[name]['median']:.2f}")
         for name, label in SPEEDS.items()
     ]
     how = (

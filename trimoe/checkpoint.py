@@ -256,7 +256,7 @@ def _expanded_view(name: str, stored: dict[str, TensorInfo], masks: list[str]) -
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     read_json(folder / "config.json")
     _refuse_links(folder)
-    weight_map = _weight_map(folder)
+    weight_map = weight_map_of(folder)
     if weight_map is None:
         if (folder / SINGLE).is_file():
             return read_header(folder / SINGLE)
@@ -274,7 +274,7 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     return {key: headers[file][key] for key, file in weight_map.items()}
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def weight_map_of(folder: Path) -> dict[str, str] | None:
     """Which shard holds which tensor, by the index; None without one."""
     if not (folder / INDEX).is_file():
         return None
@@ -313,7 +313,7 @@ def _open_hub(name: str, *, weights: bool) -> Checkpoint:
     try:
         folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, CARD], ignore_patterns=["*/*"]))
         if weights:
-            shards = sorted(set((_weight_map(folder) or {SINGLE: SINGLE}).values()))
+            shards = sorted(set((weight_map_of(folder) or {SINGLE: SINGLE}).values()))
             folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, CARD, *shards], ignore_patterns=["*/*"]))
             return Checkpoint(name, folder, _read_headers(folder))
         metadata = hub.get_safetensors_metadata(name)

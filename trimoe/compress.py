@@ -89,9 +89,8 @@ def compress(
                 skeleton = Skeleton.of(str(model), compute_dtype(dtype))
                 before = possible(skeleton, parsed, out, device, processes)
             text = calibration_for(skeleton, parsed.calibration, seed, reporter)
-            for warning in before.warnings:
-                reporter.note(f"warning: {warning}")
-            return job_of(skeleton, parsed, text, seed, device, dtype, command or call, reporter, processes), before
+            job = job_of(skeleton, parsed, text, seed, device, dtype, command or call, reporter, processes)
+            return replace(job, warnings=tuple(before.warnings)), before
 
         job, before = processes.after_main(on_paper)
         return job.done(out, before, stats)
@@ -125,12 +124,13 @@ def job_of(
 
 @dataclass(frozen=True)
 class Job:
-    """A compression that nothing on paper speaks against."""
+    """A compression that nothing on paper speaks against; `warnings` are said as the work begins."""
 
     run: Run
     text: Calibration
     inputs: dict[str, Any]
     command: str
+    warnings: tuple[str, ...] = ()
 
     def done(self, out: Path, before: Plan, stats: str | os.PathLike[str] | None) -> Result:
         """The result in `out`: found there, or made, and trained where the recipe says so."""
@@ -160,6 +160,8 @@ class Job:
         run.team.from_main(journal.refuse_other_content)
         run.team.from_main(lambda: disk.check(out, before.disk, before.spill))
         with journal, logged(run.reporter, final_out / LOG, self.command, main=run.team.main):
+            for warning in self.warnings:
+                run.reporter.say(f"warning: {warning}")
             decisions, metrics = unchanged(skeleton.sites), {}
             for number, step in enumerate(parsed.steps):
                 name = f"{number}.{step.name}"

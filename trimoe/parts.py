@@ -26,7 +26,8 @@ def check(name: str, ratio: float | None, count: int | None, threshold: float | 
     """Raises UserError unless exactly one of the three says how many go, and what goes with it."""
     given = [field for field, value in (("ratio", ratio), ("count", count), ("threshold", threshold)) if value is not None]
     if len(given) != 1:
-        raise UserError(f"{name}: give one of ratio, count and threshold, not {' and '.join(given) or 'none'}.")
+        both = f", not {' and '.join(given)}" if given else ""
+        raise UserError(f"{name}: give one of ratio, count and threshold{both}.")
     if consecutive and threshold is not None:
         raise UserError(f"{name}: a threshold does not say how long a consecutive run is; give ratio or count.")
     if consecutive and rerank:

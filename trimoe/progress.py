@@ -111,7 +111,7 @@ class Reporter:
     def logging(self, path: Path, head: Iterable[str]) -> Iterator[None]:
         """Append to the file `path`, first `head` and what was said so far; at the end how long it took and the most memory."""
         start = time.monotonic()
-        self.log, early, self.early = path, self.early or [], []
+        self.log, early, self.early = path, self.early or [], None  # what is said after it is in no log
         for line in head:
             self.note(line)
         self._append(early)

@@ -123,7 +123,7 @@ def read(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
             raise UserError(f"{where} cannot be read ({error.strerror}).") from None
         raw = _yaml(source, where)
     if not isinstance(raw, dict):
-        raise UserError(f"{where} holds a {type(raw).__name__}; a mapping with steps is expected.")
+        raise UserError(f"{where} {'is empty' if raw is None else f'holds {_kind(raw)}'}; a mapping with steps is expected.")
     for change in changes:
         raw = _changed(raw, change)
     return raw, where
@@ -151,6 +151,11 @@ def _yaml(source: str, where: str) -> Any:
         return yaml.load(source, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{where} is not valid YAML ({first_line(error)}).") from None
+
+
+def _kind(value: Any) -> str:
+    """What a YAML value is, in words."""
+    return "a list" if isinstance(value, list) else f"{value!r} alone" if len(repr(value)) <= 40 else "text alone"
 
 
 def _changed(raw: dict[str, Any], change: str) -> dict[str, Any]:

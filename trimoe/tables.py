@@ -139,7 +139,7 @@ def traffic_cells(found: list[dict[str, Any] | None]) -> list[str]:
     cells = [f"{one['bytes_per_token']:,.0f}" if one else "-" for one in found]
     if len(found) > 1:
         cells.append(
-            f"{1 - last['bytes_per_token'] / first['bytes_per_token']:.1%}" if first and last and first["bytes_per_token"] else "-"
+            f"{1 - last['bytes_per_token'] / first['bytes_per_token']:z.1%}" if first and last and first["bytes_per_token"] else "-"
         )
     return cells + [f"{one['imbalance']['mean']:.2f} / {one['imbalance']['worst']:.2f}" if one else "-" for one in found]
 
@@ -165,7 +165,7 @@ def bench(report: dict[str, Any]) -> None:
         ("first_token_s", "first token, s"),
     ):
         spreads = [model[name] for model in models] + ([ratio[name]] if ratio else [])
-        table.add_row(label, *(f"{_short(s['median'])} ({_short(s['low'])}-{_short(s['high'])})" for s in spreads))
+        table.add_row(label, *(f"{three(s['median'])} ({three(s['low'])}-{three(s['high'])})" for s in spreads))
     table.add_row("loading, s", *(f"{model['load_s']:.1f}" for model in models), *([f"{ratio['load_s']:.2f}"] if ratio else []))
     for name, label in (
         ("before_bytes", "memory before loading"),
@@ -178,5 +178,6 @@ def bench(report: dict[str, Any]) -> None:
     show(table)
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def three(value: float) -> str:
+    """Three digits, all of those before the point: 1,234 and 123, 12.3, 2.00, 0.0123."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.995 else f"{value:.3g}"

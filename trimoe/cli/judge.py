@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trimoe.cli.options import Device, Dtype, JsonFile, Model, Quiet, check_writable, reporter_of, write_json
+from trimoe.cli.options import Device, Dtype, JsonFile, Model, Quiet, check_writable, command_line, reporter_of, write_json
 
 
 def evaluate(
@@ -41,13 +41,16 @@ def evaluate(
             against = origin(Path(folder))
         except UserError as reason:
             reporter.say(f"It is evaluated alone, not against the model it was made from: {reason}")
+    kept = distributed.speaks() and card.is_original(Path(folder), against)
+    if kept:
+        card.check(Path(folder))
     report = trimoe.evaluate(
         folder, against=against, text=[] if text == ["none"] else text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens,
         tasks=[name.strip() for name in tasks.split(",") if name.strip()], limit=limit, fewshot=fewshot, include=include, batch=batch,
         stream=stream, generate=generate, device=device, dtype=compute_dtype(dtype), cache=default_folder() if cached else None,
         reporter=reporter,
     )  # fmt: skip
-    if distributed.speaks() and card.is_original(Path(folder), against):
-        card.add_evaluation(Path(folder), report)
     write_json(json_file, report)
+    if kept:
+        card.add_evaluation(Path(folder), report, command_line())
     tables.evaluation(report)

@@ -21,6 +21,7 @@ from trimoe.cli.options import (
     Samples,
     Texts,
     check_writable,
+    command_line,
     reporter_of,
     write_json,
 )
@@ -88,14 +89,17 @@ def bench(
     from trimoe import card, distributed, tables
 
     check_writable(json_file)
+    kept = distributed.speaks() and card.is_original(Path(folder), against)
+    if kept:
+        card.check(Path(folder))
     report = trimoe.bench(
         folder, against, prompt=prompt, generate=generate, batch=batch, rounds=rounds, device=device, dtype=dtype, backend=backend,
         reporter=reporter_of(quiet),
     )  # fmt: skip
-    tables.bench(report)
-    if distributed.speaks() and card.is_original(Path(folder), against):
-        card.add_bench(Path(folder), report)
     write_json(json_file, report)
+    if kept:
+        card.add_bench(Path(folder), report, command_line())
+    tables.bench(report)
 
 
 def recipes(name: Annotated[str | None, typer.Argument(help="print this one", show_default=False)] = None) -> None:

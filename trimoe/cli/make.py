@@ -64,8 +64,8 @@ def compress(
         model, recipe, out, changes=changes, calibration=calibration, samples=samples, length=length, seed=seed, stats=stats,
         device=device, dtype=dtype, command=command_line(), reporter=reporter_of(quiet),
     )  # fmt: skip
-    print_plan(result.plan)
     write_json(json_file, {"out": str(result.out), "plan": result.plan.to_json(), "metrics": result.metrics})
+    print_plan(result.plan)
 
 
 def sweep(
@@ -91,8 +91,8 @@ def sweep(
         tokens=tokens, window=window, stride=stride, keep=keep, cache=default_folder(), seed=seed, device=device, dtype=dtype, command=command_line(),
         reporter=reporter_of(quiet),
     )  # fmt: skip
-    standings.table(found.rows)
     write_json(json_file, {"out": str(found.out), "variants": [row.__dict__ for row in found.rows]})
+    standings.table(found.rows)
 
 
 def recover(
@@ -126,9 +126,9 @@ def recover(
         command=command_line(),
         reporter=reporter_of(quiet),
     )
+    write_json(json_file, {"out": str(made.out), "metrics": made.metrics})
     for name, before in made.metrics["before"].items():
         print(f"{name.replace('_', ' ')} on held-out text: {before:.4g} -> {made.metrics['after'][name]:.4g}")
-    write_json(json_file, {"out": str(made.out), "metrics": made.metrics})
 
 
 def demo(
@@ -143,7 +143,7 @@ def demo(
     result = trimoe.compress(model, "moe-i2", out, command=command_line(), reporter=reporter)
     report = trimoe.evaluate(out, against=model, reporter=reporter)
     if distributed.speaks():
-        card.add_evaluation(out, report)
+        card.add_evaluation(out, report, command_line())
     print_plan(result.plan)
     tables.evaluation(report)
     print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")

@@ -40,25 +40,39 @@ OWN = ("config.json", "generation_config.json", "trimoe.json", "model.safetensor
 
 
 def check_writable(path: Path | None) -> None:
-    """Find out before hours of work, not after."""
+    """Find out before hours of work, not after; and replace nothing but an earlier result: a file that ends in .json and is a JSON object, or
+    an empty one."""
     from trimoe import disk
     from trimoe.errors import UserError
 
     if path is None:
         return
-    if path.is_dir() or not path.resolve().parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.resolve().parent.is_dir():
         raise UserError(f"--json {path} cannot be written: give a file in a folder that exists.")
     own = path.name in OWN or path.name.startswith("tokenizer") or path.suffix != ".json"
     if own and path.exists() and (path.resolve().parent / "config.json").is_file():
         raise UserError(f"--json {path} is a file of a model's folder; give another name.")
+    if path.exists() and path.stat().st_size and not (path.suffix == ".json" and _is_object(path)):
+        raise UserError(
+            f"--json {path} exists and is no earlier result (a .json file that holds an object), so it is not replaced; give another name."
+        )
     disk.probe(path, "--json")
 
 
+def _is_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (ValueError, RecursionError, OSError):
+        return False
+
+
 def write_json(path: Path | None, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
     from trimoe import distributed
+    from trimoe.write import write_text
 
     if path is not None and distributed.speaks():
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def print_plan(made: Any) -> None:

@@ -14,7 +14,7 @@ def report(
     figures: Annotated[Path | None, typer.Option(help="also write every chart as SVG and PNG into this folder")] = None,
 ) -> None:
     """One self-contained page of everything that is known of a result; refreshes its model card."""
-    from trimoe import card, disk
+    from trimoe import card
     from trimoe.errors import UserError
     from trimoe.report import read
     from trimoe.report.build import report as build
@@ -24,13 +24,8 @@ def report(
         if len(folders) > 1:
             raise UserError("Several folders are compared on a page of their own; say where to write it: --html FILE.")
         html = opened[0].folder / "report.html"
-    if html.is_dir() or not html.resolve().parent.is_dir():
-        raise UserError(f"--html {html} cannot be written: give a file in a folder that exists.")
-    if html.suffix != ".html":
-        raise UserError(f"--html {html} is no name of a page; give one that ends in .html.")
-    disk.probe(html, "--html")
-    if figures is not None and figures.exists() and not figures.is_dir():
-        raise UserError(f"--figures {figures} is a file; give a folder.")
+    for finished in opened:
+        card.check(finished.folder)
     written = build(folders, html, figures)
     for finished in opened:
         card.refresh(finished.folder)

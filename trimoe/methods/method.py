@@ -138,5 +138,5 @@ class DepthDrop:
 def share_of(ratio: float | None, count: int | None, what: str, per_layer: int) -> float:
     """`ratio`, or `count` per layer as a ratio; exactly one of them is allowed."""
     if (ratio is None) == (count is None):
-        raise UserError(f"{what}: give either ratio or count, not {'neither' if ratio is None else 'both'}.")
+        raise UserError(f"{what}: give ratio or count{'' if ratio is None else ', not both'}.")
     return ratio if ratio is not None else count / per_layer  # type: ignore[operator]

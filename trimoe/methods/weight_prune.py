@@ -67,7 +67,7 @@ class WeightPrune(Fitted):
 
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
         if (self.ratio is None) == (self.pattern is None):
-            raise UserError(f"weight_prune: give either ratio or pattern, not {'neither' if self.ratio is None else 'both'}.")
+            raise UserError(f"weight_prune: give ratio or pattern{'' if self.ratio is None else ', not both'}.")
         if self.compare == "layer" and (self.pattern is not None or self.score == "sparsegpt"):
             raise UserError("weight_prune: compare: layer goes with a ratio and the scores moe_pruner, wanda and magnitude.")
         if self.form == "bitmask" and (self.compare == "layer" or (self.score == "sparsegpt" and self.pattern is None)):

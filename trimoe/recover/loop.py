@@ -144,7 +144,8 @@ class Training:
         self.each = count // self.batch
         self.steps = min(spec.steps or 1 << 60, spec.epochs * self.each)
         if spec.steps is not None and self.steps < spec.steps:
-            reporter.say(f"{spec.epochs} epochs of {count} samples are {self.steps} steps, fewer than {spec.steps}; give more epochs.")
+            text = f"{_counted(spec.epochs, 'epoch')} of {_counted(count, 'sample')} in batches of {self.batch}"
+            reporter.say(f"There is room for only {self.steps} of the {spec.steps} steps asked for in {text}; give more epochs.")
         self.every = max(1, -(-self.steps // VALIDATIONS))
         self.step, self.bad, self.curve = 0, 0, list[dict[str, Any]]()
         self.model = accelerator.prepare(job.model)
@@ -291,3 +292,7 @@ def launcher() -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # the others wait while the main process runs the original
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True), patient]  # unused: experts that no token chose
     return Accelerator(device_placement=False, mixed_precision="no", kwargs_handlers=handlers)
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trimoe import disk
 from trimoe.errors import UserError
 from trimoe.report import charts, chosen, measured, size
-from trimoe.report.page import charts_page, write_figures
+from trimoe.report.page import charts_page, is_ours, write_figures
 from trimoe.report.read import Finished, interval
 from trimoe.report.section import Code, Figure, Section, Table
 from trimoe.write import write_text
@@ -17,8 +18,12 @@ from trimoe.write import write_text
 def report(folders: Sequence[str | Path], html: Path | None = None, figures: Path | None = None) -> list[Path]:
     """Write the page `html` on finished folders (one in full, several against each other) and, into the folder `figures`, its charts as SVG
     and PNG. Returns the files, the page first. Raises UserError for folders that are not finished or whose record
-    does not make sense."""
+    does not make sense, and where `html` or `figures` cannot be written or is a file that is no page of trimoe's."""
     opened = [Finished.open(folder) for folder in folders]
+    if html is not None:
+        _check_page(html)
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise UserError(f"The figures cannot be written to {figures}, which is a file; give a folder.")
     broken = ", ".join(str(folder.folder / "trimoe.json") for folder in opened)
     try:
         made = full(opened[0]) if len(opened) == 1 else compared(opened)
@@ -30,6 +35,17 @@ def report(folders: Sequence[str | Path], html: Path | None = None, figures: Pat
         write_text(html, page)
         files.append(html)
     return files + (write_figures(figures, made) if figures is not None else [])
+
+
+def _check_page(html: Path) -> None:
+    """Found out before it is drawn; and nothing but an earlier page of trimoe's is replaced."""
+    if (html.exists() and not html.is_file()) or not html.resolve().parent.is_dir():
+        raise UserError(f"The page {html} cannot be written: give a file in a folder that exists.")
+    if html.suffix != ".html":
+        raise UserError(f"{html} is no name of a page; give one that ends in .html.")
+    if html.exists() and not is_ours(html):
+        raise UserError(f"{html} is there already and is no page that trimoe wrote, so it is not replaced; give another name.")
+    disk.probe(html, "The page")
 
 
 def title_of(folders: Sequence[Finished]) -> str:
@@ -48,7 +64,7 @@ def subtitle_of(folders: Sequence[Finished]) -> str:
 def full(folder: Finished) -> list[Section]:
     """Everything there is to say of one folder; sections without data are left out."""
     warnings = [str(warning) for warning in folder.record["plan"].get("warnings") or ()]
-    first = Section(name="summary", title="Summary", tiles=size.tiles(folder), text=" ".join(f"Warning: {warning}" for warning in warnings))
+    first = Section(name="summary", title="Summary", tiles=size.tiles(folder), warnings=warnings)
     speed = size.speed(folder)
     chosen_by = chosen.sections(folder)
     return [

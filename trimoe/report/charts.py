@@ -177,15 +177,16 @@ def dots(
     rows: Sequence[dict[str, Any]], *, y: str, x: str, x_title: str, series: str | None = None, rule: float | None = None, form: str = ".4~g",
     order: Sequence[str] | None = None, percent: bool = False, zero: bool = False,
 ) -> alt.LayerChart:  # fmt: skip
-    """Points with whiskers (`low`, `high`), one line of the chart per name in `y`, of several `series` beside each other; `rule`: a value to
-    compare with."""
+    """Points with whiskers (`low`, `high`), one line of the chart per name in `y` (which may have several lines), of several `series` beside
+    each other; `rule`: a value to compare with."""
     names = list(order or dict.fromkeys(row[series] for row in rows)) if series else []
     lines_ = len({row[y] for row in rows})
     across = alt.X(
         f"{x}:Q", title=x_title, scale=_scale(False, zero=zero, padding=0 if zero else 12),
         axis=alt.Axis(format="%" if percent else "", tickCount=6),
     )  # fmt: skip
-    down = alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(grid=True, labelLimit=170))
+    split = "split(datum.label, '\\n')" if any("\n" in row[y] for row in rows) else alt.Undefined
+    down = alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(grid=True, labelLimit=170, labelExpr=split))
     encoding: dict[str, Any] = {"x": across, "y": down}
     color: dict[str, Any] = {}
     shape: dict[str, Any] = {}

@@ -114,7 +114,7 @@ def _minded(folder: Finished) -> list[Figure]:
             what = "its experts pruned" if step.name == "expert_drop" else "its experts' outputs shrunk"
             figures.append(
                 by_layer(f"sensitivity-{step.name.replace('_', '-')}{which}", f"How much the model minds each layer, as {step.name} measured it",
-                          sensitive, "KL per squared relative error",
+                          sensitive, "KL per squared error",
                           f"What the next-token distributions of the whole model lose (KL) with one layer changed ({what}), over its squared error.")
             )  # fmt: skip
     return figures

@@ -10,6 +10,7 @@ from trimoe.report.section import Figure, Section, Table
 
 BEFORE, AFTER = "original", "compressed"
 SIDES = [AFTER, BEFORE]
+WAYS = ("greedy", "sampled")  # to continue a prompt
 SURE = 1.96  # standard errors either side hold 95 %
 
 
@@ -149,27 +150,35 @@ def _generation(folder: Finished) -> Section | None:
     if not found:
         return None
     sides = [(side, found[key]) for side, key in ((AFTER, "model"), (BEFORE, "against")) if found.get(key)]
-    names = {"loops": "run into a loop", "empty": "are empty", "distinct": "distinct 3-grams"}
+    names = {"loops": "in a loop", "empty": "empty", "distinct": "distinct 3-grams"}
+    ways = [how for how in WAYS if all(how in numbers for _, numbers in sides)]
+    apart = [(how, side, numbers[how]) for how in ways for side, numbers in sides] or [
+        ("both ways", side, numbers) for side, numbers in sides
+    ]
     rows = [
-        {"what": label, "share": numbers[key], "model": side}
-        for key, label in names.items() for side, numbers in sides if numbers.get(key) is not None
+        {"what": f"{label},\n{how}", "share": numbers[key], "model": side}
+        for key, label in names.items() for how, side, numbers in apart if numbers.get(key) is not None
     ]  # fmt: skip
     blocks: list[Figure | Table] = [
         Figure(
             name="generation-shares", title="What continuations look like",
-            chart=charts.dots(rows, y="what", x="share", x_title="share of the continuations (of the 3-grams)", series="model", percent=True,
+            chart=charts.dots(rows, y="what", x="share", x_title="share", series="model", percent=True,
                               zero=True, form=".1%", order=SIDES if len(sides) > 1 else None),
-            table=Table(caption="Continuations", head=("model", *names.values()),
-                        rows=[(side, *(f"{numbers[key]:.1%}" if numbers.get(key) is not None else "-" for key in names)) for side, numbers in sides]),
+            note="Shares of the continuations that end in a loop or are empty, and of their runs of three tokens that are different from all others. "
+            "Greedy: the likeliest token every time; sampled: drawn, with the same seed for both models.",
+            table=Table(caption="Continuations", head=("decoding", "model", *names.values()),
+                        rows=[(how, side, *(f"{numbers[key]:.1%}" if numbers.get(key) is not None else "-" for key in names)) for how, side, numbers in apart]),
         )
     ]  # fmt: skip
     samples = [
-        (side, str(sample.get("prompt", "")), str(sample.get("greedy", "")))
+        (side, how, str(sample.get("prompt", "")), str(sample[how]))
         for side, numbers in sides
         for sample in numbers.get("samples") or ()
+        for how in WAYS
+        if how in sample
     ]
     if samples:
-        blocks.append(Table(caption="Samples, greedy", head=("model", "prompt", "continuation"), rows=samples, prose=True))
+        blocks.append(Table(caption="Samples", head=("model", "decoding", "prompt", "continuation"), rows=samples, prose=True))
     count = f"{found['prompts']} prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones. " if "prompts" in found else ""
     return Section(
         name="generation", title="Generation",

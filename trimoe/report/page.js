@@ -7,6 +7,7 @@
   let chosen = null;
   try { chosen = window.localStorage.getItem("trimoe-theme"); } catch { /* a file opened from disk may have no storage */ }
   const views = new Map();
+  let width = window.innerWidth;
   const theme = () => (chosen === "dark" || chosen === "light" ? chosen : system.matches ? "dark" : "light");
 
   async function draw(place) {
@@ -14,12 +15,21 @@
     const name = place.dataset.chart;
     if (place.dataset.wide) place.style.minWidth = place.dataset.wide + "px";
     const look = given.themes[theme()];
-    const columns = Math.max(1, Math.floor(place.clientWidth / given.entry)); // of the legend: Vega does not wrap it by itself
-    views.set(place, await window.vegaEmbed(place, given.specs[name], {
+    const drawn = (columns) => window.vegaEmbed(place, given.specs[name], {
       mode: "vega-lite", renderer: "dense" in place.dataset ? "canvas" : "svg", ast: true, config: { ...look, legend: { ...look.legend, columns } }, downloadFileName: name,
       tooltip: { theme: theme() },
       actions: { export: true, source: false, compiled: false, editor: false },
-    }));
+    });
+    // a legend stands over the plot, is as wide as its entries, and Vega does not wrap it by itself
+    const fit = (pixels) => Math.max(1, Math.floor(pixels / given.entry));
+    const columns = fit(place.clientWidth);
+    let made = await drawn(columns);
+    const fewer = fit(made.view.width());
+    if (fewer < columns) {
+      made.finalize();
+      made = await drawn(fewer);
+    }
+    views.set(place, made);
   }
 
   async function show() {
@@ -36,6 +46,12 @@
     show();
   });
   system.addEventListener("change", show);
-  window.matchMedia("(max-width: 600px)").addEventListener("change", show);
+  let waiting = 0;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth === width) return; // a phone's address bar came or went
+    width = window.innerWidth;
+    window.clearTimeout(waiting);
+    waiting = window.setTimeout(show, 150);
+  });
   show();
 })();

@@ -29,6 +29,7 @@ except ImportError:
     raise UserError("A page needs jinja2 and vl-convert-python; pip install 'trimoe[report]'.") from None
 
 VEGA_LITE = "6.4"  # of the bundle in the page, and what figures are drawn with
+GENERATOR, HEAD = b'<meta name="generator" content="trimoe ', 4096  # every page says so in its first bytes
 POLICY = "default-src 'none'; script-src {}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"  # no connect-src
 
 
@@ -50,6 +51,12 @@ def charts_page(title: str, sections: Sequence[Section], *, subtitle: str = "", 
         policy=Markup(policy), style=Markup(_file("page.css")), bundle=Markup(bundle), script=Markup(script),
         specs=Markup(specs.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")),
     )  # fmt: skip
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a page that `charts_page` made, as its head says."""
+    with open(path, "rb") as file:
+        return GENERATOR in file.read(HEAD)
 
 
 def write_figures(folder: Path, sections: Sequence[Section]) -> list[Path]:

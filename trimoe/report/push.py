@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from trimoe.checkpoint import SINGLE, weight_map_of
 from trimoe.errors import UserError, first_line
 from trimoe.journal import FOLDER
 from trimoe.report.read import Finished
@@ -53,8 +53,7 @@ def _check(finished: Finished) -> None:
     folder = finished.folder
     if (folder / FOLDER).is_dir():
         raise UserError(f"{folder} holds {FOLDER}: a run in it was not finished; start it again, then push.")
-    index = folder / "model.safetensors.index.json"
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    missing = sorted(name for name in [*named, "README.md"] if not (folder / name).is_file())
+    named = set((weight_map_of(folder) or {"": SINGLE}).values())
+    missing = sorted(name for name in {*named, "README.md"} if not (folder / name).is_file())
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}; it is not complete, so it is not uploaded.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 from trimoe.journal import FOLDER
 
 NEEDED = ("trimoe", "model", "recipe", "plan", "decisions", "metrics", "calibration", "command", "seed", "versions")
@@ -41,12 +41,17 @@ class Finished:
             )
         try:
             record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}.") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON: {first_line(error)}.") from None
         missing = [name for name in NEEDED if not isinstance(record, dict) or name not in record]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}; it was not written by trimoe compress.")
-        return cls(folder, record)
+        made = cls(folder, record)
+        try:
+            made.steps, made.share  # noqa: B018 (what everything that is shown begins with)
+        except (KeyError, TypeError, AttributeError, ValueError, StopIteration, ZeroDivisionError) as error:
+            raise UserError(f"{path} does not read as trimoe writes it: {type(error).__name__}, {first_line(error)}.") from None
+        return made
 
     @property
     def name(self) -> str:

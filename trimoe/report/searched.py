@@ -29,9 +29,9 @@ def section(step: Step) -> Section | None:
 
 def _found(layers: dict[int, dict[str, Any]], how: str) -> Figure:
     names = {how: lambda row: row["losses"][0], "greedy": lambda row: row["greedy"], "random sets, mean": lambda row: row["random"],
-             "exhaustive (the optimum)": lambda row: row.get("exhaustive")}  # fmt: skip
+             "all sets (optimum)": lambda row: row.get("exhaustive")}  # fmt: skip
     if how == "exhaustive search":
-        del names["exhaustive (the optimum)"]
+        del names["all sets (optimum)"]
     if how == "greedy search":
         del names["greedy"]
     rows = [

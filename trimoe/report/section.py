@@ -62,5 +62,6 @@ class Section:
     name: str
     title: str
     text: str = ""
+    warnings: Sequence[str] = ()
     tiles: Sequence[Tile] = ()
     blocks: Sequence[Figure | Table | Code] = ()

@@ -8,12 +8,17 @@ import yaml
 
 from trimoe.card import SPEEDS
 from trimoe.disk import human
+from trimoe.form import form_of
 from trimoe.report import charts
 from trimoe.report.measured import AFTER, BEFORE, SIDES
 from trimoe.report.read import Finished
 from trimoe.report.section import Code, Figure, Section, Table, Tile
+from trimoe.tables import three
 
-PARTS = ("routed experts", "routers", "rest of the layers")
+PARTS = (
+    "embedding", "attention", "routers", "routed experts", "shared experts", "dense MLPs", "norms", "rest of the layers", "head", "outside the layers",
+    "other",
+)  # fmt: skip
 OUTSIDE = "outside the layers"
 SIZES = {
     "safetensors on disk": "file_bytes",
@@ -42,7 +47,7 @@ def tiles(folder: Finished) -> list[Tile]:
         agreement = sum(row["agreement"] for row in texts) / len(texts)
         made.append(Tile(label="Top-1 agreement", value=f"{agreement:.1%}", detail=f"mean over {len(texts)} texts"))
         made.append(
-            Tile(label="Perplexity, worst text", value=f"{worst['perplexity'] / worst['against']['perplexity'] - 1:+.1%}",
+            Tile(label="Perplexity, worst text", value=f"{worst['perplexity'] / worst['against']['perplexity'] - 1:+z.1%}",
                  detail=f"{worst['name']}: {worst['against']['perplexity']:.2f} to {worst['perplexity']:.2f}")
         )  # fmt: skip
     decode = (folder.bench.get("ratio") or {}).get("decode_tokens_s")
@@ -51,13 +56,14 @@ def tiles(folder: Finished) -> list[Tile]:
     return made
 
 
-def short(count: float) -> str:
-    """7219328 -> '7.22 M'."""
+def short(count: int) -> str:
+    """7219328 -> '7.22 M', 2000000 -> '2.00 M'."""
+    value = float(count)
     for unit in ("", "k", "M", "B"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}".strip()
-        count /= 1000
-    return f"{count:.3g} T"
+        if abs(value) < 999.5:
+            return f"{three(value)} {unit}" if unit else str(count)
+        value /= 1000
+    return f"{three(value)} T"
 
 
 def size(folder: Finished) -> Section:
@@ -83,21 +89,27 @@ def size(folder: Finished) -> Section:
     )
     return Section(
         name="size", title="Size", blocks=blocks,
-        text=f"Written as a {folder.record['plan']['form']} checkpoint, which trimoe's plan foretells to the byte.",
+        text=f"Written as a {form_of(folder.record['plan'])} checkpoint, which trimoe's plan foretells to the byte.",
     )  # fmt: skip
 
 
 def _by_part(parts: dict[str, Any]) -> Figure:
-    totals = {OUTSIDE: parts[OUTSIDE]} | {
-        part: [sum(sizes[part][at] for sizes in parts["layers"].values() if part in sizes) for at in (0, 1)] for part in PARTS
-    }
+    outside = parts[OUTSIDE]
+    everywhere = [
+        outside if isinstance(outside, dict) else {OUTSIDE: outside},
+        *parts["layers"].values(),
+    ]  # one number, from older versions
+    names = sorted(
+        {part for sizes in everywhere for part in sizes}, key=lambda part: (PARTS.index(part) if part in PARTS else len(PARTS), part)
+    )
+    totals = {part: [sum(sizes[part][at] for sizes in everywhere if part in sizes) for at in (0, 1)] for part in names}
     rows = [
         {"model": model, "bytes": values[at] / 2**20, "part": part}
-        for at, model in enumerate((BEFORE, AFTER)) for part, values in totals.items()
+        for at, model in ((1, AFTER), (0, BEFORE)) for part, values in totals.items()
     ]  # fmt: skip
     return Figure(
         name="size-parts", title="Bytes by part",
-        chart=charts.bars(rows, x="model", y="bytes", y_title="MiB", series="part", stacked=True, form=".2f", order=[*PARTS, OUTSIDE]),
+        chart=charts.bars(rows, x="model", y="bytes", y_title="MiB", series="part", stacked=True, form=".2f", order=names),
         table=Table(
             caption="Bytes by part", head=("part", "before", "after", "share"),
             rows=[(part, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "-") for part, (old, new) in totals.items()],
@@ -113,7 +125,7 @@ def _by_layer(parts: dict[str, Any]) -> Figure:
     ]  # fmt: skip
     return Figure(
         name="size-layers", title="Bytes by layer", wide=60 + 24 * len(sums) if len(sums) > 14 else 0,
-        chart=charts.bars(rows, x="layer", y="bytes", x_title="layer, by its number in the original", y_title="MiB", series="model", form=".2f", order=SIDES),
+        chart=charts.bars(rows, x="layer", y="bytes", x_title="layer of the original", y_title="MiB", series="model", form=".2f", order=SIDES),
         table=Table(
             caption="Bytes by layer", head=("layer", "before", "after", "share"),
             rows=[(index, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "-") for index, (old, new) in sums.items()],
@@ -143,7 +155,7 @@ def speed(folder: Finished) -> Section | None:
                     (row["what"], f"{row['value']:.2f}" + (f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else "")) for row in rows]),
             )
         )  # fmt: skip
-    table = [(label, *(f"{model[key]['median']:,.3g} ({model[key]['low']:,.3g} to {model[key]['high']:,.3g})" for model in models))
+    table = [(label, *(f"{three(model[key]['median'])} ({three(model[key]['low'])} to {three(model[key]['high'])})" for model in models))
              for key, label in SPEEDS.items()]  # fmt: skip
     table += [(label, *(f"{model[key]:.1f}" if key == "load_s" else human(model[key]) for model in models)) for key, label in HELD.items()]
     names = [AFTER, BEFORE] if len(models) > 1 else [AFTER]
@@ -169,10 +181,21 @@ def origin(folder: Finished) -> Section:
     blocks: list[Code | Table] = [
         Code(title="Command", text=str(record["command"])),
         *(Code(title=f"Then, to recover ({entry['method']})", text=str(entry["command"])) for entry in folder.recovered),
+        *(Code(title=f"To measure {' and '.join(names)}", text=command) for command, names in _measured(folder).items()),
         Code(title="Recipe", text=yaml.safe_dump(_said(record["recipe"]), sort_keys=False, allow_unicode=True).strip()),
         Table(caption="Seeds, versions, inputs", head=("what", "value"), rows=facts, prose=True),
     ]
     return Section(name="origin", title="How it was made", text="With these the same bytes come out again.", blocks=blocks)
+
+
+def _measured(folder: Finished) -> dict[str, list[str]]:
+    """Command lines of evaluations and benchmarks, and what each measured; a demo's own made the folder too and is said already."""
+    found: dict[str, list[str]] = {}
+    given = dict(folder.evaluation.get("commands") or {}) | ({"speed": folder.bench["command"]} if "command" in folder.bench else {})
+    for name, command in given.items():
+        if command != folder.record["command"]:
+            found.setdefault(str(command), []).append(str(name))
+    return found
 
 
 def _said(value: Any) -> Any:
