@@ -44,7 +44,7 @@ class Rates:
         return amount / (self.product(rows) if kind == "matmul" else float(getattr(self, kind)))
 
     def product(self, rows: float) -> float:
-        """FLOP/s of a product of so many tokens: between two measured numbers, in proportion to the logarithm."""
+        """FLOP/s of a product of so many tokens: between two measured numbers, the logarithm of the speed in proportion to the tokens."""
         for (low, slow), (high, fast) in zip(
             zip(ROWS, self.matmul, strict=True), zip(ROWS[1:], self.matmul[1:], strict=True), strict=False
         ):
@@ -57,6 +57,8 @@ class Rates:
 def rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
     """This machine's, from the cache or measured now."""
     path = _file(device, dtype)
+    if path is None:
+        return measure(device, dtype)
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return Rates(**{**known, "matmul": tuple(known["matmul"])})
@@ -73,10 +75,21 @@ def rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
     return found
 
 
-def _file(device: str, dtype: torch.dtype) -> Path:
-    about = (platform.node(), platform.machine(), _processor(), torch.__version__, torch.get_num_threads(), device, str(dtype), ROWS)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _file(device: str, dtype: torch.dtype) -> Path | None:
+    """Where they are kept; None where there is no home to keep them in."""
+    about = (
+        platform.node(), platform.machine(), _processor(), torch.__version__, torch.get_num_threads(), device, _accelerator(device), str(dtype), ROWS,
+    )  # fmt: skip
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # HOME is unset and the user has no entry that says it
+        return None
     return base / "trimoe" / f"speed-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+
+
+def _accelerator(device: str) -> str:
+    """A GPU's name: another one in the same machine has another speed."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
 
 
 def _processor() -> str:

@@ -14,14 +14,14 @@ from trimoe import costs
 from trimoe.layout import Layout
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.expert_drop import Exhaustive, Genetic, Greedy, Random
-from trimoe.methods.method import Decisions, unchanged
+from trimoe.methods.method import Decisions, decided_sites, unchanged
 from trimoe.paper import Paper
 from trimoe.quantization import ALPHAS, SHRINK
 from trimoe.recipe import Recipe
 from trimoe.seen import POOL_TOKENS
 from trimoe.skeleton import Site, Skeleton
+from trimoe.spill import samples_for
 from trimoe.subset import search_budget
-from trimoe.variants import FLOOR, SAMPLES
 
 Amount = tuple[str, float, float]  # kind (a field of machine.Rates), how much, rows of a matrix product
 
@@ -73,8 +73,6 @@ class Work:
         yield self._last_walk(decisions)
 
     def sites(self, decisions: Decisions) -> list[Site]:
-        from trimoe.methods.method import decided_sites
-
         return list(decided_sites(self.skeleton.sites, decisions).values())
 
     # ---- pieces
@@ -120,8 +118,7 @@ class Work:
     def affordable(self, streams: int) -> int:
         """As variants.affordable."""
         hidden = next(iter(self.skeleton.sites.values())).hidden
-        room = max(FLOOR, self.skeleton.largest_layer // 2)
-        return max(1, min(self.tokens // self.length, room // (self.item * hidden * self.length * (streams + 2)), SAMPLES))
+        return min(self.tokens // self.length, samples_for(streams, self.item * hidden * self.length, self.skeleton.largest_layer))
 
     # ---- stages
 
