@@ -26,8 +26,8 @@ from trimoe.skeleton import Site, Skeleton
 class Sizes:
     """Parameters, bytes and what one token costs. `active`: parameters one token uses; `flops`: see costs.py. `file_bytes` are all safetensors
     files with headers; where decisions are still open, `file_bytes`, `parameters` and `experts` are the most and `least_bytes` the least it can
-    be, and everything else is of the stand-in that the most belongs to. `cache_bytes`: of 1,000 tokens of one sequence, `state_bytes` of them whatever its length; None
-    where the architecture does not run hollow."""
+    be, and everything else is of the stand-in that the most belongs to. `cache_bytes`: of 1,000 tokens of one sequence, `state_bytes` of
+    them whatever its length; None where the architecture does not run hollow."""
 
     parameters: int
     active: int
