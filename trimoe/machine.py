@@ -21,6 +21,7 @@ import torch
 ROWS = (4, 32, 256, 2048)  # tokens of a matrix product: few of them are bound by reading the weights
 SIDE = 1024  # of the weights it is measured with
 SPEND = 0.12  # seconds for each constant
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _processor() -> str:
 
 
 @torch.no_grad()
-def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
+def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, clock: Clock = time.perf_counter) -> Rates:
     """Each constant as the best of a few repetitions within SPEND seconds."""
     generator = torch.Generator().manual_seed(0)
 
@@ -113,41 +114,45 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
     spd = wide @ wide.T + 256 * torch.eye(256, dtype=torch.float64, device=device)
     large = made(1 << 22)
     products = []
+
+    def best(work: Callable[[], object]) -> float:
+        return _best(work, device, clock)
+
     for rows in ROWS:
         given = made(rows, SIDE)
-        products.append(2 * rows * SIDE**2 / _best(lambda given=given: given @ weight, device))  # type: ignore[misc]
-    read, write = _files()
+        products.append(2 * rows * SIDE**2 / best(lambda given=given: given @ weight))  # type: ignore[misc]
+    read, write = _files(clock)
     return Rates(
-        tuple(products), 2 * 512**3 / _best(lambda: square @ square, device), 256**3 / _best(lambda: torch.linalg.eigh(spd), device),
-        256**3 / _best(lambda: torch.linalg.eigvalsh(spd), device), 256**3 / _best(lambda: torch.linalg.cholesky(spd), device),
-        256**3 / _best(lambda: torch.linalg.solve(spd, wide), device),
-        2 * large.nbytes / _best(lambda: large.mul(2.0), device), read, write, 1 / _best(lambda: small.add(small), device),
+        tuple(products), 2 * 512**3 / best(lambda: square @ square), 256**3 / best(lambda: torch.linalg.eigh(spd)),
+        256**3 / best(lambda: torch.linalg.eigvalsh(spd)), 256**3 / best(lambda: torch.linalg.cholesky(spd)),
+        256**3 / best(lambda: torch.linalg.solve(spd, wide)),
+        2 * large.nbytes / best(lambda: large.mul(2.0)), read, write, 1 / best(lambda: small.add(small)),
     )  # fmt: skip
 
 
-def _best(work: Callable[[], object], device: str) -> float:
+def _best(work: Callable[[], object], device: str, clock: Clock) -> float:
     """Seconds of one call."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     work()
     wait()
-    best, begun = float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < SPEND:
-        start = time.perf_counter()
+    best, begun = float("inf"), clock()
+    while clock() - begun < SPEND:
+        start = clock()
         work()
         wait()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return max(best, 1e-9)
 
 
-def _files(size: int = 32 << 20) -> tuple[float, float]:
+def _files(clock: Clock, size: int = 32 << 20) -> tuple[float, float]:
     """Bytes a second of a temporary file written and flushed to the disk, and read back."""
     block = bytes(size)
     with tempfile.TemporaryFile() as file:
-        start = time.perf_counter()
+        start = clock()
         file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        written = time.perf_counter()
+        written = clock()
         file.seek(0)
         file.readinto(bytearray(size))  # type: ignore[attr-defined]
-        return size / (time.perf_counter() - written), size / (written - start)
+        return size / (clock() - written), size / (written - start)

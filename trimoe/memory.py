@@ -16,27 +16,31 @@ from trimoe.skeleton import LOGITS, Site, Skeleton
 from trimoe.spill import BUDGET, FLOOR
 from trimoe.subset import gram_bytes, search_budget
 
-IMPORTS = 450 << 20  # bytes that Python, torch, transformers and their buffers take
+IMPORTS = 480 << 20  # bytes that Python, torch, transformers and their buffers take
 BATCH = 2048  # tokens of a batch on a CPU
 TABLES = 5  # of logits, in float32, that are held at once where versions are compared
 
 
 def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int) -> dict[str, int]:
     """Bytes of resident memory at the peak of each stage. `decisions`: final ones, or stand-ins of the right sizes."""
-    return {name: IMPORTS + size for name, size in _stages(skeleton, recipe, decisions, tokens)}
+    found: dict[str, int] = {}
+    for name, size in _stages(skeleton, recipe, decisions, tokens):
+        found[name] = max(found.get(name, 0), IMPORTS + size)
+    return found
 
 
 def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int) -> Iterator[tuple[str, int]]:
     site, item = max(skeleton.sites.values(), key=lambda site: site.num_experts * site.width), skeleton.dtype.itemsize
     hidden = min(BUDGET, site.hidden * tokens * item)
     outside = sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.outer_keys) * item
-    layer = skeleton.largest_layer + max(_staging(skeleton), _cut(skeleton, decisions))
+    staging, cut = _staging(skeleton), _cut(skeleton, decisions)
     batch = _batch(site, min(tokens, max(BATCH, min(recipe.calibration.length, skeleton.context))), item)
-    kept = 0  # statistics of all layers
+    kept = 0  # statistics of all layers; a file of them that is given stays until the end
     for step in recipe.steps:
         if not _gathers(step):
             continue
-        kept = max(kept, _grams(skeleton, step, recipe, tokens) + _sums(skeleton, step))
+        layer = skeleton.largest_layer + (staging if step is recipe.steps[0] else max(staging, cut))
+        kept = max(kept, int(1.5 * (_grams(skeleton, step, recipe, tokens) + _sums(skeleton, step))))  # gathered in pieces, then joined
         recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
         yield "statistics", max(outside + hidden, layer + batch + hidden + recorded + kept)
         if _compares(step):
@@ -50,7 +54,8 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
     fitted = any(isinstance(step, LowRank) or step.calibrated for step in last)
     recorded = 2 * hidden + batch if fitted else 0
     made = sum(_made(skeleton, decisions, step) for step in last)
-    yield "writing", max(outside + hidden, kept + recorded + max(layer, skeleton.largest_layer + made + max(_fit(site, s) for s in last)))
+    beside = max(staging, cut, made + max(_fit(site, step) for step in last))
+    yield "writing", max(outside + hidden, kept + recorded + skeleton.largest_layer + beside)
 
 
 def _gathers(step: Step) -> bool:
@@ -103,8 +108,8 @@ def _cut(skeleton: Skeleton, decisions: Decisions) -> int:
 
 
 def _batch(site: Site, tokens: int, item: int) -> int:
-    """Bytes of what one batch leaves behind in a layer: attention's and the experts' inputs, products and outputs."""
-    return tokens * item * (8 * site.hidden + site.rule.top_k * (3 * site.hidden + 2 * site.first + site.width))
+    """Bytes of what one batch leaves behind in a layer: in attention, all experts' outputs twice, and one expert's share if it had every token."""
+    return tokens * item * ((8 + 2 * site.rule.top_k) * site.hidden + 2 * (site.hidden + site.first + site.width))
 
 
 def _grams(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
