@@ -280,7 +280,7 @@ def test_statistics_of_another_model_and_of_another_text(family_folder: Family, 
     plan = ["plan", folder, "-r", "expert-drop", "--no-time", "--stats", stats, "-c", text_file, "--length", 32]
     code, shown, _ = line.run(*plan, "--samples", 4)
     shown = " ".join(shown.split())
-    assert code == 0 and "would refuse" not in shown and "after, if all layers lose alike" in shown and "compress decides" in shown
+    assert code == 0 and "would refuse" not in shown and "after, equal counts" in shown and "compress decides" in shown
     warnings = json.loads(line.run(*plan, "--samples", 6, "--json")[1])["warnings"]
     assert any("holds 128 tokens of other calibration text than the 192 that the recipe asks for" in words for words in warnings)
     warnings = json.loads(line.run(*plan, "--samples", 4, "--dtype", "bfloat16", "--json")[1])["warnings"]
@@ -289,7 +289,7 @@ def test_statistics_of_another_model_and_of_another_text(family_folder: Family, 
     shutil.copytree(folder, other)
     shard = next(other.glob("*.safetensors"))
     tensors = load_file(shard)
-    name = next(key for key in tensors if "gate.weight" in key)
+    name = min(tensors, key=lambda key: tensors[key].numel())
     save_file({**tensors, name: tensors[name] + 1}, shard, metadata={"format": "pt"})
     line.refused("is of another model of the same shapes", "plan", other, *plan[2:])
 
@@ -362,23 +362,23 @@ def test_how_many_layers_stay_is_in_the_table(family_folder: Family) -> None:
     assert " of 3" not in str(trimoe.plan(family_folder("mixtral"), {"steps": [DROP]}))
 
 
-@pytest.mark.parametrize("width", [60, 80])
-@pytest.mark.parametrize("name", ["moe-i2", "expert-drop-int4", "layer-drop", "block-drop"])
-def test_tables_are_whole_in_little_room(width: int, name: str) -> None:
+@pytest.mark.parametrize("name", ["moe-i2", "expert-drop-int4", "block-drop"])
+def test_tables_are_whole_in_little_room(name: str) -> None:
     """No line is longer, and no word of a heading is broken."""
     body = trimoe.plan("builtin:mini-qwen2-moe", name).to_json()
     body |= {"traffic": {"8": {"before": 123456.0, "after": 23456.0}}, "time": timing.estimate(
         Skeleton.of("builtin:mini-qwen2-moe"), recipe.load(name), processes=8, speed=SPEED
     )}  # fmt: skip
-    out = io.StringIO()
-    plan_table.console(out, width=width).print(plan_table.of_plan(body))
-    lines = out.getvalue().splitlines()
-    assert max(map(len, lines)) <= width
-    words = {word for line in lines for word in line.split()}
-    headings = {"before", "after", "share", "layer", "experts", "form", "tensor", "bytes", "params", "loads", "expected", "time", "processes",
-                "network", "expert", "parallel", "bytes/token", "saving", "alike"}  # fmt: skip
-    assert headings <= words, headings - words
-    assert ("cache/1K" in words) == (width == 80)
+    for width in (60, 80):
+        out = io.StringIO()
+        plan_table.console(out, width=width).print(plan_table.of_plan(body))
+        lines = out.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        words = {word for line in lines for word in line.split()}
+        headings = {"before", "after", "share", "layer", "experts", "form", "tensor", "bytes", "params", "loads", "expected", "time", "processes",
+                    "network", "expert", "parallel", "bytes/token", "saving", "equal"}  # fmt: skip
+        assert headings <= words, headings - words
+        assert ("cache/1K" in words) == (width == 80)
 
 
 def test_memory_by_stage(family_folder: Family) -> None:

@@ -160,10 +160,11 @@ def describe(skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool
     then, now = of_layers(skeleton, original), of_layers(skeleton, layout)
     before, after = sizes(skeleton, original, then), sizes(skeleton, layout, now, open_)
     # where it is open which layers go, each is shown as it is if it stays
-    shown = of_layers(skeleton, Layout(skeleton, _all_left(layout.decisions))) if open_.kept else now
+    seen = _all_left(skeleton, layout.decisions) if open_.kept else layout.decisions
+    shown = of_layers(skeleton, Layout(skeleton, seen)) if open_.kept else now
     rows = []
     for index in range(len(skeleton.layers)):
-        site, decision = skeleton.sites.get(index), layout.decisions.get(index)
+        site, decision = skeleton.sites.get(index), seen.get(index)
         if site is None and (open_.kept or decision is None or decision.gone is None):
             continue  # dense layers that stay are summed up
         rows.append(
@@ -195,9 +196,18 @@ def _depth(skeleton: Skeleton, open_: Open) -> dict[str, list[int]]:
     }
 
 
-def _all_left(decisions: Decisions) -> Decisions:
-    """The same, with no layer dropped."""
-    return {index: replace(decision, gone=None) for index, decision in decisions.items()}
+def _all_left(skeleton: Skeleton, decisions: Decisions) -> Decisions:
+    """The same, with no layer dropped: those that the stand-in drops are as another of their kind that it keeps."""
+
+    def kind(index: int) -> Any:
+        return [(name, tensor.shape) for name, tensor in skeleton.layers[index].named_parameters()]
+
+    kept = [index for index in skeleton.sites if decisions[index].gone is None]
+    found = {}
+    for index, decision in decisions.items():
+        like = next((other for other in kept if decision.gone and index in skeleton.sites and kind(other) == kind(index)), index)
+        found[index] = replace(decisions[like], gone=None)
+    return found
 
 
 def _form(site: Site | None, decision: LayerDecision | None, open_: Open) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def _time(time: dict[str, Any]) -> Iterable[RenderableType]:
 
 
 def _traffic(traffic: dict[str, Any]) -> Iterable[RenderableType]:
-    made = table("expert parallel over", "bytes/token before", "after, if all layers lose alike", "saving")
+    made = table("expert parallel over", "bytes/token before", "after, equal counts", "saving")
     for ways, row in traffic.items():
         made.add_row(ways, f"{row['before']:,.0f}", f"{row['after']:,.0f}", _share(row["before"], row["before"] - row["after"]))
     made.caption = "hidden states sent, from the statistics' search tokens; which experts go, and how many where, compress decides"
