@@ -348,7 +348,7 @@ def test_bounds_are_bounds_and_what_is_exact_comes_true(name: str, family_folder
         assert (made.after.parameters, made.after.experts) == (before.after.parameters, before.after.experts)
     for planned, real in zip(before.layers, made.layers, strict=False) if len(before.layers) == len(made.layers) else ():
         assert planned["kept"] in (None, real["kept"]) and (planned["rank"] in ("?", real["rank"]) or real["gone"])
-    if name in ("uniform", "naee", "block-drop", "expert-drop", "low-rank"):
+    if name in ("uniform", "naee", "block-drop", "expert-drop"):
         assert before.bytes == size and all(row["rank"] != "?" for row in before.layers), (before.bytes, size)
 
 
