@@ -1,4 +1,4 @@
-"""The most memory that `trimoe compress` takes on a model larger than it, beside 2.5 x the largest layer + the hidden states + 0.7 GiB.
+"""The most memory that `trimoe compress` takes on a model larger than it, stage by stage, beside what plan says (trimoe/memory.py).
 
     python benchmarks/peak_memory.py
 
@@ -20,8 +20,8 @@ from pathlib import Path
 import random_model
 from alternate import table, write_json
 
+import trimoe
 from trimoe.disk import human
-from trimoe.plan import IMPORTS
 from trimoe.skeleton import Skeleton
 
 
@@ -84,15 +84,13 @@ def main() -> None:
         command = [sys.executable, "-m", "trimoe.cli", "compress", str(model), "--recipe", given.recipe, "--out", str(Path(folder, "out")),
                    "--samples", str(given.samples), "--length", str(given.length)]  # fmt: skip
         stages, seconds = watch([*command, *(word for change in given.set for word in ("--set", change))])
-        skeleton = Skeleton.of(str(model))
-    tensors = skeleton.checkpoint.tensors
-    largest = max(sum(tensors[key].nbytes for key in keys) for keys in skeleton.keys_by_layer)
-    hidden = 4 * given.samples * given.length * given.hidden
-    allowed, peak = int(2.5 * largest + hidden + IMPORTS), max(stage for _, stage in stages)
+        planned = trimoe.plan(str(model), given.recipe, given.set, samples=given.samples, length=given.length)
+        largest = Skeleton.of(str(model)).largest_layer
+    allowed, peak = planned.peak_memory, max(stage for _, stage in stages)
     print(table([{"stage": name, "peak": human(stage)} for name, stage in stages]))
     rows = [
-        ("checkpoint", sum(info.nbytes for info in tensors.values())), ("largest layer", largest), ("hidden states", hidden),
-        (f"2.5 x layer + hidden + {human(IMPORTS)}", allowed), ("peak of trimoe compress", peak),
+        ("checkpoint", planned.before.file_bytes), ("largest layer", largest), *planned.memory_split.items(), ("planned, at most", allowed),
+        ("peak of trimoe compress", peak),
     ]  # fmt: skip
     print("\n" + table([{"what": name, "memory": human(size)} for name, size in rows]))
     print(f"\n{peak / allowed:.0%} of what is allowed; {seconds:.0f} s")

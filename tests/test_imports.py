@@ -8,6 +8,8 @@ from pathlib import Path
 import trimoe
 
 ROOT = Path(trimoe.__file__).parent
+MAKING = {"compress", "decide", "gather", "transform", "write", "stream", "observe"}  # what reads weights and makes results
+SEEING = {"plan", "plan_table", "tables", "card", "report", "cli"}  # what people see
 FORBIDDEN = {
     "methods": {"stream", "write", "compress", "gather", "decide", "transform", "cli"},
     "evaluate": {"compress", "decide", "gather", "transform", "write", "plan", "cli"},
@@ -30,6 +32,25 @@ FORBIDDEN = {
     "quantization": {"stream", "methods", "gather", "observe", "skeleton"},
     "packing": {"stream", "methods", "gather", "observe", "skeleton", "checkpoint"},
     "checkpoint": {"skeleton", "stream", "methods", "hf"},
+    "site": {"skeleton", "checkpoint", "layout", "methods", "hf"} | MAKING,
+    "costs": MAKING | SEEING | {"work", "timing", "engines"},
+    "engines": MAKING | SEEING | {"costs", "work", "timing", "stats"},
+    "advice": MAKING | SEEING | {"costs", "layout", "stats"},
+    "memory": MAKING | SEEING | {"layout", "stats", "costs", "variants"},
+    "disk": MAKING | SEEING | {"layout", "stats", "costs"},
+    "work": MAKING | SEEING | {"machine", "timing", "variants"},
+    "machine": MAKING | SEEING | {"work", "timing", "recipe", "skeleton", "methods"},  # knows nothing of models
+    "timing": (MAKING - {"stream"}) | SEEING,  # stream says which devices can be used
+    "known": MAKING | SEEING | {"costs", "layout", "timing"},
+    "stability": MAKING | SEEING | {"layout", "decide", "recorded"},
+    "recorded": MAKING | SEEING,
+    "inspection": (MAKING | SEEING | {"recipe", "timing"}) - {"plan", "plan_table"},
+    "plan_table": MAKING | (SEEING - {"plan_table"}) | {"skeleton", "methods", "recipe", "layout"},  # draws JSON alone
+    "progress": MAKING | SEEING | {"skeleton", "recipe", "methods"},
+    "words": {path.stem for path in ROOT.iterdir()} - {"words"},
+    "alternatives": MAKING | SEEING | {"skeleton", "sweep", "standings"},
+    "standings": (MAKING - {"write"}) | {"sweep", "plan", "cli", "skeleton", "methods"},
+    "sweep": {"cli", "report", "recover", "transform", "plan_table"},
 }
 
 

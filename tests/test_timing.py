@@ -7,6 +7,8 @@ import random
 import string
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from test_distributed import NEW, torchrun
 
-from trimoe import machine, recipe, timing
+from trimoe import machine, recipe, timing, work
 from trimoe.machine import ROWS, Rates
 from trimoe.skeleton import Skeleton
 from trimoe.work import Work
@@ -74,11 +76,38 @@ def test_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert machine.rates() == SPEED and len(calls) == 4
 
 
-def test_measuring_is_quick_and_sane(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "SPEND", 0.01)
-    found = machine.measure()
-    assert all(1e7 < value < 1e15 for value in found.matmul) and 1e6 < found.memory < 1e13 and 1e3 < found.ops < 1e9
-    assert found.eigh < found.cholesky
+def test_speed_is_work_by_the_clock() -> None:
+    """On a clock that goes a hundredth of a second at every look, whatever is done takes just that."""
+    looks = count()
+    found = machine.measure(clock=lambda: next(looks) / 100)
+    assert found.matmul == pytest.approx([2 * rows * machine.SIDE**2 * 100 for rows in ROWS]) and found.ops == pytest.approx(100)
+    assert found.double == pytest.approx(2 * 512**3 * 100) and found.memory == pytest.approx(2 * 4 * (1 << 22) * 100)
+    assert [found.eigh, found.eigvalsh, found.cholesky, found.solve] == pytest.approx([256**3 * 100] * 4)
+    assert [found.read, found.write] == pytest.approx([(32 << 20) * 100] * 2)
+    assert next(looks) < 9 * 10 * 3  # each constant within SPEND seconds
+
+
+def test_the_best_of_several_times_counts() -> None:
+    looks = iter([0.0, 0.0, 0.0, 0.05, 0.05, 0.05, 0.07, 0.07, 0.07, 0.11, 0.2])  # begun; then: still time?, start, end
+    assert machine._best(lambda: None, "cpu", lambda: next(looks)) == pytest.approx(0.02)
+
+
+def test_another_gpu_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = set()
+    for name in ("NVIDIA A100", "NVIDIA H100"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        files.add(machine._file("cuda:0", torch.float32))
+    assert len(files) == 2
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(machine.Path, "home", nowhere)
+    monkeypatch.setattr(machine, "measure", lambda device, dtype: SPEED)
+    assert machine.rates() == SPEED
 
 
 @pytest.mark.parametrize("name", recipe.names())
@@ -106,6 +135,26 @@ def test_work_grows_as_it_should(family_folder: Family) -> None:
     optimal = {"steps": [{"low_rank": {"ratio": 0.3, "rank": "optimal"}}]}
     assert seconds({"eigvalsh"}, optimal) == every
     assert seconds({"solve"}, {"steps": [{"low_rank": {"ratio": 0.3, "rank": "uniform", "whiten": "none"}}]}) == 0
+
+
+def test_sets_that_a_search_is_compared_with_are_counted(family_folder: Family) -> None:
+    """8 experts, 2 go: 15 sets a greedy pass, 28 in all, so 20 random draws and all sets; and 8 of single experts."""
+    skeleton = Skeleton.of(str(family_folder("mixtral")))
+
+    def sets(search: str) -> list[float]:
+        body = {
+            "steps": [{"expert_drop": {"count": 2, "counts": "uniform", "search": search}}],
+            "calibration": {"samples": 4, "length": 16},
+        }
+        stages = {stage.name: stage for stage in Work(skeleton, recipe.load(body)).stages()}
+        first = 8  # positions of a token's order that two dropped of top-2 can touch
+        each = 3 * 64 * first * 4 * work.PASSES  # bytes, of three layers
+        return [
+            sum(x for kind, x, _ in stages[name].shared if kind == "memory") / each for name in ("Search", "Compare with greedy and random")
+        ]
+
+    assert sets("greedy") == [15, 2 * 15 + 20 + comb(8, 2) + 8]
+    assert sets("exhaustive") == [28, 2 * 15 + comb(8, 2) + 8]
 
 
 def test_more_processes_take_less_time_and_send_more(family_folder: Family) -> None:

@@ -20,6 +20,11 @@ USUAL: dict[str, tuple[float, str]] = {
     "block_drop": (0.125, "KL rose from 0.15 at an eighth to 0.35 at a quarter"),
 }
 
+NATIVE_SOURCE = (
+    "the model is in trimoe's own form, and so is the result: it loads in transformers only, and no field of the recipe changes that; "
+    "for another engine compress the original."
+)
+
 
 def reads_text(step: Step) -> bool:
     """Whether what the step decides or fits depends on calibration text."""
@@ -42,8 +47,8 @@ def advice(skeleton: Skeleton, recipe: Recipe, share: float, *, tokens: int, nat
     found += _beyond(recipe, share)
     if any(isinstance(step, WeightPrune) and step.form == "dense" for step in recipe.steps):
         found.append("zeros are stored like other numbers: weight_prune makes nothing smaller (but with form: bitmask) and nothing faster.")
-    if native and skeleton.spec is None and recipe.target == "transformers":
-        found += _native(recipe)
+    if native and recipe.target == "transformers":
+        found += _native(recipe) if skeleton.spec is None else [NATIVE_SOURCE]
     if any(isinstance(step, Quantize) for step in recipe.steps):
         found.append(
             "4- and 8-bit experts speed up single-stream decoding (1.9 to 2.2 times here); weight-only kernels halve the speed of prefill."
@@ -79,15 +84,24 @@ def _ratio(step: Step) -> float | None:
 
 
 def _native(recipe: Recipe) -> Iterator[str]:
-    """What would make the result load elsewhere, where it is a matter of the recipe."""
-    changes = []
+    """What would make the result load elsewhere, and what that costs."""
+    changes, dense, dropped = [], [], False
     for number, step in enumerate(recipe.steps):
         if isinstance(step, ExpertDrop) and step.counts != "uniform":
             changes.append(f"steps.{number}.counts=uniform")
         if (isinstance(step, LowRank) and step.form == "factored") or (isinstance(step, WeightPrune) and step.form == "bitmask"):
             changes.append(f"steps.{number}.form=dense")
-    if changes:
+            dense.append(step.name)
+        dropped = dropped or isinstance(step, LayerDrop)
+    if changes and not dropped:
         yield f"the result loads in transformers only; vLLM, SGLang and llama.cpp would need --set {' --set '.join(changes)}."
+    elif dropped:
+        yield "the result loads in transformers only; vLLM, SGLang and llama.cpp would need block_drop in the place of layer_drop."
+    if dense:
+        yield (
+            f"an engine that loads the dense form alone loses what {' and '.join(dense)} saves: there the matrices are as large as before. "
+            "For a smaller file in such an engine drop experts (counts: uniform) or whole layers (block_drop), or quantize."
+        )
 
 
 def _domains(spec: CalibrationSpec) -> Iterator[str]:

@@ -80,11 +80,18 @@ def read_text(source: str, split: str = "calib") -> list[Text]:
 
 
 def check_here(source: str) -> None:
-    """Raises UserError for a text that lies on this machine, or should, and cannot be read; the hub is not asked."""
+    """Raises UserError for a text that lies on this machine, or should, and cannot be read or is empty; the hub is not asked."""
+    if is_here(source):
+        for text in read_text(source):
+            if not any(text.documents):
+                raise UserError(f"The text {source!r} is empty; give one that holds at least one sample.")
+
+
+def is_here(source: str) -> bool:
+    """Whether a text lies on this machine, or should: it is no dataset's name."""
     path = Path(source.rpartition("=")[2])
-    here = Path(source).exists() or path.exists() or path.suffix in (".txt", ".jsonl", ".json") or len(path.parts) != 2
-    if here and source not in HUB_TEXTS:
-        read_text(source)
+    named = Path(source).exists() or path.exists() or path.suffix in (".txt", ".jsonl", ".json") or len(path.parts) != 2
+    return named and source not in HUB_TEXTS
 
 
 def _known_text(name: str, split: str) -> Text:

@@ -25,7 +25,8 @@ COMMON = frozenset({
 })  # fmt: skip
 KNOWS = {"vllm": COMMON | {"minimax", "dots1", "flex_olmo", "lfm2_moe"}, "sglang": COMMON, "llama.cpp": COMMON | {"dots1", "lfm2_moe"}}
 MOST = 64  # devices
-HEADS = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads")  # each must divide
+HEADS = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads", "mamba_n_heads")  # each must divide
+GROUPS = ("n_groups", "mamba_n_groups")  # of a mamba layer with heads: divide, or there is one, which every device has
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ def why_native(skeleton: Skeleton, decisions: Decisions) -> str:
 
 
 def tensor_parallel(skeleton: Skeleton, decisions: Decisions) -> list[int]:
-    """Over how many devices every layer's matrices divide evenly: attention heads, key and value heads (or these are repeated evenly), expert
-    and MLP widths, and whole groups of them where weights are integers."""
+    """Over how many devices every layer's matrices divide evenly: attention heads, key and value heads (or these are repeated evenly), mamba
+    channels, heads and groups, expert and MLP widths, and whole groups of them where weights are integers."""
     text = skeleton.config.get_text_config()
     heads = [value for name in HEADS if isinstance(value := getattr(text, name, None), int) and value]
+    heads += _mamba_widths(text)
     shared = 0 if getattr(text, "kv_lora_rank", None) else getattr(text, "num_key_value_heads", None) or 0  # a latent cache is not split
     group = next((decision.group for decision in decisions.values() if decision.group), 1)
     widths = {site.width // group if site.width % group == 0 else 1 for i, site in skeleton.sites.items() if decisions[i].gone is None}
@@ -85,6 +87,15 @@ def tensor_parallel(skeleton: Skeleton, decisions: Decisions) -> list[int]:
         ways for ways in range(1, MOST + 1)
         if all(value % ways == 0 for value in (*heads, *widths, *inner)) and (not shared or shared % ways == 0 or ways % shared == 0)
     ]  # fmt: skip
+
+
+def _mamba_widths(text: Any) -> list[int]:
+    """Inner channels and groups of a family's mamba layers: each must divide."""
+    expand = getattr(text, "mamba_expand", None) or getattr(text, "expand", None)
+    inner = [int(expand * text.hidden_size)] if isinstance(expand, (int, float)) else []
+    if not any(getattr(text, name, None) for name in ("mamba_num_heads", "mamba_n_heads")):
+        return inner
+    return inner + [value for name in GROUPS if isinstance(value := getattr(text, name, None), int) and value > 1]
 
 
 def _mlp_widths(skeleton: Skeleton) -> set[int]:

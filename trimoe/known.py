@@ -1,14 +1,16 @@
-"""What a statistics file adds to a plan, without a weight: how stable kept sets are, how many tokens experts saw, and the traffic of expert
-parallelism before and after."""
+"""What a statistics file adds to a plan: how stable kept sets are, how many tokens experts saw, the traffic of expert parallelism before and
+after, and whether compress would take it. Of the weights only what the fingerprint is made of is read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trimoe import scores, stability
+from trimoe.calibration import calibrate, is_here
 from trimoe.errors import UserError
 from trimoe.methods import ExpertDrop
 from trimoe.recipe import Recipe
@@ -20,12 +22,13 @@ from trimoe.traffic import WAYS, Traffic
 
 def known(skeleton: Skeleton, recipe: Recipe, path: Path) -> tuple[list[str], dict[str, dict[str, float]]]:
     """(warnings, traffic by number of devices): hidden-state bytes a token, `before`, and `after` as many experts of every layer as the
-    recipe's first step drops, those of the lowest leave-one-out scores. Of the file's search tokens; none, no traffic."""
+    recipe's first step drops (equal shares), those of the lowest leave-one-out scores. Of the file's search tokens; none, no traffic.
+    Raises UserError for statistics of another model."""
     stats, step = Stats.load(path), recipe.steps[0]
     counts = {index: layer.num_experts for index, layer in stats.layers.items()}
     if counts != {index: site.num_experts for index, site in skeleton.sites.items()}:
         raise UserError(f"The statistics file {path} is of another model: its layers and experts are not those of {skeleton.name}.")
-    warnings = _scarce(stats)
+    warnings = [*_other_text(skeleton, recipe, stats, path), *_scarce(stats)]
     if not isinstance(step, ExpertDrop):
         return warnings, {}
     dropped, rows = step.uniform(skeleton.sites), {}
@@ -50,6 +53,33 @@ def known(skeleton: Skeleton, recipe: Recipe, path: Path) -> tuple[list[str], di
         after.add(index, site.num_experts - len(drop), site.hidden, chosen, everyone_T)
     unstable = stability.warning(rows)
     return warnings + ([unstable] if unstable else []), _ways(before, after)
+
+
+def _other_text(skeleton: Skeleton, recipe: Recipe, stats: Stats, path: Path) -> Iterator[str]:
+    """Raises UserError where the weights are another model's; says what else would make `compress --stats` refuse the file."""
+    checkpoint, spec = skeleton.checkpoint, recipe.calibration
+    if not all((checkpoint.folder / name).is_file() for name in checkpoint.files()):
+        yield f"whether {path} is of this very model is not known: the weights are not here, and layers and experts alone were compared."
+    elif stats.about.get("model") != checkpoint.fingerprint:
+        raise UserError(f"The statistics file {path} is of another model of the same shapes; gather it again, or leave --stats out.")
+    dtype = str(skeleton.dtype).removeprefix("torch.")
+    if stats.about.get("dtype") != dtype:
+        yield f"{path} was gathered in {stats.about.get('dtype')}, and compress runs in {dtype}: it would refuse the file."
+    held = int(next(iter(stats.layers.values()))["tokens"])
+    if not all(map(is_here, spec.sources)):
+        wanted = spec.samples * min(spec.length, skeleton.context)
+        if held != wanted:
+            yield f"{path} holds {held:,} tokens and the recipe asks for {wanted:,}: compress would refuse the file."
+        return
+    text = calibrate(
+        checkpoint, spec.sources, samples=spec.samples, length=spec.length, context=skeleton.context,
+        vocabulary=skeleton.config.get_text_config().vocab_size, seed=int(stats.about.get("seed", 0)),
+    )  # fmt: skip
+    if stats.about.get("calibration") != text.fingerprint:
+        yield (
+            f"{path} holds {held:,} tokens of other calibration text than the {text.samples_NL.numel():,} that the recipe asks for "
+            f"({', '.join(spec.sources)}, {len(text.samples_NL)} samples of {text.samples_NL.shape[1]}): compress would refuse the file."
+        )
 
 
 def _scarce(stats: Stats) -> list[str]:

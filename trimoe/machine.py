@@ -21,6 +21,7 @@ import torch
 ROWS = (4, 32, 256, 2048)  # tokens of a matrix product: few of them are bound by reading the weights
 SIDE = 1024  # of the weights it is measured with
 SPEND = 0.12  # seconds for each constant
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Rates:
         return amount / (self.product(rows) if kind == "matmul" else float(getattr(self, kind)))
 
     def product(self, rows: float) -> float:
-        """FLOP/s of a product of so many tokens: between two measured numbers, in proportion to the logarithm."""
+        """FLOP/s of a product of so many tokens: between two measured numbers, the logarithm of the speed in proportion to the tokens."""
         for (low, slow), (high, fast) in zip(
             zip(ROWS, self.matmul, strict=True), zip(ROWS[1:], self.matmul[1:], strict=True), strict=False
         ):
@@ -57,6 +58,8 @@ class Rates:
 def rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
     """This machine's, from the cache or measured now."""
     path = _file(device, dtype)
+    if path is None:
+        return measure(device, dtype)
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return Rates(**{**known, "matmul": tuple(known["matmul"])})
@@ -73,10 +76,21 @@ def rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
     return found
 
 
-def _file(device: str, dtype: torch.dtype) -> Path:
-    about = (platform.node(), platform.machine(), _processor(), torch.__version__, torch.get_num_threads(), device, str(dtype), ROWS)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _file(device: str, dtype: torch.dtype) -> Path | None:
+    """Where they are kept; None where there is no home to keep them in."""
+    about = (
+        platform.node(), platform.machine(), _processor(), torch.__version__, torch.get_num_threads(), device, _accelerator(device), str(dtype), ROWS,
+    )  # fmt: skip
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # HOME is unset and the user has no entry that says it
+        return None
     return base / "trimoe" / f"speed-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+
+
+def _accelerator(device: str) -> str:
+    """A GPU's name: another one in the same machine has another speed."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
 
 
 def _processor() -> str:
@@ -88,7 +102,7 @@ def _processor() -> str:
 
 
 @torch.no_grad()
-def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
+def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, clock: Clock = time.perf_counter) -> Rates:
     """Each constant as the best of a few repetitions within SPEND seconds."""
     generator = torch.Generator().manual_seed(0)
 
@@ -100,41 +114,45 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
     spd = wide @ wide.T + 256 * torch.eye(256, dtype=torch.float64, device=device)
     large = made(1 << 22)
     products = []
+
+    def best(work: Callable[[], object]) -> float:
+        return _best(work, device, clock)
+
     for rows in ROWS:
         given = made(rows, SIDE)
-        products.append(2 * rows * SIDE**2 / _best(lambda given=given: given @ weight, device))  # type: ignore[misc]
-    read, write = _files()
+        products.append(2 * rows * SIDE**2 / best(lambda given=given: given @ weight))  # type: ignore[misc]
+    read, write = _files(clock)
     return Rates(
-        tuple(products), 2 * 512**3 / _best(lambda: square @ square, device), 256**3 / _best(lambda: torch.linalg.eigh(spd), device),
-        256**3 / _best(lambda: torch.linalg.eigvalsh(spd), device), 256**3 / _best(lambda: torch.linalg.cholesky(spd), device),
-        256**3 / _best(lambda: torch.linalg.solve(spd, wide), device),
-        2 * large.nbytes / _best(lambda: large.mul(2.0), device), read, write, 1 / _best(lambda: small.add(small), device),
+        tuple(products), 2 * 512**3 / best(lambda: square @ square), 256**3 / best(lambda: torch.linalg.eigh(spd)),
+        256**3 / best(lambda: torch.linalg.eigvalsh(spd)), 256**3 / best(lambda: torch.linalg.cholesky(spd)),
+        256**3 / best(lambda: torch.linalg.solve(spd, wide)),
+        2 * large.nbytes / best(lambda: large.mul(2.0)), read, write, 1 / best(lambda: small.add(small)),
     )  # fmt: skip
 
 
-def _best(work: Callable[[], object], device: str) -> float:
+def _best(work: Callable[[], object], device: str, clock: Clock) -> float:
     """Seconds of one call."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     work()
     wait()
-    best, begun = float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < SPEND:
-        start = time.perf_counter()
+    best, begun = float("inf"), clock()
+    while clock() - begun < SPEND:
+        start = clock()
         work()
         wait()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return max(best, 1e-9)
 
 
-def _files(size: int = 32 << 20) -> tuple[float, float]:
+def _files(clock: Clock, size: int = 32 << 20) -> tuple[float, float]:
     """Bytes a second of a temporary file written and flushed to the disk, and read back."""
     block = bytes(size)
     with tempfile.TemporaryFile() as file:
-        start = time.perf_counter()
+        start = clock()
         file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        written = time.perf_counter()
+        written = clock()
         file.seek(0)
         file.readinto(bytearray(size))  # type: ignore[attr-defined]
-        return size / (time.perf_counter() - written), size / (written - start)
+        return size / (clock() - written), size / (written - start)

@@ -26,6 +26,8 @@ class Paper:
         self.skeleton, self.largest = skeleton, largest
         self.decisions: Decisions = unchanged(skeleton.sites)
         self.slack, self.open_counts, self.open_ranks, self.open_depth = 0, False, False, False
+        self.open_layers = False  # which layers go; `open_depth`: and it matters for the bytes
+        self.gone = {"block": (0, 0), "moe": (0, 0)}  # decoder layers and MoE sub-layers that go: at least, at most
         for step in recipe.steps:
             sites = decided_sites(skeleton.sites, self.decisions)
             before = next((done.name for done in recipe.steps if isinstance(done, Quantize | WeightPrune)), step.name)
@@ -45,7 +47,6 @@ class Paper:
                 new = with_linears(skeleton, {**self.decisions, **step.decide(sites, self.decisions)}, step, sites)
             else:
                 new = self._without(step)
-                self.open_depth = True
             self.decisions = {**self.decisions, **new}
 
     @property
@@ -60,7 +61,10 @@ class Paper:
                 residual.dropped_entry(self.skeleton, index)  # raises where dropping is not the identity
         total, candidates = step.total(left), step.candidates(left)
         step.pick(dict.fromkeys(candidates, 0.0), left, total, mixed=step.blocks)  # raises where no consecutive run can be had
+        self._count(step, left, total)
         before = Layout(self.skeleton, self.decisions)
+        self.open_depth = self.open_depth or isinstance(step, LayerDrop) or total is None or not _alike(before, left)
+        self.open_layers = True
         weight = {}
         for kind, index in candidates:
             weight[kind, index] = sum(entry.nbytes for entry in before.groups[index + 1])
@@ -77,6 +81,37 @@ class Paper:
                     site = self.skeleton.sites[index]
                     self.slack += site.num_experts * (site.first * site.hidden + site.hidden * site.width) * WIDEST
         return {index: replace(self.decisions.get(index, LayerDecision()), gone=kind) for kind, index in chosen}
+
+    def _count(self, step: LayerDrop | BlockDrop, left: parts.Depth, total: int | None) -> None:
+        """How many decoder layers and MoE sub-layers the step takes away, at least and at most."""
+        least, most = (0, left.most(step.candidates(left), mixed=step.blocks)) if total is None else (total, total)
+        without = len(left.layers) - len(left.moe)  # layers that have no MoE sub-layer to take with them
+        if not isinstance(step, LayerDrop):
+            block, moe = (least, most), (max(0, least - without), min(most, len(left.moe) - 1))
+        elif step.blocks:  # sub-layers are counted, of which a decoder layer has two; the last one may find nothing that fits
+            block = (0, most if left.emptied else most // 2)
+            moe = (0 if left.emptied else max(0, (least - 1) // 2 - without), min(most, len(left.moe) - 1))
+        else:
+            block, moe = (0, 0), (least, most)
+        for kind, (low, high) in (("block", block), ("moe", moe)):
+            self.gone[kind] = (self.gone[kind][0] + low, self.gone[kind][1] + high)
+
+
+def _alike(layout: Layout, left: parts.Depth) -> bool:
+    """Whether the same bytes stay whichever of the decoder layers go: those that can are all alike, one after the other."""
+    place = [left.layers.index(index) for index in left.blocks]
+    forms = {
+        tuple((_unnumbered(entry.key), entry.dtype, entry.shape, entry.stands_for) for entry in layout.groups[index + 1])
+        for index in left.blocks
+    }
+    return len(forms) == 1 and place == list(range(place[0], place[0] + len(place)))
+
+
+def _unnumbered(key: str) -> str:
+    """Without the layer's number, the first in it (as Layout renumbers)."""
+    words = key.split(".")
+    at = next((place for place, word in enumerate(words) if word.isdigit()), len(words))
+    return ".".join(words[:at] + words[at + 1 :])
 
 
 def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_counts: bool) -> tuple[Decisions, int]:

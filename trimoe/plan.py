@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trimoe import memory
 from trimoe.advice import advice
 from trimoe.checkpoint import Checkpoint
 from trimoe.costs import PER, LayerCosts, context_of, head_matrix, of_layers
@@ -15,21 +16,18 @@ from trimoe.errors import UserError
 from trimoe.layout import Layout
 from trimoe.methods import Quantize
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
-from trimoe.paper import Paper, search_memory
+from trimoe.paper import WIDEST, Paper
 from trimoe.recipe import Recipe, with_calibration
 from trimoe.recipe import load as load_recipe
-from trimoe.skeleton import LOGITS, Site, Skeleton
-from trimoe.spill import BUDGET
-
-IMPORTS = 700 << 20  # bytes of memory that Python, torch and transformers take themselves
+from trimoe.skeleton import Site, Skeleton
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Parameters, bytes and what one token costs. `active`: parameters one token uses; `flops`: see costs.py. `file_bytes` are all safetensors
-    files with headers; where decisions are still open, `file_bytes` is the most and `least_bytes` the least it can be, and everything else is
-    of the stand-in that the most belongs to. `cache_bytes`: of 1,000 tokens of one sequence, `state_bytes` of them whatever its length; None
-    where the architecture does not run hollow."""
+    files with headers; where decisions are still open, `file_bytes`, `parameters` and `experts` are the most and `least_bytes` the least it can
+    be, and everything else is of the stand-in that the most belongs to. `cache_bytes`: of 1,000 tokens of one sequence, `state_bytes` of
+    them whatever its length; None where the architecture does not run hollow."""
 
     parameters: int
     active: int
@@ -65,6 +63,8 @@ class Plan:
     disk_split: dict[str, int]
     spill: int
     parallel: dict[str, list[int]]
+    memory_split: dict[str, int] = field(default_factory=dict)
+    depth: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int | None:
@@ -105,11 +105,26 @@ def plan(
     smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
     native = layout.native or smaller.native or most.open_counts
     check_target(parsed, native, skeleton, least.decisions)
-    return describe(
-        skeleton, layout, parsed, native=native, kept_known=not (most.open_counts or most.open_depth),
-        slack=most.slack + _header_slack(layout) if most.open_bytes else None, least_bytes=smaller.nbytes,
-        tokens=parsed.calibration.samples * min(parsed.calibration.length, skeleton.context),
+    open_ = Open(
+        slack=most.slack + _header_slack(layout) if most.open_bytes else 0, parameters=most.slack // WIDEST, least_bytes=smaller.nbytes,
+        kept=most.open_counts or most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
     )  # fmt: skip
+    tokens = parsed.calibration.samples * min(parsed.calibration.length, skeleton.context)
+    return describe(skeleton, layout, parsed, native=native, tokens=tokens, open_=open_)
+
+
+@dataclass(frozen=True)
+class Open:
+    """What decisions may still change of a layout that stands for them: `slack` bytes and `parameters` either way (none where all is fixed),
+    `least_bytes` of the smallest that it may be, whether it is open which experts and layers are `kept` and what `ranks` they get; `gone`:
+    how many decoder layers ("block") and MoE sub-layers ("moe") go, at least and at most."""
+
+    slack: int
+    parameters: int
+    least_bytes: int
+    kept: bool
+    ranks: bool
+    gone: dict[str, tuple[int, int]]
 
 
 def _check_recovery(recipe: Recipe) -> None:
@@ -133,27 +148,27 @@ def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens:
     """After all decisions: exact."""
     layout = Layout(skeleton, decisions)
     check_target(recipe, layout.native, skeleton, decisions)
-    return describe(skeleton, layout, recipe, native=layout.native, slack=None, kept_known=True, tokens=tokens)
+    blocks = len(skeleton.layers) - len(layout.place)
+    moe = sum(decisions[index].gone is not None for index in skeleton.sites)
+    decided = Open(0, 0, layout.nbytes, kept=False, ranks=False, gone={"block": (blocks, blocks), "moe": (moe, moe)})
+    return describe(skeleton, layout, recipe, native=layout.native, tokens=tokens, open_=decided)
 
 
-def describe(
-    skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, slack: int | None, kept_known: bool, tokens: int,
-    least_bytes: int | None = None,
-) -> Plan:  # fmt: skip
-    """The plan of a layout; `slack` bytes either way where decisions are open (None: exact), `least_bytes` of the smallest that it may be."""
+def describe(skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, tokens: int, open_: Open) -> Plan:
+    """The plan of a layout, which stands for all that are still possible."""
     original = Layout(skeleton, unchanged(skeleton.sites))
     then, now = of_layers(skeleton, original), of_layers(skeleton, layout)
-    before, after = sizes(skeleton, original, then), sizes(skeleton, layout, now, slack, least_bytes)
-    shown = (
-        now if kept_known else of_layers(skeleton, Layout(skeleton, _all_left(layout.decisions)))
-    )  # which layers go is open: as each is if it stays
+    before, after = sizes(skeleton, original, then), sizes(skeleton, layout, now, open_)
+    # where it is open which layers go, each is shown as it is if it stays
+    seen = _all_left(skeleton, layout.decisions) if open_.kept else layout.decisions
+    shown = of_layers(skeleton, Layout(skeleton, seen)) if open_.kept else now
     rows = []
     for index in range(len(skeleton.layers)):
-        site, decision = skeleton.sites.get(index), layout.decisions.get(index)
-        if site is None and (not kept_known or decision is None or decision.gone is None):
+        site, decision = skeleton.sites.get(index), seen.get(index)
+        if site is None and (open_.kept or decision is None or decision.gone is None):
             continue  # dense layers that stay are summed up
         rows.append(
-            {"layer": index, "experts": 0 if site is None else site.num_experts, **_form(site, decision, kept_known, slack),
+            {"layer": index, "experts": 0 if site is None else site.num_experts, **_form(site, decision, open_),
              "before": then[index].to_json(), "after": shown[index].to_json()}
         )  # fmt: skip
     moe = {row["layer"] for row in rows}
@@ -162,35 +177,50 @@ def describe(
         for name, what in (("bytes", "nbytes"), ("parameters", "parameters"), ("flops", "flops"))
     }  # fmt: skip
     found = loading(skeleton, layout, native=native)
-    hidden = min(BUDGET, next(iter(skeleton.sites.values())).hidden * tokens * skeleton.dtype.itemsize)
-    search = max(search_memory(step, dict(skeleton.sites), recipe) for step in recipe.steps)
-    logits = 5 * 4 * min(LOGITS, 2048 * skeleton.config.get_text_config().vocab_size)
-    peak = int(2.5 * skeleton.largest_layer + 2 * hidden + search + logits + IMPORTS)
+    held = memory.of_stages(skeleton, recipe, layout.decisions, tokens)
     disk = output_need(skeleton, recipe, after.file_bytes)
     return Plan(
-        skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", found.loads_in, peak,
-        sum(disk.values()), advice(skeleton, recipe, after.experts / before.experts, tokens=tokens, native=native),
+        skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", found.loads_in,
+        max(held.values()),        sum(disk.values()), advice(skeleton, recipe, after.experts / before.experts, tokens=tokens, native=native),
         dense_layers={"count": len(skeleton.layers) - len(moe), **rest}, context=context_of(skeleton), disk_split=disk,
-        spill=spilled(skeleton, recipe, tokens), parallel=as_json(found),
+        spill=spilled(skeleton, recipe, tokens), parallel=as_json(found), memory_split=held, depth=_depth(skeleton, open_),
     )  # fmt: skip
 
 
-def _all_left(decisions: Decisions) -> Decisions:
-    """The same, with no layer dropped."""
-    return {index: replace(decision, gone=None) for index, decision in decisions.items()}
+def _depth(skeleton: Skeleton, open_: Open) -> dict[str, list[int]]:
+    """Decoder layers and those with experts: [before, after at least, after at most]."""
+    before = {"block": len(skeleton.layers), "moe": len(skeleton.sites)}
+    return {
+        name: [before[kind], before[kind] - open_.gone[kind][1], before[kind] - open_.gone[kind][0]]
+        for name, kind in (("layers", "block"), ("moe_layers", "moe"))
+    }
 
 
-def _form(site: Site | None, decision: LayerDecision | None, kept_known: bool, slack: int | None) -> dict[str, Any]:
+def _all_left(skeleton: Skeleton, decisions: Decisions) -> Decisions:
+    """The same, with no layer dropped: those that the stand-in drops are as another of their kind that it keeps."""
+
+    def kind(index: int) -> Any:
+        return [(name, tensor.shape) for name, tensor in skeleton.layers[index].named_parameters()]
+
+    kept = [index for index in skeleton.sites if decisions[index].gone is None]
+    found = {}
+    for index, decision in decisions.items():
+        like = next((other for other in kept if decision.gone and index in skeleton.sites and kind(other) == kind(index)), index)
+        found[index] = replace(decisions[like], gone=None)
+    return found
+
+
+def _form(site: Site | None, decision: LayerDecision | None, open_: Open) -> dict[str, Any]:
     """How many experts a layer keeps, and in which form. None: not known yet, or not so."""
     assert decision is not None
     rank: Any = None
     if decision.in_ranks is not None:
-        rank = "?" if slack is not None else _mean(decision.in_ranks) + " / " + _mean(decision.out_ranks or ())
+        rank = "?" if open_.ranks else _mean(decision.in_ranks) + " / " + _mean(decision.out_ranks or ())
     kept = 0 if decision.gone or site is None else len(decision.keep)
     sparsity = f"{decision.pattern[0]}:{decision.pattern[1]}" if decision.pattern else decision.sparsity
     return {
-        "kept": kept if kept_known else None, "rank": rank, "bits": decision.bits, "sparsity": sparsity,
-        "gone": decision.gone if kept_known else None,
+        "kept": None if open_.kept else kept, "rank": rank, "bits": decision.bits, "sparsity": sparsity,
+        "gone": None if open_.kept else decision.gone,
     }  # fmt: skip
 
 
@@ -201,14 +231,14 @@ def _mean(ranks: Sequence[int]) -> str:
     return text + (f" ({dense} dense)" if dense else "")
 
 
-def sizes(skeleton: Skeleton, layout: Layout, layers: list[LayerCosts], slack: int | None = None, least_bytes: int | None = None) -> Sizes:
+def sizes(skeleton: Skeleton, layout: Layout, layers: list[LayerCosts], open_: Open | None = None) -> Sizes:
     """The whole model's, from its layers and what lies outside them."""
     outside = sum(entry.parameters for entry in layout.groups[0])
-    low = layout.nbytes if least_bytes is None else least_bytes
+    slack, more, low = (0, 0, layout.nbytes) if open_ is None else (open_.slack, open_.parameters, open_.least_bytes)
     cached = None if any(layer.cache is None for layer in layers) else [layer.cache for layer in layers if layer.cache is not None]
     return Sizes(
-        outside + sum(layer.parameters for layer in layers), outside + sum(layer.active for layer in layers),
-        sum(layer.experts for layer in layers), layout.nbytes + (slack or 0), low - (slack or 0),
+        outside + sum(layer.parameters for layer in layers) + more, outside + sum(layer.active for layer in layers),
+        sum(layer.experts for layer in layers) + more, layout.nbytes + slack, low - slack,
         2 * head_matrix(skeleton) + sum(layer.flops for layer in layers),
         None if cached is None else sum(cache.nbytes(PER) for cache in cached),
         None if cached is None else sum(cache.state_bytes for cache in cached),

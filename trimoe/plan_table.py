@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from trimoe.costs import PER
 from trimoe.disk import human
-
-GONE = {"moe": "sub-layer dropped", "block": "layer dropped"}
-STEPS = ("", "K", "M", "G", "T", "P")
+from trimoe.words import GONE, bounds, duration, runs, short
 
 
 def plain(plan: dict[str, Any]) -> str:
@@ -44,22 +44,6 @@ def show(shown: RenderableType) -> None:
         print(rendered(shown))
 
 
-def short(value: float) -> str:
-    """12345678 -> '12.3M'."""
-    power = 0
-    while abs(value) >= 999.5 and power < len(STEPS) - 1:
-        value, power = value / 1000, power + 1
-    return f"{value:.3g}{STEPS[power]}" if power else f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """3725 -> '1 h 02 min'."""
-    if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def of_plan(plan: dict[str, Any]) -> RenderableType:
     """Everything that a plan says; under "time" it may have an estimate (timing.py), under "traffic" what statistics say of routing."""
     head = Text.assemble((plan["model"], "bold"), f" -> {plan['form']} checkpoint")
@@ -70,23 +54,42 @@ def of_plan(plan: dict[str, Any]) -> RenderableType:
 
 def _apart(*parts: RenderableType) -> Group:
     """With an empty line between tables."""
-    return Group(*(piece for part in parts for piece in ((Text(""), part) if isinstance(part, Table) else (part,))))
+    return Group(*(piece for part in parts for piece in ((Text(""), part) if isinstance(part, Table | Fitting) else (part,))))
 
 
 def table(*columns: str, left: int = 1) -> Table:
-    """An open table; the first `left` columns are words, the others numbers."""
+    """An open table; the first `left` columns are words, the others numbers. Headings break between words alone."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     for number, name in enumerate(columns):
-        made.add_column(Text(name), justify="left" if number < left else "right", overflow="fold")
+        longest = max((len(word) for word in name.split()), default=0)
+        made.add_column(Text(name), justify="left" if number < left else "right", overflow="fold", min_width=longest or None)
     return made
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The first of several tables, the widest first, that is as wide as there is room for; else the last."""
+
+    tables: tuple[Callable[[], Table], ...]
+
+    def __rich_console__(self, shown: Console, options: ConsoleOptions) -> RenderResult:
+        for make in self.tables[:-1]:
+            if Measurement.get(shown, options.update(width=1000, max_width=1000), made := make()).maximum <= options.max_width:
+                yield made
+                return
+        yield self.tables[-1]()
 
 
 def _totals(plan: dict[str, Any]) -> Table:
     before, after = plan["before"], plan["after"]
     exact, known = after["file_bytes"] == after["least_bytes"], all(row["kept"] is not None for row in plan["layers"])
     made = table("", "before", "after", "share")
-    size = f"{after['file_bytes']:,}" if exact else f"{after['least_bytes']:,} to {after['file_bytes']:,}"
-    made.add_row("safetensors, bytes", f"{before['file_bytes']:,}", size, f"{after['file_bytes'] / before['file_bytes']:.1%}")
+    size = bounds(after["least_bytes"], after["file_bytes"])
+    for name, label in (("layers", "decoder layers"), ("moe_layers", "MoE layers")):
+        was, low, high = plan["depth"].get(name, (0, 0, 0))
+        if was != low:
+            made.add_row(label, f"{was}", f"{bounds(low, high)} of {was}", f"{high / was:.1%}")
+    made.add_row("bytes of the files", f"{before['file_bytes']:,}", size, f"{after['file_bytes'] / before['file_bytes']:.1%}")
     sign = "" if exact or known else "at most "
     for label, key in (("parameters", "parameters"), ("  active per token", "active"), ("  in routed experts", "experts")):
         how = "about " if sign and key == "active" else sign  # a stand-in's: which experts a token meets is open
@@ -115,9 +118,18 @@ def _share(before: float, after: float) -> str:
     return f"{after / before:.1%}" if before else ""
 
 
-def _layers(plan: dict[str, Any]) -> Table:
-    """A line for every run of layers that are alike."""
-    made = table("layer", "experts", "form", "bytes", "params", "active", "FLOPs", f"cache/{short(PER)}", left=3)
+def _layers(plan: dict[str, Any]) -> Fitting:
+    """A line for every run of layers that are alike; where there is little room, without what the totals say as well."""
+    return Fitting(tuple(lambda left_out=left_out: _by_layer(plan, left_out) for left_out in ((), (7,), (6, 7), (5, 6, 7))))  # type: ignore[misc]
+
+
+def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Table:
+    """Without some of the columns."""
+    columns = ("layer", "experts", "form", "tensor bytes", "params", "active", "FLOPs", f"cache/{short(PER)}")
+    made = table(*(name for place, name in enumerate(columns) if place not in left_out), left=3)
+
+    def add(*row: str) -> None:
+        made.add_row(*(cell for place, cell in enumerate(row) if place not in left_out))
 
     def cells(row: dict[str, Any]) -> tuple[str, ...]:
         after = row["after"]
@@ -129,23 +141,14 @@ def _layers(plan: dict[str, Any]) -> Table:
 
     for same, run in groupby(plan["layers"], cells):
         numbers = [row["layer"] for row in run]
-        made.add_row(_numbers(numbers), *same)
+        add(runs(numbers), *same)
     open_ = any(row["kept"] is None for row in plan["layers"])
     if open_ and any(name in ("layer_drop", "block_drop") for step in plan["recipe"]["steps"] for name in step):
         made.caption = "each layer as it is if it stays: which ones go is decided on the calibration text"
     rest = plan["dense_layers"]
     if rest["count"]:
-        made.add_row(
-            "others", f"{rest['count']} dense", "", human(rest["bytes"][1]), short(rest["parameters"][1]), "", short(rest["flops"][1]), ""
-        )
+        add("others", f"{rest['count']} dense", "", human(rest["bytes"][1]), short(rest["parameters"][1]), "", short(rest["flops"][1]), "")
     return made
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    if len(numbers) < 3:
-        return ", ".join(map(str, numbers))
-    whole = numbers[-1] - numbers[0] == len(numbers) - 1
-    return f"{numbers[0]}-{numbers[-1]}" if whole else f"{numbers[0]}-{numbers[-1]} ({len(numbers)})"
 
 
 def _form(row: dict[str, Any]) -> str:
@@ -172,7 +175,8 @@ def _engines(plan: dict[str, Any]) -> Iterable[RenderableType]:
 
 def _resources(plan: dict[str, Any]) -> Table:
     made = table("to make it here", "", left=2)
-    made.add_row("memory, at most about", human(plan["peak_memory"]))
+    by_stage = "; ".join(f"{name}: {human(size)}" for name, size in plan["memory_split"].items())
+    made.add_row("memory, at most about", human(plan["peak_memory"]) + (f" ({by_stage})" if len(plan["memory_split"]) > 1 else ""))
     split = plan["disk_split"]
     beside = "" if len(split) == 1 else " (" + "; ".join(f"{name}: {human(size)}" for name, size in split.items()) + ")"
     made.add_row("disk", human(plan["disk"]) + beside)
@@ -197,9 +201,10 @@ def _time(time: dict[str, Any]) -> Iterable[RenderableType]:
 
 
 def _traffic(traffic: dict[str, Any]) -> Iterable[RenderableType]:
-    made = table("expert parallel over", "bytes/token before", "after", "saving")
+    made = table("expert parallel over", "bytes/token before", "after, equal counts", "saving")
     for ways, row in traffic.items():
         made.add_row(ways, f"{row['before']:,.0f}", f"{row['after']:,.0f}", _share(row["before"], row["before"] - row["after"]))
+    made.caption = "hidden states sent, from the statistics' search tokens; which experts go, and how many where, compress decides"
     yield made
 
 
@@ -210,7 +215,7 @@ def of_model(about: dict[str, Any]) -> RenderableType:
     """Everything that inspect says."""
     head = Text.assemble(
         (about["model"], "bold"),
-        f"  ({about['model_type']}, {', '.join(about['dtypes'])}, {about['files']} files, {about['tensor_bytes']:,} bytes)",
+        f"  ({about['model_type']}, {', '.join(about['dtypes'])}, {about['files']} files, {about['tensor_bytes']:,} bytes of tensors)",
     )
     if not about["supported"]:
         return Group(head, Text.assemble(("not supported: ", "bold red"), about["reason"]))
@@ -243,7 +248,7 @@ def _facts(about: dict[str, Any]) -> Table:
 
 
 def _bytes(about: dict[str, Any]) -> Table:
-    made = table("bytes", "", "", "share")
+    made = table("bytes of tensors", "", "", "share")
     for name, value in about["bytes"].items():
         made.add_row(name, f"{value:,}", human(value), f"{value / about['tensor_bytes']:.1%}")
     return made

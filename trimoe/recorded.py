@@ -20,11 +20,11 @@ from trimoe.scores import leave_one_out
 from trimoe.skeleton import Site, Skeleton
 from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss
+from trimoe.words import PARTS
 
 FEW_SETS = 2048  # in a layer, all of which are evaluated beside any search
 DRAWS = 1000  # random sets at most that a search is compared with
 POINTS = 32  # of a spectrum
-PARTS = ("embedding", "attention", "routers", "routed experts", "shared experts", "dense MLPs", "norms", "head", "other")
 
 
 def expert_drop(

@@ -18,6 +18,14 @@ import torch
 from trimoe.aside import disk_errors
 
 BUDGET = 2 << 30  # bytes of hidden states in memory, and of what one layer's experts are given
+FLOOR = 96 << 20  # bytes of hidden states that several versions of a model walked together may always take
+SAMPLES = 24  # what versions are measured on, where memory allows
+
+
+def samples_for(streams: int, sample: int, layer: int) -> int:
+    """How many samples, each of `sample` bytes of hidden states, so many versions are walked on: `streams` copies of them take no more memory
+    than half a decoder layer (of `layer` bytes) or FLOOR, whichever is more; from 1 to SAMPLES."""
+    return max(1, min(max(FLOOR, layer // 2) // (sample * (streams + 2)), SAMPLES))
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, taken: int = 0) -> torch.Tensor:

@@ -23,13 +23,10 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
     no `speed` is given, seconds are None."""
     note = NOTE
     if speed is None:
+        check_device(device)
         try:
             speed = rates(str(usable_device(device)), skeleton.dtype)
         except UserError:
-            try:
-                torch.device(device)  # one that is not in this machine, or a word that is none
-            except RuntimeError:
-                raise UserError(f"The device {device!r} is not known; cpu, cuda, cuda:1 ... are.") from None
             note = UNKNOWN.format(device=device)
     rows: list[dict[str, Any]] = []
     for stage in Work(skeleton, recipe, cpu=device == "cpu").stages():
@@ -42,6 +39,14 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
     amounts = [name for name in rows[0] if name != "stage"] if rows else []
     total: dict[str, Any] = {name: None if rows[0][name] is None else sum(row[name] for row in rows) for name in amounts}
     return {"device": device, "processes": processes, "stages": rows, **total, "note": note}
+
+
+def check_device(device: str) -> None:
+    """Raises UserError for a word that names no device; one that is not in this machine may be planned for."""
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise UserError(f"The device {device!r} is not known; cpu, cuda, cuda:1 ... are.") from None
 
 
 def _sum(work: list[Amount], *kinds: str) -> float:

@@ -19,12 +19,11 @@ from trimoe.gather import prune_layer, survivors
 from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Site, Skeleton
+from trimoe.spill import samples_for
 from trimoe.stream import LayerWalk
 
 Change = Callable[[nn.Module, Site | None], AbstractContextManager[None]]  # holds while the layer runs
 Name = TypeVar("Name", bound=Hashable)
-SAMPLES = 24  # what versions are measured on, where memory allows
-FLOOR = 96 << 20  # bytes of hidden states that are always allowed
 
 
 def skipped(layer: nn.Module, site: Site | None) -> AbstractContextManager[None]:
@@ -56,13 +55,11 @@ class _Stream:
 
 
 def affordable(skeleton: Skeleton, batches: Sequence[torch.Tensor], streams: int, device: str = "cpu") -> list[torch.Tensor]:
-    """Samples, evenly spread over the calibration set: at most SAMPLES, and so many that `streams` copies of their hidden states take
-    no more memory than half a decoder layer or FLOOR bytes, whichever is more; at least one."""
+    """Samples, evenly spread over the calibration set: so many that `streams` copies of their hidden states fit (spill.samples_for)."""
     samples = torch.cat(list(batches))
-    room = max(FLOOR, skeleton.largest_layer // 2)
     hidden = next(iter(skeleton.sites.values())).hidden
-    fits = room // (skeleton.dtype.itemsize * hidden * samples.shape[1] * (streams + 2))
-    count = max(1, min(len(samples), fits, SAMPLES))
+    sample = skeleton.dtype.itemsize * hidden * samples.shape[1]
+    count = min(len(samples), samples_for(streams, sample, skeleton.largest_layer))
     rows = torch.linspace(0, len(samples) - 1, count).round().long()
     return in_batches(samples[rows], device)
 

@@ -14,15 +14,18 @@ from trimoe import costs
 from trimoe.layout import Layout
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.expert_drop import Exhaustive, Genetic, Greedy, Random
-from trimoe.methods.method import Decisions, unchanged
+from trimoe.methods.method import Decisions, decided_sites, unchanged
 from trimoe.paper import Paper
 from trimoe.quantization import ALPHAS, SHRINK
 from trimoe.recipe import Recipe
+from trimoe.recorded import DRAWS, FEW_SETS
 from trimoe.seen import POOL_TOKENS
 from trimoe.skeleton import Site, Skeleton
+from trimoe.spill import samples_for
 from trimoe.subset import search_budget
-from trimoe.variants import FLOOR, SAMPLES
 
+PASSES = 48  # elementwise passes over a candidate's positions, beside its products (LOG.md)
+BREEDING = 900  # small operations for each set that the genetic search finds and notes, beside its evaluation (LOG.md)
 Amount = tuple[str, float, float]  # kind (a field of machine.Rates), how much, rows of a matrix product
 
 
@@ -73,8 +76,6 @@ class Work:
         yield self._last_walk(decisions)
 
     def sites(self, decisions: Decisions) -> list[Site]:
-        from trimoe.methods.method import decided_sites
-
         return list(decided_sites(self.skeleton.sites, decisions).values())
 
     # ---- pieces
@@ -120,8 +121,7 @@ class Work:
     def affordable(self, streams: int) -> int:
         """As variants.affordable."""
         hidden = next(iter(self.skeleton.sites.values())).hidden
-        room = max(FLOOR, self.skeleton.largest_layer // 2)
-        return max(1, min(self.tokens // self.length, room // (self.item * hidden * self.length * (streams + 2)), SAMPLES))
+        return min(self.tokens // self.length, samples_for(streams, self.item * hidden * self.length, self.skeleton.largest_layer))
 
     # ---- stages
 
@@ -194,21 +194,26 @@ class Work:
             greedy = dropped * count - dropped * (dropped - 1) // 2
             space = step.space(site, dropped, ()).size() if dropped else 1
             evaluations = {
-                type(None): 0, Exhaustive: space, Greedy: greedy, Random: getattr(step.search, "draws", 0),
+                type(None): 0, Exhaustive: space, Greedy: greedy, Random: min(space, getattr(step.search, "draws", 0)),
                 Genetic: min(space, getattr(step.search, "max_evaluations", 0)) + greedy,
             }[type(step.search)]  # fmt: skip
             search.shared += self._evaluated(site, searched, evaluations)
+            if isinstance(step.search, Genetic):
+                search.shared.append(("ops", BREEDING * evaluations, 0))
             if step.counts == "optimal":
                 most = min(count - step.floor(site, step.share({site.layer: site})), reach - site.rule.top_k)
                 menus.shared += self._evaluated(site, searched, most * count - most * (most - 1) // 2)
-            compare.shared += self._evaluated(site, searched, 2 * greedy + 21 + count)
+            if dropped:  # greedy, random draws, all of few sets, and greedy on both halves of the tokens
+                every = space if space <= FEW_SETS and not isinstance(step.search, Exhaustive) else 0
+                drawn = min(space, max(evaluations, 20), DRAWS)
+                compare.shared += self._evaluated(site, searched, 2 * greedy + drawn + every + count)
         yield from (menus, search, compare) if menus.shared else (search, compare)
 
     def _evaluated(self, site: Site, searched: int, evaluations: float) -> Iterator[Amount]:
         first = (
             min(site.num_experts, -(-max(2 * site.rule.top_k, site.rule.top_k + 4) // 4) * 4) if site.rule.ordered else 2 * site.rule.top_k
         )
-        yield "memory", evaluations * searched * first * 4 * 64, 0
+        yield "memory", evaluations * searched * first * 4 * PASSES, 0
         yield "matmul", evaluations * searched * (2 * first**2 + 2 * site.num_experts), 16
         yield "ops", 40 * evaluations * max(1.0, searched * first / (1 << 22)) + 400, 0
 

@@ -55,11 +55,12 @@ def plan(
     from trimoe.recipe import load, with_calibration
     from trimoe.skeleton import Skeleton
     from trimoe.stream import compute_dtype
-    from trimoe.timing import estimate
+    from trimoe.timing import check_device, estimate
 
-    for source in calibration:
-        check_here(source)
+    check_device(device)
     parsed = with_calibration(load(recipe, changes), calibration, samples, length)
+    for source in parsed.calibration.sources:
+        check_here(source)
     skeleton = Skeleton.of(model, compute_dtype(dtype), weights=False)
     made, traffic = trimoe.plan(skeleton, parsed), None
     if stats is not None:
