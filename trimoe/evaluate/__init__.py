@@ -8,6 +8,6 @@ run.py          the whole job
 """
 
 from trimoe.evaluate.run import evaluate, origin
-from trimoe.evaluate.texts import Windows, windows
+from trimoe.evaluate.texts import Windows, of_sources, windows
 
-__all__ = ["Windows", "evaluate", "origin", "windows"]
+__all__ = ["Windows", "evaluate", "of_sources", "origin", "windows"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trimoe.calibration import encode, load_tokenizer, read_text
+from trimoe.calibration import load_tokenizer
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.evaluate import generation, harness, taskset, texts
@@ -60,11 +60,11 @@ def evaluate(
     for name, (value, smallest) in least.items():
         if value is not None and value < smallest:
             raise UserError(f"The evaluation's {name} is {value}; at least {smallest} is needed.")
+    if not text and not tasks:
+        raise UserError("There is nothing to evaluate on; give a text (builtin:mixed is one) or tasks.")
     usable_device(device)
     checkpoint = Checkpoint.open(model)
     skeleton = Skeleton(checkpoint, dtype)
-    length = min(length, skeleton.context)
-    stride = min(stride or max(1, length // 2), length)
     other = Skeleton.of(str(against), dtype) if against is not None else None
     vocabulary = skeleton.config.get_text_config().vocab_size
     if other is not None and other.config.get_text_config().vocab_size != vocabulary:
@@ -72,10 +72,8 @@ def evaluate(
             f"{skeleton.name} and {other.name} have different vocabularies ({vocabulary} and {other.config.get_text_config().vocab_size} tokens)."
         )
     tokenizer = load_tokenizer(checkpoint)
-    sets = [
-        texts.windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens)
-        for source in text for part in read_text(source, "eval")
-    ]  # fmt: skip
+    sets = texts.of_sources(skeleton, tokenizer, text, length, stride, tokens)
+    length, stride = texts.sizes(skeleton, length, stride)
     found, how = taskset.TaskSet(), harness.How(limit=limit, batch=batch, stream=stream, device=device)
     if tasks:  # what cannot be had is said before hours of work
         found = taskset.find(tasks, include, fewshot, reporter)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trimoe.calibration import encode, read_text
 from trimoe.errors import UserError
 from trimoe.evaluate import intervals
 from trimoe.evaluate.cache import Cache, digest, identity
@@ -55,6 +56,22 @@ def windows(name: str, documents: Sequence[torch.Tensor], length: int, stride: i
     if not ids:
         raise UserError(f"The text {name!r} has no document of at least 2 tokens; nothing can be evaluated on it.")
     return Windows(name, torch.stack(ids), torch.stack(scored), torch.tensor(owner))
+
+
+def of_sources(skeleton: Skeleton, tokenizer: Any, sources: Sequence[str], length: int, stride: int | None, tokens: int) -> list[Windows]:
+    """Windows over every text of `sources`, as this model reads them. Raises UserError for a text that is not there, or too short."""
+    length, stride = sizes(skeleton, length, stride)
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    return [
+        windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens)
+        for source in sources for part in read_text(source, "eval")
+    ]  # fmt: skip
+
+
+def sizes(skeleton: Skeleton, length: int, stride: int | None) -> tuple[int, int]:
+    """A window's length, cut to the model's context, and its stride: half of it where none is given."""
+    length = min(length, skeleton.context)
+    return length, min(stride or max(1, length // 2), length)
 
 
 @torch.no_grad()
