@@ -125,6 +125,7 @@ def row(name: str, size: int, kl: float) -> Row:
 def test_the_frontier_is_what_nothing_beats() -> None:
     rows = [row("small", 50, 0.5), row("worse", 60, 0.6), row("large", 80, 0.1), row("twin", 80, 0.1), row("same size", 50, 0.7)]
     assert frontier(rows) == {"small", "large", "twin"}
+    assert standings.unbeaten([(0.5, 0.5), (0.6, 0.6), (0.5, 0.5), (0.4, float("nan")), (0.3, 0.9)]) == [True, False, True, False, True]
 
 
 def test_what_has_no_number_is_never_on_the_frontier() -> None:
