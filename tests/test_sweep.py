@@ -19,6 +19,7 @@ from trimoe import cli, standings
 from trimoe import recipe as recipes
 from trimoe.alternatives import variants
 from trimoe.errors import UserError
+from trimoe.evaluate import Ends, texts
 from trimoe.standings import Row, frontier
 from trimoe.stats import Stats
 
@@ -216,6 +217,42 @@ def test_one_statistics_pass_for_all(family_folder: Families, text_file: Path, t
     assert sorted(searching) == [False, True]
 
 
+def test_the_original_is_walked_once_and_the_numbers_are_those_of_evaluate(
+    family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, traffic included; and where its hidden states would be too many to be kept."""
+    walked: list[str] = []
+    real = texts._final_hidden
+
+    def walk(skeleton: Any, *rest: Any) -> Any:
+        walked.append(skeleton.name)
+        return real(skeleton, *rest)
+
+    monkeypatch.setattr(texts, "_final_hidden", walk)
+    model = family_folder("mixtral")
+    done = run(model, tmp_path / "out", text_file, keep="all")
+    assert walked.count(str(model)) == 1 and len(walked) == 5
+    for row in done.rows:
+        folder = done.out / row.name
+        alone = trimoe.evaluate(folder, against=model, text=[str(text_file)], tokens=64, length=16)
+        kept = json.loads((folder / "trimoe.json").read_text())["evaluation"]
+        assert {name: kept[name] for name in alone} == json.loads(json.dumps(alone))
+    walked.clear()
+    monkeypatch.setattr(sys.modules["trimoe.sweep"], "HELD", 0)
+    again = run(model, tmp_path / "again", text_file)
+    assert walked.count(str(model)) == 4 and [row.kl for row in again.rows] == [row.kl for row in done.rows]
+
+
+def test_another_text_or_original_is_walked_again(family_folder: Families, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, models = Ends(), [family_folder("mixtral"), family_folder("olmoe")]
+
+    def evaluated(against: Path, tokens: int, ends: Ends | None) -> Any:
+        return trimoe.evaluate(models[0], against=against, text=[str(text_file)], tokens=tokens, length=16, ends=ends)
+
+    for against, tokens in ((models[0], 64), (models[1], 64), (models[1], 32), (models[1], 32), (models[0], 64)):
+        assert evaluated(against, tokens, ends) == evaluated(against, tokens, None)
+
+
 def test_a_sweep_goes_on_and_grows(
     swept: Path, family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +353,7 @@ def test_every_impossible_variant_is_named_before_anything_is_written(family_fol
 def test_disk_is_checked_for_what_is_kept(
     family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.modules["trimoe.sweep"], "HELD", 0)
     sizes = [trimoe.plan(family_folder("mixtral"), variant.recipe()).disk for variant in variants([DROP])]
     usage = type(shutil.disk_usage(tmp_path))(1 << 40, 0, max(sizes) + 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -339,7 +377,11 @@ def test_disk_is_checked_for_what_is_still_to_be_made(
     free, usage = [0], type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, free[0]))
     assert len(run(model, out, text_file, drops(0.25, 0.375), keep="all").rows) == 2, "nothing is to be made, so no room is needed"
-    free[0] = added.disk - 1
+    free[0] = added.disk
+    with pytest.raises(UserError, match="The result needs"):  # the original's hidden states are kept in a file, too
+        run(model, out, text_file, drops(0.25, 0.375, 0.5), keep="all")
+    monkeypatch.setattr(sys.modules["trimoe.sweep"], "HELD", 0)
+    free[0] -= 1
     with pytest.raises(UserError, match="The result needs"):
         run(model, out, text_file, drops(0.25, 0.375, 0.5), keep="all")
     assert not (out / "ratio-0.5").exists()

@@ -25,7 +25,7 @@ from trimoe.alternatives import Variant, variants
 from trimoe.calibration import Calibration, load_tokenizer, read_text
 from trimoe.compress import Job, calibration_for, job_of, possible, record_of, with_calibration
 from trimoe.errors import UserError
-from trimoe.evaluate import evaluate, of_sources
+from trimoe.evaluate import Ends, evaluate, of_sources
 from trimoe.journal import Journal
 from trimoe.plan import Plan
 from trimoe.progress import QUIET, Reporter
@@ -39,6 +39,7 @@ from trimoe.write import write_text
 
 KEEPS = ("none", "frontier", "all")
 RECORD = "trimoe.json"
+HELD = 16 << 30  # bytes of the original's hidden states that are kept in a temporary file
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def sweep(
         return parsed, possible(skeleton, parsed, out, device)
 
     plans = _all(found, planned)
-    of_sources(skeleton, load_tokenizer(skeleton.checkpoint), text, window, stride, tokens)  # what cannot be evaluated on is said now
+    tokenizer = load_tokenizer(skeleton.checkpoint)
+    held = Ends.nbytes(skeleton, of_sources(skeleton, tokenizer, text, window, stride, tokens))  # what cannot be evaluated on is said now
     read: dict[str, Calibration] = {}
 
     def ready(variant: Variant) -> Job:
@@ -120,10 +122,12 @@ def sweep(
     settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
     inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": dtype, "evaluation": settings, "version": VERSION}
 
+    ends = Ends() if len(found) > 1 and held <= HELD else None  # the original is walked once, not for every variant
+
     def score(folder: Path) -> dict[str, Any]:
         return evaluate(
             folder, against=str(model), text=text, length=window, stride=stride, tokens=tokens, device=device,
-            dtype=compute_dtype(dtype), cache=cache, reporter=reporter,
+            dtype=compute_dtype(dtype), cache=cache, ends=ends, reporter=reporter,
         )  # fmt: skip
 
     entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
@@ -133,7 +137,8 @@ def sweep(
         entry.refuse_other()
     race = _Race(out, entries, score, keep, command, reporter, started)
     todo = race.to_make()
-    disk.check(out, _room(todo, keep), max((entry.plan.spill for entry in todo), default=0), begun=[entry.folder for entry in todo])
+    spill = max((entry.plan.spill for entry in todo), default=0) + (held if todo and ends is not None else 0)
+    disk.check(out, _room(todo, keep), spill, begun=[entry.folder for entry in todo])
     reporter.say(f"{len(entries)} variants, {len(todo)} of them to be made.")
     with journal:
         for entry in entries:

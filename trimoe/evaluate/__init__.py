@@ -9,6 +9,6 @@ run.py          the whole job
 """
 
 from trimoe.evaluate.run import evaluate, origin
-from trimoe.evaluate.texts import Windows, of_sources, windows
+from trimoe.evaluate.texts import Ends, Windows, of_sources, windows
 
-__all__ = ["Windows", "evaluate", "of_sources", "origin", "windows"]
+__all__ = ["Ends", "Windows", "evaluate", "of_sources", "origin", "windows"]

@@ -38,6 +38,7 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     cache: str | os.PathLike[str] | None = None,
+    ends: texts.Ends | None = None,
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
     """Perplexity of `model` on each text and, with `against`, mean KL(against || model) in nats per token and top-1 agreement, all with
@@ -46,8 +47,8 @@ def evaluate(
     `length` is cut to the model's context; `stride` (default half of it) is stated in the result; at most about `tokens` tokens of
     each text are scored. `tasks` are lm-eval's, `moe-i2-nine`, or `FORM=FILE` (taskset.py), `limit` documents of each, with task files
     from the folders `include`; `stream` runs them layer by layer (None: where a model does not fit in memory). `generate`: whether prompts
-    from the texts are continued (None: if the models are small). `cache`: a folder of earlier results. Returns the JSON that
-    `trimoe eval --json` writes. Raises UserError for what is not there or not allowed.
+    from the texts are continued (None: if the models are small). `cache`: a folder of earlier results. `ends`: keeps what the original
+    computed for the next call (texts.py). Returns the JSON that `trimoe eval --json` writes. Raises UserError for what is not there or not allowed.
     """
     least = {
         "length": (length, 2),
@@ -83,7 +84,7 @@ def evaluate(
         "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride, "texts": [],
     }  # fmt: skip
     if sets:
-        made = texts.measure(skeleton, other, sets, device=device, cache=kept, reporter=reporter)
+        made = texts.measure(skeleton, other, sets, device=device, cache=kept, ends=ends, reporter=reporter)
         report["texts"] = texts.rows(sets, made["sums"])
         if other is not None:
             report["mean_kl"] = sum(row["kl"] for row in report["texts"]) / len(report["texts"])

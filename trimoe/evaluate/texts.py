@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from trimoe.stream import LayerWalk
 from trimoe.traffic import ITEMSIZE, WAYS, Traffic
 
 BATCH_TOKENS = 4096
+End = tuple[LayerWalk, Traffic]  # a walk that has gone through all layers, and what was sent on the way
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,31 @@ def sizes(skeleton: Skeleton, length: int, stride: int | None) -> tuple[int, int
     return length, min(stride or max(1, length // 2), length)
 
 
+class Ends:
+    """The original's walk at its end, exactly as it was, in a temporary file: for the next model that is compared with it on the same windows."""
+
+    def __init__(self) -> None:
+        self._key = ""
+        self._held: End | None = None
+
+    def of(self, key: str, walked: Callable[[], End]) -> End:
+        """What `walked` gives, or gave when it was last called, for the same key."""
+        if self._held is None or key != self._key:
+            self._held = None  # two are never held at once
+            walk, traffic = walked()
+            walk.hidden.put_down()
+            walk.calls.clear()
+            self._key, self._held = key, (walk, traffic)
+        return self._held
+
+    @staticmethod
+    def nbytes(skeleton: Skeleton, sets: Sequence[Windows]) -> int:
+        return sum(entry.ids_NL.numel() for entry in sets) * skeleton.config.get_text_config().hidden_size * skeleton.dtype.itemsize
+
+
 @torch.no_grad()
 def measure(
-    skeleton: Skeleton, other: Skeleton | None, sets: Sequence[Windows], *, device: str, cache: Cache, reporter: Reporter
+    skeleton: Skeleton, other: Skeleton | None, sets: Sequence[Windows], *, device: str, cache: Cache, ends: Ends | None, reporter: Reporter
 ) -> dict[str, Any]:  # fmt: skip
     """Sums of each window ("sums": name -> list over the windows of all texts) and "traffic". From the cache where these models have seen
     just these windows before."""
@@ -92,7 +116,14 @@ def measure(
         return known
     batches = list(ids.split(max(1, BATCH_TOKENS // ids.shape[1])))
     student, sent = _final_hidden(skeleton, batches, scored_NL, device, reporter)
-    teacher, against_sent = _final_hidden(other, batches, scored_NL, device, reporter) if other is not None else (None, None)
+    teacher, against_sent = None, None
+    if other is not None:
+
+        def walked() -> End:
+            return _final_hidden(other, batches, scored_NL, device, reporter)
+
+        key = json.dumps([depends["against"], depends["windows"], depends["dtype"], device])
+        teacher, against_sent = walked() if ends is None else ends.of(key, walked)
     sums = _compare(student, teacher, scored_NL, reporter)
     made = {
         "sums": {name: value.tolist() for name, value in sums.items()},
@@ -112,9 +143,7 @@ def rows(sets: Sequence[Windows], sums: dict[str, list[float]]) -> list[dict[str
     return made
 
 
-def _final_hidden(
-    skeleton: Skeleton, batches: list[torch.Tensor], scored_NL: torch.Tensor, device: str, reporter: Reporter
-) -> tuple[LayerWalk, Traffic]:
+def _final_hidden(skeleton: Skeleton, batches: list[torch.Tensor], scored_NL: torch.Tensor, device: str, reporter: Reporter) -> End:
     """A walk at its end, and what its routers decided for the scored positions: each token once, and never padding."""
     walk, traffic = LayerWalk(skeleton, batches, device=device), Traffic()
     counted = scored_NL.to(walk.device).split([len(batch) for batch in batches])
@@ -142,12 +171,13 @@ def _compare(student: LayerWalk, teacher: LayerWalk | None, scored_NL: torch.Ten
             mask = scored_NL[start : start + len(ids)].to(ids.device)
             start += len(ids)
             here: dict[str, torch.Tensor] = {}
+            ours, theirs = student.hidden[batch], teacher.hidden[batch] if teacher is not None else None
             for positions in student.pieces(batch):
-                log_q = head(student.hidden[batch], batch, positions).float().log_softmax(-1)
+                log_q = head(ours, batch, positions).float().log_softmax(-1)
                 target, scored = ids.roll(-1, 1)[:, positions].unsqueeze(-1), mask[:, positions]
                 values = {"tokens": scored.double(), "nll": -log_q.gather(-1, target).squeeze(-1)}
-                if other is not None and teacher is not None:
-                    log_p = other(teacher.hidden[batch], batch, positions).float().log_softmax(-1)
+                if other is not None:
+                    log_p = other(theirs, batch, positions).float().log_softmax(-1)
                     values["against_nll"] = -log_p.gather(-1, target).squeeze(-1)
                     values["agreement"] = (log_p.argmax(-1) == log_q.argmax(-1)).double()
                     values["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
