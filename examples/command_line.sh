@@ -8,3 +8,4 @@ trimoe inspect $MODEL               # what it is, and what can be done
 trimoe plan $MODEL --recipe naee    # how large it will be, and what will load it
 trimoe compress $MODEL --recipe naee --out "$OUT" --samples 16 --length 128
 trimoe eval "$OUT" --tokens 256 --no-generate # what was lost; in $OUT/README.md too
+trimoe report "$OUT"                # a page that shows it; charts need: pip install 'trimoe[report]'

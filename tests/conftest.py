@@ -34,6 +34,14 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 @pytest.fixture(scope="session")
+def eight_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of as many layers as an eighth of them needs. Tests must not write into it."""
+    folder = tmp_path_factory.mktemp("eight")
+    families.save("mixtral", folder, num_hidden_layers=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random letters: enough for a few dozen samples of 32 tokens."""
     generator = random.Random(0)

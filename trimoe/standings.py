@@ -13,6 +13,7 @@ from typing import Any
 
 from trimoe.alternatives import Variant
 from trimoe.errors import UserError
+from trimoe.evaluate import intervals
 from trimoe.progress import Reporter
 from trimoe.write import write_text
 
@@ -45,7 +46,7 @@ class Row:
         texts = report["texts"]
         steps = [next(iter(step)) for step in record["recipe"]["steps"]]
         trained = [entry["method"] for entry in record.get("recovered", ())]
-        low, high = _interval(report)
+        low, high = intervals.of_mean_kl(report["texts"])
         return cls(
             name=variant.name, varied=variant.varied, method=" + ".join([*steps, *trained]), bytes=after["file_bytes"],
             share=after["file_bytes"] / before["file_bytes"], experts=after["experts"] / before["experts"],
@@ -60,27 +61,22 @@ class Row:
         return f"{self.name}: {self.share:.1%} of the bytes, KL {self.kl:.4f}, perplexity {self.perplexity_before:.2f} -> {self.perplexity:.2f}"
 
 
-def _interval(report: dict[str, Any]) -> tuple[float | None, float | None]:
-    """95 % interval of the mean KL: texts are independent of each other, so the half-widths of their intervals add in squares."""
-    texts = report["texts"]
-    if any(text.get("intervals") is None for text in texts):
-        return None, None
-    low, high = (math.sqrt(sum((text["kl"] - text["intervals"]["kl"][end]) ** 2 for text in texts)) / len(texts) for end in (0, 1))
-    return max(0.0, report["mean_kl"] - low), report["mean_kl"] + high
-
-
 def _geometric(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def frontier(rows: Sequence[Row]) -> set[str]:
-    """Names of the rows that no other beats: none is as small and as near to the original, and better in one of the two."""
+    """Names of the rows that no other beats in bytes and KL."""
+    return {row.name for row, best in zip(rows, unbeaten([(row.bytes, row.kl) for row in rows]), strict=True) if best}
 
-    def beaten(row: Row) -> bool:
-        by = (other for other in rows if other.bytes <= row.bytes and other.kl <= row.kl)
-        return not math.isfinite(row.kl) or any((other.bytes, other.kl) != (row.bytes, row.kl) for other in by)
 
-    return {row.name for row in rows if not beaten(row)}
+def unbeaten(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Of pairs (size, KL), whether no other is as small and as near to the original, and better in one of the two. Without a finite KL: no."""
+
+    def beaten(size: float, kl: float) -> bool:
+        return any(other != (size, kl) and other[0] <= size and other[1] <= kl for other in points)
+
+    return [math.isfinite(kl) and not beaten(size, kl) for size, kl in points]
 
 
 def write_tables(out: Path, rows: Sequence[Row], pending: Sequence[str], command: str | None) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -21,28 +22,24 @@ import yaml
 
 from trimoe import card, disk, distributed
 from trimoe.alternatives import Variant, variants
-from trimoe.calibration import Calibration, read_text
+from trimoe.calibration import Calibration, load_tokenizer, read_text
 from trimoe.compress import Job, calibration_for, job_of, possible, record_of, with_calibration
-from trimoe.decide import Run
 from trimoe.errors import UserError
-from trimoe.evaluate import evaluate
-from trimoe.gather import statistics
+from trimoe.evaluate import Ends, evaluate, of_sources
 from trimoe.journal import Journal
-from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop
 from trimoe.plan import Plan
 from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import Recipe
+from trimoe.shared_statistics import Shared
 from trimoe.skeleton import Skeleton
 from trimoe.standings import Row, frontier, plot, write_tables
-from trimoe.stats import Stats
 from trimoe.stream import compute_dtype
-from trimoe.subset import gram_side, search_budget
 from trimoe.version import VERSION
 from trimoe.write import write_text
 
 KEEPS = ("none", "frontier", "all")
 RECORD = "trimoe.json"
-NO_SEARCH = "sums alone"
+HELD = 16 << 30  # bytes of the original's hidden states that are kept in a temporary file
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,8 @@ def sweep(
             raise UserError(f"The evaluation's {name} is {value}; at least {least} is needed.")
     if distributed.launched():
         raise UserError("trimoe sweep runs in one process; start it without torchrun, or compress the variants one by one.")
+    if not text:
+        raise UserError("A sweep compares by KL on held-out text; give at least one (builtin:mixed is one).")
     several = isinstance(recipe, list | tuple) or (isinstance(recipe, dict) and "steps" not in recipe)
     found = variants(recipe if several else [recipe], changes)
     skeleton = Skeleton.of(str(model), compute_dtype(dtype))
@@ -107,6 +106,8 @@ def sweep(
         return parsed, possible(skeleton, parsed, out, device)
 
     plans = _all(found, planned)
+    tokenizer = load_tokenizer(skeleton.checkpoint)
+    held = Ends.nbytes(skeleton, of_sources(skeleton, tokenizer, text, window, stride, tokens))  # what cannot be evaluated on is said now
     read: dict[str, Calibration] = {}
 
     def ready(variant: Variant) -> Job:
@@ -114,16 +115,19 @@ def sweep(
         spec = json.dumps(parsed.to_json()["calibration"])
         if spec not in read:
             read[spec] = calibration_for(skeleton, parsed.calibration, seed, reporter)
-        return job_of(skeleton, parsed, read[spec], seed, device, dtype, _command(model, out, variant, seed, dtype), reporter)
+        command = _command(model, out, variant, seed, device, dtype)
+        return job_of(skeleton, parsed, read[spec], seed, device, dtype, command, reporter)
 
     jobs = _all(found, ready)
     settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
     inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": dtype, "evaluation": settings, "version": VERSION}
 
+    ends = Ends() if len(found) > 1 and held <= HELD else None  # the original is walked once, not for every variant
+
     def score(folder: Path) -> dict[str, Any]:
         return evaluate(
             folder, against=str(model), text=text, length=window, stride=stride, tokens=tokens, device=device,
-            dtype=compute_dtype(dtype), cache=cache, reporter=reporter,
+            dtype=compute_dtype(dtype), cache=cache, ends=ends, reporter=reporter,
         )  # fmt: skip
 
     entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
@@ -131,15 +135,16 @@ def sweep(
     journal.refuse_other_content()
     for entry in entries:
         entry.refuse_other()
-    todo = [entry.plan for entry in entries if not entry.measured()]
-    together = sum if keep != "none" else max
-    disk.check(out, together([0, *(plan.disk for plan in todo)]), max([0, *(plan.spill for plan in todo)]))
+    race = _Race(out, entries, score, keep, command, reporter, started)
+    todo = race.to_make()
+    spill = max((entry.plan.spill for entry in todo), default=0) + (held if todo and ends is not None else 0)
+    disk.check(out, _room(todo, keep), spill, begun=[entry.folder for entry in todo])
     reporter.say(f"{len(entries)} variants, {len(todo)} of them to be made.")
     with journal:
         for entry in entries:
             body = yaml.safe_dump(entry.job.run.recipe.to_json(), sort_keys=False)
             write_text(out / f"{entry.variant.name}.yaml", body)
-        return _Race(out, entries, score, keep, command, reporter, started).run()
+        return race.run()
 
 
 @dataclass(frozen=True)
@@ -190,12 +195,18 @@ class _Race:
     reporter: Reporter
     started: float
 
+    def to_make(self) -> list[Entry]:
+        """Those without numbers, and those whose weights have gone and are to be kept after all."""
+        again = [entry for entry in self._kept() if not entry.complete()]
+        return [entry for entry in self.entries if not entry.measured() or entry in again]
+
     def run(self) -> Sweep:
         """Make and measure what is not yet; then have the weights there that are to be kept, and no others."""
         failed: dict[str, str] = {}
         done = 0
         open_ = [entry for entry in self.entries if not entry.measured()]
-        shared = self._statistics({entry.variant.name for entry in open_})
+        runs = {entry.variant.name: entry.job.run for entry in self.entries}
+        shared = Shared(self.out, runs, self.reporter).files({entry.variant.name for entry in open_})
         start = time.monotonic()
         for entry in self.entries:
             name = entry.variant.name
@@ -252,68 +263,6 @@ class _Race:
                 entry.discard()
         write_tables(self.out, self._rows(), [entry.variant.name for entry in self.entries if not entry.measured()], self.command)
 
-    def _statistics(self, wanted: set[str]) -> dict[str, Path]:
-        """A file by the variant's name: one pass over the calibration text for all first steps that start from the same text and search on
-        the same tokens, to the same reach. Those that search on none take the sums of any such pass."""
-        groups: dict[str, dict[str, list[Entry]]] = {}
-        for entry in self.entries:
-            search = _searched(entry.job.run)
-            if search is not None:
-                groups.setdefault(json.dumps(entry.job.run.about), {}).setdefault(search, []).append(entry)
-        files: dict[str, Path] = {}
-        for about, kinds in groups.items():
-            bare = kinds.pop(NO_SEARCH, [])
-            for search, own in kinds.items():
-                path = self._pass(about + search, own, bare, wanted)
-                if path is None:
-                    continue
-                files |= {entry.variant.name: path for entry in own}
-                if bare:
-                    files |= {entry.variant.name: self._bare(about, path) for entry in bare}
-                    bare = []
-            path = self._pass(about + NO_SEARCH, bare, [], wanted) if bare else None
-            files |= {} if path is None else {entry.variant.name: path for entry in bare}
-        if files and (alone := len(wanted - set(files))):
-            self.reporter.say(f"{alone} variants do without: their first step needs no statistics, or other ones, or other text.")
-        return files
-
-    def _pass(self, key: str, own: Sequence[Entry], bare: Sequence[Entry], wanted: set[str]) -> Path | None:
-        """The file of the pass that `own` need and that serves `bare` too; None where it would serve one variant, which gathers it itself."""
-        path, run = self._file(key), own[0].job.run
-        served = [*own, *bare]
-        if not path.exists():
-            if len(served) == 1 or not {entry.variant.name for entry in served} & wanted:
-                return None
-            self.reporter.say(f"One statistics pass for {len(served)} variants.")
-            statistics(
-                run.skeleton, run.batches, reach=run.recipe.steps[0].reach(dict(run.skeleton.sites)), search_tokens=run.spec.search_tokens,
-                search_memory=run.spec.search_memory, seed=run.seed, device=run.device, about=run.about, reporter=self.reporter,
-            ).save(path)  # fmt: skip
-        return path
-
-    def _bare(self, about: str, path: Path) -> Path:
-        """The pass at `path` as a step that does not search would have gathered it."""
-        bare = self._file(about + NO_SEARCH)
-        if not bare.exists():
-            Stats.load(path).without_search().save(bare)
-        return bare
-
-    def _file(self, key: str) -> Path:
-        return self.out / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
-
-
-def _searched(run: Run) -> str | None:
-    """What of the search tokens the first step is given: among how many experts in each layer, and how many tokens. None where it cannot
-    start from shared statistics."""
-    step, sites = run.recipe.steps[0], dict(run.skeleton.sites)
-    if not isinstance(step, ExpertDrop | LayerDrop | BlockDrop) and step.needs != {"search"}:
-        return None
-    reach = step.reach(sites)
-    if not reach:
-        return NO_SEARCH
-    tokens = search_budget(list(sites.values()), reach, run.spec.search_tokens, run.spec.search_memory)
-    return json.dumps([[gram_side(site, reach) for site in sites.values()], tokens])
-
 
 def _all(found: Sequence[Variant], work: Callable[[Variant], Any]) -> dict[str, Any]:
     """work(variant) by name. Raises one UserError that names every variant that is impossible."""
@@ -331,8 +280,19 @@ def _all(found: Sequence[Variant], work: Callable[[Variant], Any]) -> dict[str, 
     return made
 
 
-def _command(model: Any, out: Path, variant: Variant, seed: int, dtype: str) -> str:
-    return f"trimoe compress {model} --recipe {out / variant.name}.yaml --out {variant.name} --seed {seed} --dtype {dtype}"
+def _room(todo: Sequence[Entry], keep: str) -> int:
+    """Bytes on the disk at once, at most: all results that may stay, or one, and beside them what one variant needs until it is done."""
+    results = [entry.plan.disk_split["result"] for entry in todo]
+    if keep == "none":
+        return max((entry.plan.disk for entry in todo), default=0)
+    return sum(results) + max((entry.plan.disk - result for entry, result in zip(todo, results, strict=True)), default=0)
+
+
+def _command(model: Any, out: Path, variant: Variant, seed: int, device: str, dtype: str) -> str:
+    """What makes the variant in its place, where the sweep was started: paths are as they were given, those in the recipe too."""
+    place = str(out / variant.name)
+    words = ["--recipe", f"{place}.yaml", "--out", place, "--seed", str(seed), "--device", device, "--dtype", dtype]
+    return shlex.join(["trimoe", "compress", str(model), *words])
 
 
 def _fingerprint(text: Sequence[str]) -> str:

@@ -2,12 +2,13 @@
 
 texts.py        perplexity, KL and agreement on texts, both models streamed; intervals.py: how sure these numbers are
 harness.py      lm-eval tasks side by side; taskset.py: which tasks a name means; lm.py: models as lm-eval calls them, streamed ones too
+seeded.py       random generators, lent to lm-eval
 generation.py   whether what it writes loops or stops at once
 cache.py        what was measured before
 run.py          the whole job
 """
 
 from trimoe.evaluate.run import evaluate, origin
-from trimoe.evaluate.texts import Windows, windows
+from trimoe.evaluate.texts import Ends, Windows, of_sources, windows
 
-__all__ = ["Windows", "evaluate", "origin", "windows"]
+__all__ = ["Ends", "Windows", "evaluate", "of_sources", "origin", "windows"]

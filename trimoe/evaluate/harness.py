@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +20,8 @@ from trimoe.errors import UserError
 from trimoe.evaluate.cache import Cache, digest, identity
 from trimoe.evaluate.generation import fits
 from trimoe.evaluate.quiet import quiet
-from trimoe.evaluate.taskset import FEWSHOT_SEED, TaskSet, average
+from trimoe.evaluate.seeded import seeded
+from trimoe.evaluate.taskset import TaskSet, average
 from trimoe.progress import Reporter
 from trimoe.skeleton import Skeleton
 from trimoe.stream import give_back
@@ -59,29 +58,17 @@ def compare(
     """`tasks`: one row a task and metric, then those of its groups; `task_settings`: how they were run."""
     import lm_eval
 
-    with quiet(bars=reporter.mode == "auto"), _seeded():
+    with quiet(bars=reporter.mode == "auto"), seeded():
         results, ran = {}, {}
         for name, skeleton in models.items():
             results[name], ran[name] = _measured(found, skeleton, how, cache, reporter)
-    table = _Table(found, results)
+        table = _Table(found, results)
+        rows = [row for item in found.top for row in table.rows(item, None)]
     settings = {
         "lm_eval": lm_eval.__version__, "limit": how.limit, "context": min(skeleton.context for skeleton in models.values()),
         "ran": ran,
     }  # fmt: skip
-    return {"tasks": [row for item in found.top for row in table.rows(item, None)], "task_settings": settings}
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """The generators that tasks draw from start alike every time, and are the caller's again afterwards."""
-    before = random.getstate(), np.random.get_state()
-    random.seed(0)
-    np.random.seed(FEWSHOT_SEED)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+    return {"tasks": rows, "task_settings": settings}
 
 
 # ---- one model

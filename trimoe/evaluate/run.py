@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trimoe.calibration import encode, load_tokenizer, read_text
+from trimoe.calibration import load_tokenizer
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.evaluate import generation, harness, taskset, texts
@@ -38,6 +38,7 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     cache: str | os.PathLike[str] | None = None,
+    ends: texts.Ends | None = None,
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
     """Perplexity of `model` on each text and, with `against`, mean KL(against || model) in nats per token and top-1 agreement, all with
@@ -46,8 +47,8 @@ def evaluate(
     `length` is cut to the model's context; `stride` (default half of it) is stated in the result; at most about `tokens` tokens of
     each text are scored. `tasks` are lm-eval's, `moe-i2-nine`, or `FORM=FILE` (taskset.py), `limit` documents of each, with task files
     from the folders `include`; `stream` runs them layer by layer (None: where a model does not fit in memory). `generate`: whether prompts
-    from the texts are continued (None: if the models are small). `cache`: a folder of earlier results. Returns the JSON that
-    `trimoe eval --json` writes. Raises UserError for what is not there or not allowed.
+    from the texts are continued (None: if the models are small). `cache`: a folder of earlier results. `ends`: keeps what the original
+    computed for the next call (texts.py). Returns the JSON that `trimoe eval --json` writes. Raises UserError for what is not there or not allowed.
     """
     least = {
         "length": (length, 2),
@@ -60,11 +61,11 @@ def evaluate(
     for name, (value, smallest) in least.items():
         if value is not None and value < smallest:
             raise UserError(f"The evaluation's {name} is {value}; at least {smallest} is needed.")
+    if not text and not tasks:
+        raise UserError("There is nothing to evaluate on; give a text (builtin:mixed is one) or tasks.")
     usable_device(device)
     checkpoint = Checkpoint.open(model)
     skeleton = Skeleton(checkpoint, dtype)
-    length = min(length, skeleton.context)
-    stride = min(stride or max(1, length // 2), length)
     other = Skeleton.of(str(against), dtype) if against is not None else None
     vocabulary = skeleton.config.get_text_config().vocab_size
     if other is not None and other.config.get_text_config().vocab_size != vocabulary:
@@ -72,10 +73,8 @@ def evaluate(
             f"{skeleton.name} and {other.name} have different vocabularies ({vocabulary} and {other.config.get_text_config().vocab_size} tokens)."
         )
     tokenizer = load_tokenizer(checkpoint)
-    sets = [
-        texts.windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens)
-        for source in text for part in read_text(source, "eval")
-    ]  # fmt: skip
+    sets = texts.of_sources(skeleton, tokenizer, text, length, stride, tokens)
+    length, stride = texts.sizes(skeleton, length, stride)
     found, how = taskset.TaskSet(), harness.How(limit=limit, batch=batch, stream=stream, device=device)
     if tasks:  # what cannot be had is said before hours of work
         found = taskset.find(tasks, include, fewshot, reporter)
@@ -85,7 +84,7 @@ def evaluate(
         "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride, "texts": [],
     }  # fmt: skip
     if sets:
-        made = texts.measure(skeleton, other, sets, device=device, cache=kept, reporter=reporter)
+        made = texts.measure(skeleton, other, sets, device=device, cache=kept, ends=ends, reporter=reporter)
         report["texts"] = texts.rows(sets, made["sums"])
         if other is not None:
             report["mean_kl"] = sum(row["kl"] for row in report["texts"]) / len(report["texts"])

@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from trimoe.errors import UserError
+from trimoe.errors import UserError, first_line
 from trimoe.evaluate.quiet import quiet
+from trimoe.evaluate.seeded import FEWSHOT_SEED, seeded
 from trimoe.progress import Reporter
 
 HERE = Path(__file__).parent
 FORMS = {path.stem: path for path in sorted((HERE / "forms").glob("*.yaml"))}
-FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
 @dataclass
@@ -47,7 +47,7 @@ def require() -> None:
 def find(names: Sequence[str], include: Sequence[str | os.PathLike[str]], fewshot: int | None, reporter: Reporter) -> TaskSet:
     """The tasks, their data loaded. Raises UserError where a name, a file or its data cannot be had."""
     require()
-    with quiet(bars=False):
+    with quiet(bars=False), seeded():
         found, index = TaskSet(), None
         for name in dict.fromkeys(names):
             form, _, path = name.partition("=")
@@ -114,9 +114,8 @@ def _load(index: Any, name: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # datasets, huggingface_hub, fsspec, jinja2 and task files raise anything
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"The task {name!r} or its data could not be loaded ({reason}). Tasks read their data from the Hugging Face hub; without a network give "
+            f"The task {name!r} or its data could not be loaded ({first_line(error)}). Tasks read their data from the Hugging Face hub; without a network give "
             "task files that read local ones (--include FOLDER; benchmarks/eval_offline.py makes such a folder) or FORM=FILE.jsonl."
         ) from None
 

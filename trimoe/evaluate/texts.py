@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from trimoe.calibration import encode, read_text
 from trimoe.errors import UserError
 from trimoe.evaluate import intervals
 from trimoe.evaluate.cache import Cache, digest, identity
@@ -21,6 +23,7 @@ from trimoe.stream import LayerWalk
 from trimoe.traffic import ITEMSIZE, WAYS, Traffic
 
 BATCH_TOKENS = 4096
+End = tuple[LayerWalk, Traffic]  # a walk that has gone through all layers, and what was sent on the way
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,47 @@ def windows(name: str, documents: Sequence[torch.Tensor], length: int, stride: i
     return Windows(name, torch.stack(ids), torch.stack(scored), torch.tensor(owner))
 
 
+def of_sources(skeleton: Skeleton, tokenizer: Any, sources: Sequence[str], length: int, stride: int | None, tokens: int) -> list[Windows]:
+    """Windows over every text of `sources`, as this model reads them. Raises UserError for a text that is not there, or too short."""
+    length, stride = sizes(skeleton, length, stride)
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    return [
+        windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens)
+        for source in sources for part in read_text(source, "eval")
+    ]  # fmt: skip
+
+
+def sizes(skeleton: Skeleton, length: int, stride: int | None) -> tuple[int, int]:
+    """A window's length, cut to the model's context, and its stride: half of it where none is given."""
+    length = min(length, skeleton.context)
+    return length, min(stride or max(1, length // 2), length)
+
+
+class Ends:
+    """The original's walk at its end, exactly as it was, in a temporary file: for the next model that is compared with it on the same windows."""
+
+    def __init__(self) -> None:
+        self._key = ""
+        self._held: End | None = None
+
+    def of(self, key: str, walked: Callable[[], End]) -> End:
+        """What `walked` gives, or gave when it was last called, for the same key."""
+        if self._held is None or key != self._key:
+            self._held = None  # two are never held at once
+            walk, traffic = walked()
+            walk.hidden.put_down()
+            walk.calls.clear()
+            self._key, self._held = key, (walk, traffic)
+        return self._held
+
+    @staticmethod
+    def nbytes(skeleton: Skeleton, sets: Sequence[Windows]) -> int:
+        return sum(entry.ids_NL.numel() for entry in sets) * skeleton.config.get_text_config().hidden_size * skeleton.dtype.itemsize
+
+
 @torch.no_grad()
 def measure(
-    skeleton: Skeleton, other: Skeleton | None, sets: Sequence[Windows], *, device: str, cache: Cache, reporter: Reporter
+    skeleton: Skeleton, other: Skeleton | None, sets: Sequence[Windows], *, device: str, cache: Cache, ends: Ends | None, reporter: Reporter
 ) -> dict[str, Any]:  # fmt: skip
     """Sums of each window ("sums": name -> list over the windows of all texts) and "traffic". From the cache where these models have seen
     just these windows before."""
@@ -75,7 +116,14 @@ def measure(
         return known
     batches = list(ids.split(max(1, BATCH_TOKENS // ids.shape[1])))
     student, sent = _final_hidden(skeleton, batches, scored_NL, device, reporter)
-    teacher, against_sent = _final_hidden(other, batches, scored_NL, device, reporter) if other is not None else (None, None)
+    teacher, against_sent = None, None
+    if other is not None:
+
+        def walked() -> End:
+            return _final_hidden(other, batches, scored_NL, device, reporter)
+
+        key = json.dumps([depends["against"], depends["windows"], depends["dtype"], device])
+        teacher, against_sent = walked() if ends is None else ends.of(key, walked)
     sums = _compare(student, teacher, scored_NL, reporter)
     made = {
         "sums": {name: value.tolist() for name, value in sums.items()},
@@ -95,9 +143,7 @@ def rows(sets: Sequence[Windows], sums: dict[str, list[float]]) -> list[dict[str
     return made
 
 
-def _final_hidden(
-    skeleton: Skeleton, batches: list[torch.Tensor], scored_NL: torch.Tensor, device: str, reporter: Reporter
-) -> tuple[LayerWalk, Traffic]:
+def _final_hidden(skeleton: Skeleton, batches: list[torch.Tensor], scored_NL: torch.Tensor, device: str, reporter: Reporter) -> End:
     """A walk at its end, and what its routers decided for the scored positions: each token once, and never padding."""
     walk, traffic = LayerWalk(skeleton, batches, device=device), Traffic()
     counted = scored_NL.to(walk.device).split([len(batch) for batch in batches])
@@ -125,12 +171,13 @@ def _compare(student: LayerWalk, teacher: LayerWalk | None, scored_NL: torch.Ten
             mask = scored_NL[start : start + len(ids)].to(ids.device)
             start += len(ids)
             here: dict[str, torch.Tensor] = {}
+            ours, theirs = student.hidden[batch], teacher.hidden[batch] if teacher is not None else None
             for positions in student.pieces(batch):
-                log_q = head(student.hidden[batch], batch, positions).float().log_softmax(-1)
+                log_q = head(ours, batch, positions).float().log_softmax(-1)
                 target, scored = ids.roll(-1, 1)[:, positions].unsqueeze(-1), mask[:, positions]
                 values = {"tokens": scored.double(), "nll": -log_q.gather(-1, target).squeeze(-1)}
-                if other is not None and teacher is not None:
-                    log_p = other(teacher.hidden[batch], batch, positions).float().log_softmax(-1)
+                if other is not None:
+                    log_p = other(theirs, batch, positions).float().log_softmax(-1)
                     values["against_nll"] = -log_p.gather(-1, target).squeeze(-1)
                     values["agreement"] = (log_p.argmax(-1) == log_q.argmax(-1)).double()
                     values["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
