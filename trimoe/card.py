@@ -15,14 +15,14 @@ from trimoe import form as forms
 from trimoe.checkpoint import CARD
 from trimoe.errors import UserError, first_line
 from trimoe.headers import read_json
-from trimoe.tables import three, traffic_cells
+from trimoe.tables import traffic_cells
+from trimoe.words import GONE, three
 from trimoe.write import write_text
 
 NATIVE = """Stock code does not know the form of this checkpoint. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
 `trimoe.load(folder)`); without trimoe by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs
 `modeling_trimoe.py` of this folder. Otherwise transformers refuses it with a size mismatch."""
 FRONT_MATTER = 1 << 16  # characters of a source's README.md in which its metadata must lie
-GONE: dict[Any, str] = {"moe": "sub-layer dropped", "block": "layer dropped"}
 PACKED = """This is a compressed-tensors checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."""
 BITS = """ Weights of its experts are packed integers of {bits} bits: with the compressed-tensors package (`pip install compressed-tensors`)
 transformers unpacks them as it loads; `trimoe.load(folder)` runs them packed."""
@@ -80,12 +80,12 @@ def _loading(plan: dict[str, Any]) -> str:
 
 def _layers(rows: list[dict[str, Any]]) -> str:
     """What was done to every layer: the columns in which something was."""
-    fewer = any(GONE.get(row.get("gone"), row["kept"]) != row["experts"] for row in rows)
+    fewer = any(_left(row) != row["experts"] for row in rows)
     columns: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
         ("layer", lambda row: row["layer"]), ("experts before" if fewer else "experts", lambda row: row["experts"]),
     ]  # fmt: skip
     if fewer:
-        columns.append(("after", lambda row: GONE.get(row.get("gone"), row["kept"])))
+        columns.append(("after", _left))
     used = {
         "rank": ("mean rank, first / last projection", str), "bits": ("bits of a weight", str),
         "sparsity": ("zeros", lambda share: share if isinstance(share, str) else f"{share:.0%}"),
@@ -94,6 +94,11 @@ def _layers(rows: list[dict[str, Any]]) -> str:
         if any(row.get(key) for row in rows):
             columns.append((title, lambda row, key=key, shown=shown: shown(row[key]) if row.get(key) else "-"))  # type: ignore[misc]
     return _table(tuple(title for title, _ in columns), [tuple(cell(row) for _, cell in columns) for row in rows])
+
+
+def _left(row: dict[str, Any]) -> Any:
+    """How many experts of a layer, or what became of it."""
+    return GONE.get(row.get("gone", ""), row["kept"])
 
 
 def recovered(entry: dict[str, Any]) -> str:

@@ -16,7 +16,8 @@ from rich.text import Text
 
 from trimoe.costs import PER
 from trimoe.disk import human
-from trimoe.words import GONE, bounds, duration, runs, short
+from trimoe.form import form_of
+from trimoe.words import COUNTS, GONE, bounds, duration, runs, short
 
 
 def plain(plan: dict[str, Any]) -> str:
@@ -46,7 +47,7 @@ def show(shown: RenderableType) -> None:
 
 def of_plan(plan: dict[str, Any]) -> RenderableType:
     """Everything that a plan says; under "time" it may have an estimate (timing.py), under "traffic" what statistics say of routing."""
-    head = Text.assemble((plan["model"], "bold"), f" -> {plan['form']} checkpoint")
+    head = Text.assemble((plan["model"], "bold"), f" -> {form_of(plan)} checkpoint")
     parts = [head, _totals(plan), _layers(plan), *_engines(plan), _resources(plan)]
     parts += [part for name, show in (("time", _time), ("traffic", _traffic)) if plan.get(name) for part in show(plan[name])]
     return _apart(*parts, *(Text.assemble(("warning: ", "bold yellow"), warning) for warning in plan["warnings"]))
@@ -125,7 +126,7 @@ def _layers(plan: dict[str, Any]) -> Fitting:
 
 def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Table:
     """Without some of the columns."""
-    columns = ("layer", "experts", "form", "tensor bytes", "params", "active", "FLOPs", f"cache/{short(PER)}")
+    columns = ("layer", "experts", "form", "tensor bytes", "params", "active", "FLOPs", f"cache/{PER // 1000}K")
     made = table(*(name for place, name in enumerate(columns) if place not in left_out), left=3)
 
     def add(*row: str) -> None:
@@ -136,7 +137,7 @@ def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Table:
         cached = after["cache"]
         return (
             f"{row['experts']} -> {'?' if row['kept'] is None else row['kept']}" if row["experts"] else "dense", _form(row), human(after["bytes"]),
-            short(after["parameters"]), short(after["active"]), short(after["flops"]), "?" if cached is None else human(cached["bytes"]),
+            short(after["parameters"], COUNTS), short(after["active"], COUNTS), short(after["flops"]), "?" if cached is None else human(cached["bytes"]),
         )  # fmt: skip
 
     for same, run in groupby(plan["layers"], cells):
@@ -147,7 +148,16 @@ def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Table:
         made.caption = "each layer as it is if it stays: which ones go is decided on the calibration text"
     rest = plan["dense_layers"]
     if rest["count"]:
-        add("others", f"{rest['count']} dense", "", human(rest["bytes"][1]), short(rest["parameters"][1]), "", short(rest["flops"][1]), "")
+        add(
+            "others",
+            f"{rest['count']} dense",
+            "",
+            human(rest["bytes"][1]),
+            short(rest["parameters"][1], COUNTS),
+            "",
+            short(rest["flops"][1]),
+            "",
+        )
     return made
 
 

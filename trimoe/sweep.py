@@ -35,6 +35,7 @@ from trimoe.skeleton import Skeleton
 from trimoe.standings import Row, frontier, plot, write_tables
 from trimoe.stream import compute_dtype
 from trimoe.version import VERSION
+from trimoe.words import duration
 from trimoe.write import write_text
 
 KEEPS = ("none", "frontier", "all")
@@ -216,7 +217,7 @@ class _Race:
                     card.add_evaluation(entry.folder, self.score(entry.folder))
                     done += 1
                     left = (time.monotonic() - start) / done * (len(open_) - done)
-                    self.reporter.say(f"[{done}/{len(open_)}] {entry.row()}" + (f"; about {_span(left)} left" if left else ""))
+                    self.reporter.say(f"[{done}/{len(open_)}] {entry.row()}" + (f"; about {duration(left)} left" if left else ""))
                     self._tidy()
             except UserError as mistake:
                 failed[name] = str(mistake)
@@ -228,7 +229,7 @@ class _Race:
         rows = self._rows()
         failed |= {row.name: f"its KL to the original is {row.kl}" for row in rows if not math.isfinite(row.kl)}
         plot(self.out, rows, self.reporter)
-        self.reporter.say(f"Wrote {self.out}/sweep.csv and sweep.json in {_span(time.monotonic() - self.started)}.")
+        self.reporter.say(f"Wrote {self.out}/sweep.csv and sweep.json in {duration(time.monotonic() - self.started)}.")
         if failed:
             raise UserError(
                 f"{len(failed)} of {len(self.entries)} variants failed: {'; '.join(f'{n}: {why}' for n, why in failed.items())}"
@@ -299,7 +300,3 @@ def _fingerprint(text: Sequence[str]) -> str:
     """Of the documents that are evaluated on."""
     parts = [(part.domain, part.documents) for source in text for part in read_text(source, "eval")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

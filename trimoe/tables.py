@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from trimoe.plan_table import show
+from trimoe.words import three
 
 
 def evaluation(report: dict[str, Any]) -> None:
@@ -176,8 +177,3 @@ def bench(report: dict[str, Any]) -> None:
         share = [f"{ratio[name]:.2f}" if name in ratio else ""] if ratio else []
         table.add_row(label, *(human(model[name]) for model in models), *share)
     show(table)
-
-
-def three(value: float) -> str:
-    """Three digits, all of those before the point: 1,234 and 123, 12.3, 2.00, 0.0123."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.995 else f"{value:.3g}"

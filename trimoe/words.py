@@ -5,16 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 STEPS = ("", "K", "M", "G", "T", "P")
+COUNTS = ("", "K", "M", "B", "T")  # as models are spoken of
 GONE = {"moe": "MoE sub-layer dropped", "block": "layer dropped"}  # by methods.LayerDecision.gone
-PARTS = ("embedding", "attention", "routers", "routed experts", "shared experts", "dense MLPs", "norms", "head", "other")  # of a model's bytes
+PARTS = (
+    "embedding",
+    "attention",
+    "routers",
+    "routed experts",
+    "shared experts",
+    "dense MLPs",
+    "norms",
+    "head",
+    "other",
+)  # of a model's bytes
 
 
-def short(value: float) -> str:
-    """12345678 -> '12.3M'."""
+def three(value: float) -> str:
+    """Three digits, all of those before the point: 1,234 and 123, 12.3, 2.00, 0.0123."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.995 else f"{value:.3g}"
+
+
+def short(value: float, steps: Sequence[str] = STEPS) -> str:
+    """12345678 -> '12.3M', 2000000 -> '2.00M', 812 -> '812'."""
     power = 0
-    while abs(value) >= 999.5 and power < len(STEPS) - 1:
+    while abs(value) >= 999.5 and power < len(steps) - 1:
         value, power = value / 1000, power + 1
-    return f"{value:.3g}{STEPS[power]}" if power else f"{value:.0f}"
+    return f"{three(value)}{steps[power]}" if power else f"{value:.0f}"
 
 
 def duration(seconds: float) -> str:

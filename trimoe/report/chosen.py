@@ -8,9 +8,9 @@ from trimoe.report import charts, experts, searched
 from trimoe.report.experts import DENSE_CELLS, by_layer
 from trimoe.report.read import Finished, Step, layer_rows
 from trimoe.report.section import Figure, Section, Table
+from trimoe.words import GONE
 
 DENSE = -1  # the rank of a matrix that was left whole
-GONE = {"moe": "MoE sub-layer dropped", "block": "layer dropped"}
 
 
 def sections(folder: Finished) -> list[Section]:

@@ -13,12 +13,8 @@ from trimoe.report import charts
 from trimoe.report.measured import AFTER, BEFORE, SIDES
 from trimoe.report.read import Finished
 from trimoe.report.section import Code, Figure, Section, Table, Tile
-from trimoe.tables import three
+from trimoe.words import COUNTS, PARTS, short, three
 
-PARTS = (
-    "embedding", "attention", "routers", "routed experts", "shared experts", "dense MLPs", "norms", "rest of the layers", "head", "outside the layers",
-    "other",
-)  # fmt: skip
 OUTSIDE = "outside the layers"
 SIZES = {
     "safetensors on disk": "file_bytes",
@@ -34,9 +30,11 @@ def tiles(folder: Finished) -> list[Tile]:
     before, after = folder.before, folder.after
     made = [
         Tile(label="Size on disk", value=human(after["file_bytes"]), detail=f"{folder.share:.1%} of {human(before['file_bytes'])}"),
-        Tile(label="Parameters", value=short(after["parameters"]), detail=f"{after['parameters'] / before['parameters']:.1%} of {short(before['parameters'])}"),
-        Tile(label="Active per token", value=short(after["active"]), detail=f"{after['active'] / before['active']:.1%} of {short(before['active'])}"),
-    ]  # fmt: skip
+        *(
+            Tile(label=label, value=short(after[key], COUNTS), detail=f"{after[key] / before[key]:.1%} of {short(before[key], COUNTS)}")
+            for label, key in (("Parameters", "parameters"), ("Active per token", "active"))
+        ),
+    ]
     if before["experts"]:
         made.append(Tile(label="Routed experts", value=f"{after['experts'] / before['experts']:.1%}", detail="of their parameters stay"))
     texts = [row for row in folder.texts if row.get("against")]
@@ -54,16 +52,6 @@ def tiles(folder: Finished) -> list[Tile]:
     if decode:
         made.append(Tile(label="Decoding", value=f"{decode['median']:.2f}x", detail="tokens/s of the original's"))
     return made
-
-
-def short(count: int) -> str:
-    """7219328 -> '7.22 M', 2000000 -> '2.00 M'."""
-    value = float(count)
-    for unit in ("", "k", "M", "B"):
-        if abs(value) < 999.5:
-            return f"{three(value)} {unit}" if unit else str(count)
-        value /= 1000
-    return f"{three(value)} T"
 
 
 def size(folder: Finished) -> Section:
@@ -94,14 +82,8 @@ def size(folder: Finished) -> Section:
 
 
 def _by_part(parts: dict[str, Any]) -> Figure:
-    outside = parts[OUTSIDE]
-    everywhere = [
-        outside if isinstance(outside, dict) else {OUTSIDE: outside},
-        *parts["layers"].values(),
-    ]  # one number, from older versions
-    names = sorted(
-        {part for sizes in everywhere for part in sizes}, key=lambda part: (PARTS.index(part) if part in PARTS else len(PARTS), part)
-    )
+    everywhere = [parts[OUTSIDE], *parts["layers"].values()]
+    names = sorted({part for sizes in everywhere for part in sizes}, key=PARTS.index)
     totals = {part: [sum(sizes[part][at] for sizes in everywhere if part in sizes) for at in (0, 1)] for part in names}
     rows = [
         {"model": model, "bytes": values[at] / 2**20, "part": part}
