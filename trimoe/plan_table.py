@@ -116,7 +116,7 @@ def _totals(plan: dict[str, Any]) -> Table:
 
 
 def _share(before: float, after: float) -> str:
-    return f"{after / before:.1%}" if before else ""
+    return f"{after / before:z.1%}" if before else ""
 
 
 def _layers(plan: dict[str, Any]) -> Fitting:

@@ -151,10 +151,7 @@ def _generation(folder: Finished) -> Section | None:
         return None
     sides = [(side, found[key]) for side, key in ((AFTER, "model"), (BEFORE, "against")) if found.get(key)]
     names = {"loops": "in a loop", "empty": "empty", "distinct": "distinct 3-grams"}
-    ways = [how for how in WAYS if all(how in numbers for _, numbers in sides)]
-    apart = [(how, side, numbers[how]) for how in ways for side, numbers in sides] or [
-        ("both ways", side, numbers) for side, numbers in sides
-    ]
+    apart = [(how, side, numbers[how]) for how in WAYS for side, numbers in sides]
     rows = [
         {"what": f"{label},\n{how}", "share": numbers[key], "model": side}
         for key, label in names.items() for how, side, numbers in apart if numbers.get(key) is not None
