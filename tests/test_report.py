@@ -235,12 +235,6 @@ def test_greedy_and_sampled_are_told_apart(made: Callable[[str], Path], tmp_path
         "-",
     ) in figure.table.rows
     assert ("compressed", "greedy", "a", "goes on") in samples.rows and ("original", "sampled", "a", "wanders") in samples.rows
-    record = json.loads((folder / "trimoe.json").read_text())
-    for side in ("model", "against"):
-        record["evaluation"]["generation"][side] = {"loops": 0.25, "empty": 0.0, "distinct": None}  # as older versions wrote
-    (folder / "trimoe.json").write_text(json.dumps(record))
-    read = checked(build.report([folder], tmp_path / "page.html")[0].read_text())
-    assert "both ways" in read.text and "25.0%" in read.text
 
 
 def test_warnings_are_a_list(made: Callable[[str], Path], tmp_path: Path) -> None:

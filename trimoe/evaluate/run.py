@@ -15,6 +15,7 @@ from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.evaluate import generation, harness, taskset, texts
 from trimoe.evaluate.cache import Cache
+from trimoe.evaluate.texts import Ends
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Skeleton
 from trimoe.stream import usable_device
@@ -38,7 +39,7 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     cache: str | os.PathLike[str] | None = None,
-    ends: texts.Ends | None = None,
+    ends: Ends | None = None,
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
     """Perplexity of `model` on each text and, with `against`, mean KL(against || model) in nats per token and top-1 agreement, all with

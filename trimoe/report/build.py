@@ -8,6 +8,7 @@ from typing import Any
 
 from trimoe import disk
 from trimoe.errors import UserError
+from trimoe.evaluate.intervals import of_mean_kl
 from trimoe.report import charts, chosen, measured, size
 from trimoe.report.page import charts_page, is_ours, write_figures
 from trimoe.report.read import Finished, interval
@@ -112,16 +113,10 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def point_of(folder: Finished, name: str) -> dict[str, Any] | None:
-    """A point of the frontier; None where the folder was not evaluated. The interval of a mean over texts is that of independent texts."""
+    """A point of the frontier; None where the folder was not evaluated."""
     if folder.kl is None:
         return None
-    ends = [
-        (row["kl"] - low, high - row["kl"]) for row in folder.texts if None not in (pair := interval(row, "kl")) for low, high in [pair]
-    ]
-    low = high = None
-    if ends and len(ends) == len(folder.texts):
-        low = folder.kl - sum(down**2 for down, _ in ends) ** 0.5 / len(ends)
-        high = folder.kl + sum(up**2 for _, up in ends) ** 0.5 / len(ends)
+    low, high = of_mean_kl(folder.texts)
     method = " + ".join(step.name for step in folder.steps) + (" + recover" if folder.recovered else "")
     return {
         "name": name, "method": method, "bytes": folder.after["file_bytes"], "share": folder.share, "kl": folder.kl, "kl_low": low, "kl_high": high,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimoe.errors import UserError
+from trimoe.standings import unbeaten
 
 try:
     import altair as alt
@@ -66,13 +67,7 @@ def labelled(rows: Sequence[dict[str, Any]], logarithmic: bool) -> list[dict[str
     share = [row["share"] for row in rows]
     x = [(value - min(share)) / (max(share) - min(share) or 1) * (WIDTH - 120) for value in share]
     y = [-(value - min(high)) / (max(high) - min(high) or 1) * HEIGHT for value in high]
-    front = [
-        not any(
-            other["share"] <= row["share"] and other["kl"] <= row["kl"] and (other["share"], other["kl"]) != (row["share"], row["kl"])
-            for other in rows
-        )
-        for row in rows
-    ]
+    front = unbeaten([(row["share"], row["kl"]) for row in rows])
     taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in zip(x, y, strict=True)]
     out = [{**row, "front": on, "label": "", "align": "left", "dx": 0, "dy": 0} for row, on in zip(rows, front, strict=True)]
     for at in sorted(range(len(rows)), key=lambda at: not front[at]):
