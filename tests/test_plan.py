@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import random
 import shutil
-import string
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +13,11 @@ import families
 import pytest
 from safetensors.torch import load_file, save_file
 from test_bad_input import Line
-from test_timing import SPEED
 
 import trimoe
-from trimoe import disk, engines, inspection, plan_table, recipe, spill, timing
+from trimoe import disk, engines, inspection, plan_table, spill
 from trimoe.errors import UserError
 from trimoe.plan import Plan
-from trimoe.skeleton import Skeleton
 
 Family = Callable[[str], Path]
 DROP = {"expert_drop": {"count": 2, "counts": "uniform", "search": "greedy"}}
@@ -292,99 +286,3 @@ def test_statistics_of_another_model_and_of_another_text(family_folder: Family, 
     name = min(tensors, key=lambda key: tensors[key].numel())
     save_file({**tensors, name: tensors[name] + 1}, shard, metadata={"format": "pt"})
     line.refused("is of another model of the same shapes", "plan", other, *plan[2:])
-
-
-# ---- what is fixed is exact, what is open is bounded
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = random.Random(1)
-    path = tmp_path_factory.mktemp("letters") / "letters.txt"
-    path.write_text("".join(generator.choice(string.ascii_lowercase + "    ,.") for _ in range(4000)), encoding="utf-8")
-    return path
-
-
-SIZED = {
-    "block-drop": 0.34,
-    "block-drop-int4": 0.34,
-    "layer-drop": 0.34,
-    "layer-drop-int4": 0.34,
-    "layer-drop-full": 0.34,
-}  # of three layers
-STEPS: dict[str, list[dict[str, Any]]] = {
-    "threshold": [{"block_drop": {"threshold": 0.5}}],
-    "mixed": [{"layer_drop": {"count": 3, "blocks": True}}],
-    "uniform": [{"expert_drop": {"count": 2, "counts": "uniform", "search": "greedy"}}, {"low_rank": {"ratio": 0.3, "rank": "uniform"}}],
-    "importance": [{"expert_drop": {"ratio": 0.3, "counts": "importance", "search": "greedy"}}, {"low_rank": {"ratio": 0.3, "rank": "importance"}}],
-    "optimal": [{"expert_drop": {"ratio": 0.3, "counts": "optimal", "search": "greedy"}}, {"low_rank": {"ratio": 0.3, "rank": "optimal"}}],
-    "shorter": [{"block_drop": {"count": 1}}, {"low_rank": {"ratio": 0.3, "rank": "optimal"}}],
-    "emptier": [{"expert_drop": {"ratio": 0.3, "counts": "importance", "search": "greedy"}}, {"layer_drop": {"count": 1}}],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [*recipe.names(), *STEPS])
-def test_bounds_are_bounds_and_what_is_exact_comes_true(name: str, family_folder: Family, letters: Path, tmp_path: Path) -> None:
-    """Every built-in recipe and mixtures with much left open, made and compared with its plan."""
-    parsed = recipe.load({"steps": STEPS[name]}) if name in STEPS else replace(recipe.load(name), recover=None)
-    body = parsed.to_json()
-    for step in body["steps"]:
-        ((method, fields),) = step.items()
-        if method == "quantize":
-            fields["group"] = 8
-        if name in SIZED and method in ("layer_drop", "block_drop"):
-            fields["ratio"] = SIZED[name]
-        if isinstance(fields.get("search"), dict) and "genetic" in fields["search"]:
-            fields["search"]["genetic"] = {"population": 8, "generations": 3}
-    options: dict[str, Any] = {"calibration": [str(letters)], "samples": 4, "length": 32}
-    folder = str(family_folder("qwen3_moe" if name.startswith("layer-drop") else "mixtral"))
-    before = trimoe.plan(folder, body, **options)
-    made = trimoe.compress(folder, body, tmp_path / "out", **options).plan
-    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    assert before.after.least_bytes <= size == made.after.file_bytes <= before.after.file_bytes
-    assert made.after.parameters <= before.after.parameters and made.after.experts <= before.after.experts
-    assert all(low <= made.depth[kind][1] == made.depth[kind][2] <= high for kind, (_, low, high) in before.depth.items())
-    if before.after.exact:
-        assert (made.after.parameters, made.after.experts) == (before.after.parameters, before.after.experts)
-    for planned, real in zip(before.layers, made.layers, strict=False) if len(before.layers) == len(made.layers) else ():
-        assert planned["kept"] in (None, real["kept"]) and (planned["rank"] in ("?", real["rank"]) or real["gone"])
-    if name in ("uniform", "naee", "block-drop", "expert-drop"):
-        assert before.bytes == size and all(row["rank"] != "?" for row in before.layers), (before.bytes, size)
-
-
-def test_how_many_layers_stay_is_in_the_table(family_folder: Family) -> None:
-    shown = str(trimoe.plan(family_folder("mixtral"), {"steps": [{"block_drop": {"count": 1}}]}))
-    assert "decoder layers" in shown and shown.count("2 of 3") == 2
-    shown = str(trimoe.plan(family_folder("mixtral"), {"steps": [{"layer_drop": {"count": 1}}]}))
-    assert "decoder layers" not in shown and shown.count("2 of 3") == 1
-    shown = str(trimoe.plan(family_folder("mixtral"), {"steps": [{"block_drop": {"threshold": 0.9}}]}))
-    assert shown.count("1 to 3 of 3") == 2
-    assert " of 3" not in str(trimoe.plan(family_folder("mixtral"), {"steps": [DROP]}))
-
-
-@pytest.mark.parametrize("name", ["moe-i2", "expert-drop-int4", "block-drop"])
-def test_tables_are_whole_in_little_room(name: str) -> None:
-    """No line is longer, and no word of a heading is broken."""
-    body = trimoe.plan("builtin:mini-qwen2-moe", name).to_json()
-    body |= {"traffic": {"8": {"before": 123456.0, "after": 23456.0}}, "time": timing.estimate(
-        Skeleton.of("builtin:mini-qwen2-moe"), recipe.load(name), processes=8, speed=SPEED
-    )}  # fmt: skip
-    for width in (60, 80):
-        out = io.StringIO()
-        plan_table.console(out, width=width).print(plan_table.of_plan(body))
-        lines = out.getvalue().splitlines()
-        assert max(map(len, lines)) <= width
-        words = {word for line in lines for word in line.split()}
-        headings = {"before", "after", "share", "layer", "experts", "form", "tensor", "bytes", "params", "loads", "expected", "time", "processes",
-                    "network", "expert", "parallel", "bytes/token", "saving", "equal"}  # fmt: skip
-        assert headings <= words, headings - words
-        assert ("cache/1K" in words) == (width == 80)
-
-
-def test_memory_by_stage(family_folder: Family) -> None:
-    folder = str(family_folder("mixtral"))
-    made = trimoe.plan(folder, {"steps": [DROP, {"low_rank": {"ratio": 0.3, "rank": "optimal"}}]})
-    assert set(made.memory_split) == {"statistics", "measuring", "writing"} and made.peak_memory == max(made.memory_split.values())
-    assert "statistics: " in str(made)
-    packed = trimoe.plan(folder, {"steps": [{"quantize": {"group": 8, "method": "round"}}]})
-    assert set(packed.memory_split) == {"writing"} and packed.memory_split["writing"] > Skeleton.of(folder).largest_layer

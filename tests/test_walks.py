@@ -28,7 +28,8 @@ from trimoe.methods.expert_drop import ReceptiveField
 from trimoe.observe import masked
 from trimoe.sensitivity import sensitivity, shrunk
 from trimoe.skeleton import Skeleton
-from trimoe.variants import FLOOR, SAMPLES, affordable
+from trimoe.spill import FLOOR, SAMPLES
+from trimoe.variants import affordable
 
 WALKED = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 BATCHES = [torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]

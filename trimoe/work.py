@@ -25,7 +25,7 @@ from trimoe.spill import samples_for
 from trimoe.subset import search_budget
 
 PASSES = 48  # elementwise passes over a candidate's positions, beside its products (LOG.md)
-BREEDING = 900  # small operations for each set that the genetic search finds and notes, beside its evaluation (LOG.md)
+BREEDING = 570  # small operations for each set that the genetic search finds and notes, beside its evaluation (LOG.md)
 Amount = tuple[str, float, float]  # kind (a field of machine.Rates), how much, rows of a matrix product
 
 
