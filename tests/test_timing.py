@@ -76,13 +76,40 @@ def test_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert machine.rates() == SPEED and len(calls) == 4
 
 
+def test_a_busy_machine_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family_folder: Family) -> None:
+    busy = replace(SPEED, free=0.4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "measure", lambda device, dtype: busy)
+    assert machine.rates() == busy and not list(tmp_path.rglob("*.json"))
+    skeleton = Skeleton.of(str(family_folder("mixtral")))
+    assert "got 40% of a processor" in timing.estimate(skeleton, recipe.load("naee"))["note"]
+    monkeypatch.setattr(machine, "measure", lambda device, dtype: SPEED)
+    assert "busy" not in timing.estimate(skeleton, recipe.load("naee"))["note"] and len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_what_is_free_is_this_threads_share_of_the_clock() -> None:
+    looks, used = iter([0.0, 0.05, 0.1, 0.15, 0.16]), iter([0.0, 0.04])
+    assert machine._free(lambda: next(looks), lambda: next(used)) == pytest.approx(0.25)
+
+
+def test_a_few_eigenvectors_take_less_than_all(family_folder: Family) -> None:
+    skeleton = Skeleton.of(str(family_folder("mixtral")))
+
+    def cubes(ratio: float, cpu: bool) -> float:
+        given = recipe.load({"steps": [{"low_rank": {"ratio": ratio, "rank": "uniform", "whiten": "none"}}]})
+        (stage,) = work.Work(skeleton, given, cpu=cpu).stages()
+        return sum(amount for kind, amount, _ in stage.shared if kind == "eigh")
+
+    assert cubes(0.53, cpu=True) < cubes(0.1, cpu=True) == cubes(0.1, cpu=False) == cubes(0.53, cpu=False)
+
+
 def test_speed_is_work_by_the_clock() -> None:
     """On a clock that goes a hundredth of a second at every look, whatever is done takes just that."""
     looks = count()
     found = machine.measure(clock=lambda: next(looks) / 100)
     assert found.matmul == pytest.approx([2 * rows * machine.SIDE**2 * 100 for rows in ROWS]) and found.ops == pytest.approx(100)
-    assert found.double == pytest.approx(2 * 512**3 * 100) and found.memory == pytest.approx(2 * 4 * (1 << 22) * 100)
-    assert [found.eigh, found.eigvalsh, found.cholesky, found.solve] == pytest.approx([256**3 * 100] * 4)
+    assert found.double == pytest.approx(2 * machine.FACTORED**3 * 100) and found.memory == pytest.approx(2 * 4 * (1 << 22) * 100)
+    assert [found.eigh, found.eigvalsh, found.cholesky, found.solve] == pytest.approx([machine.FACTORED**3 * 100] * 4)
     assert [found.read, found.write] == pytest.approx([(32 << 20) * 100] * 2)
     assert next(looks) < 9 * 10 * 3  # each constant within SPEND seconds
 

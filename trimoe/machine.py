@@ -20,7 +20,9 @@ import torch
 
 ROWS = (4, 32, 256, 2048)  # tokens of a matrix product: few of them are bound by reading the weights
 SIDE = 1024  # of the weights it is measured with
+FACTORED = 512  # side of the matrices that are factored: from here on a cubed side takes about as long as one of several thousand
 SPEND = 0.12  # seconds for each constant
+FREE = 0.9  # of a processor: with less, other work is measured, too
 Clock = Callable[[], float]
 
 
@@ -28,7 +30,8 @@ Clock = Callable[[], float]
 class Rates:
     """What is done in a second: `matmul[i]` FLOPs of products of ROWS[i] tokens, `double` FLOPs of float64 products; cubed sides n^3 of `eigh`,
     `eigvalsh`, `cholesky`, `solve` in float64; `memory` bytes read and written by elementwise work; `read`, `write` bytes of files (from the page
-    cache; flushed to the disk); and `ops`, small operations (about the time that Python takes for each)."""
+    cache; flushed to the disk); and `ops`, small operations (about the time that Python takes for each). `free`: which share of a processor this
+    thread got while it was measured."""
 
     matmul: tuple[float, ...]
     double: float
@@ -40,6 +43,11 @@ class Rates:
     read: float
     write: float
     ops: float
+    free: float = 1.0
+
+    @property
+    def busy(self) -> bool:
+        return self.free < FREE
 
     def seconds(self, kind: str, amount: float, rows: float = 0.0) -> float:
         return amount / (self.product(rows) if kind == "matmul" else float(getattr(self, kind)))
@@ -56,7 +64,7 @@ class Rates:
 
 
 def rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
-    """This machine's, from the cache or measured now."""
+    """This machine's, from the cache or measured now; kept only if it was not busy with something else."""
     path = _file(device, dtype)
     if path is None:
         return measure(device, dtype)
@@ -66,6 +74,8 @@ def rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
     except (OSError, ValueError, TypeError, KeyError):
         pass
     found = measure(device, dtype)
+    if found.busy:
+        return found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
@@ -79,7 +89,7 @@ def rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
 def _file(device: str, dtype: torch.dtype) -> Path | None:
     """Where they are kept; None where there is no home to keep them in."""
     about = (
-        platform.node(), platform.machine(), _processor(), torch.__version__, torch.get_num_threads(), device, _accelerator(device), str(dtype), ROWS,
+        platform.node(), platform.machine(), _processor(), torch.__version__, torch.get_num_threads(), device, _accelerator(device), str(dtype), ROWS, FACTORED,
     )  # fmt: skip
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -110,8 +120,8 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, clock: Cloc
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     weight, small = made(SIDE, SIDE), made(64, 64)
-    wide, square = made(256, 256, dtype=torch.float64), made(512, 512, dtype=torch.float64)
-    spd = wide @ wide.T + 256 * torch.eye(256, dtype=torch.float64, device=device)
+    square = made(FACTORED, FACTORED, dtype=torch.float64)
+    spd = square @ square.T + FACTORED * torch.eye(FACTORED, dtype=torch.float64, device=device)
     large = made(1 << 22)
     products = []
 
@@ -122,12 +132,21 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, clock: Cloc
         given = made(rows, SIDE)
         products.append(2 * rows * SIDE**2 / best(lambda given=given: given @ weight))  # type: ignore[misc]
     read, write = _files(clock)
+    cube = FACTORED**3
     return Rates(
-        tuple(products), 2 * 512**3 / best(lambda: square @ square), 256**3 / best(lambda: torch.linalg.eigh(spd)),
-        256**3 / best(lambda: torch.linalg.eigvalsh(spd)), 256**3 / best(lambda: torch.linalg.cholesky(spd)),
-        256**3 / best(lambda: torch.linalg.solve(spd, wide)),
-        2 * large.nbytes / best(lambda: large.mul(2.0)), read, write, 1 / best(lambda: small.add(small)),
+        tuple(products), 2 * cube / best(lambda: square @ square), cube / best(lambda: torch.linalg.eigh(spd)),
+        cube / best(lambda: torch.linalg.eigvalsh(spd)), cube / best(lambda: torch.linalg.cholesky(spd)),
+        cube / best(lambda: torch.linalg.solve(spd, square)),
+        2 * large.nbytes / best(lambda: large.mul(2.0)), read, write, 1 / best(lambda: small.add(small)), _free(),
     )  # fmt: skip
+
+
+def _free(clock: Clock = time.perf_counter, own: Clock = time.thread_time) -> float:
+    """The share of a processor that this thread gets when it wants all of one."""
+    start, used = clock(), own()
+    while clock() - start < SPEND:
+        pass
+    return min(1.0, (own() - used) / (clock() - start))
 
 
 def _best(work: Callable[[], object], device: str, clock: Clock) -> float:

@@ -14,6 +14,9 @@ from trimoe.stream import usable_device
 from trimoe.work import Amount, Work
 
 NOTE = "Counted from shapes, at speeds measured on this machine; other work on it makes it longer. Start, tokenising and recovery are not in it."
+BUSY = (
+    " The machine is busy with something else: this process got {free:.0%} of a processor while it was measured. Ask again when it is not."
+)
 UNKNOWN = "The speed of {device} is not known here: seconds are FLOPs / (processes x FLOP/s reached), or bytes read / (bytes/s of the disk), whichever is more."
 
 
@@ -28,6 +31,8 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
             speed = rates(str(usable_device(device)), skeleton.dtype)
         except UserError:
             note = UNKNOWN.format(device=device)
+    if speed is not None and speed.busy:
+        note += BUSY.format(free=speed.free)
     rows: list[dict[str, Any]] = []
     for stage in Work(skeleton, recipe, cpu=device == "cpu").stages():
         shared, repeated = (None, None) if speed is None else (_seconds(stage.shared, speed), _seconds(stage.repeated, speed))

@@ -26,6 +26,8 @@ from trimoe.subset import search_budget
 
 PASSES = 48  # elementwise passes over a candidate's positions, beside its products (LOG.md)
 BREEDING = 570  # small operations for each set that the genetic search finds and notes, beside its evaluation (LOG.md)
+FEW = 0.6  # of the time of all eigenvectors, for a third of them at most (low_rank.leading)
+
 Amount = tuple[str, float, float]  # kind (a field of machine.Rates), how much, rows of a matrix product
 
 
@@ -56,7 +58,7 @@ class Work:
     """The stages of one recipe on one model, over `tokens` calibration tokens in batches of `batch`."""
 
     def __init__(self, skeleton: Skeleton, recipe: Recipe, *, cpu: bool = True):
-        self.skeleton, self.recipe = skeleton, recipe
+        self.skeleton, self.recipe, self.cpu = skeleton, recipe, cpu
         spec = recipe.calibration
         self.length = min(spec.length, skeleton.context)
         self.tokens = spec.samples * self.length
@@ -283,7 +285,8 @@ class Work:
         for m, n in ((site.first, site.hidden), (site.hidden, site.width)):
             yield "cholesky", site.num_experts * n**3, 0
             yield "double", site.num_experts * (2 * m * n**2 + 2 * min(m, n) ** 2 * max(m, n) + 4 * mean * m * n), 0
-            yield "eigh", site.num_experts * min(m, n) ** 3, 0
+            few = FEW if self.cpu and mean <= min(m, n) // 3 else 1.0
+            yield "eigh", few * site.num_experts * min(m, n) ** 3, 0
         if step.whiten == "input":
             yield from self._moments(site)
             yield from self._moments(site)  # of the refit: old and new activations
