@@ -19,6 +19,7 @@ from test_distributed import NEW, torchrun
 
 from trimoe import machine, recipe, timing, work
 from trimoe.machine import ROWS, Rates
+from trimoe.methods import LowRank
 from trimoe.skeleton import Skeleton
 from trimoe.work import Work
 
@@ -95,12 +96,14 @@ def test_what_is_free_is_this_threads_share_of_the_clock() -> None:
 def test_a_few_eigenvectors_take_less_than_all(family_folder: Family) -> None:
     skeleton = Skeleton.of(str(family_folder("mixtral")))
 
-    def cubes(ratio: float, cpu: bool) -> float:
-        given = recipe.load({"steps": [{"low_rank": {"ratio": ratio, "rank": "uniform", "whiten": "none"}}]})
-        (stage,) = work.Work(skeleton, given, cpu=cpu).stages()
-        return sum(amount for kind, amount, _ in stage.shared if kind == "eigh")
+    (site, *_), step = skeleton.sites.values(), LowRank(ratio=0.3, whiten="none")  # matrices of 48 x 32 and 32 x 24
 
-    assert cubes(0.525, cpu=True) < cubes(0.1, cpu=True) == cubes(0.1, cpu=False) == cubes(0.525, cpu=False)
+    def cubes(rank: int, cpu: bool) -> float:
+        counted = work.Work(skeleton, recipe.load("low-rank"), cpu=cpu)._factored(site, (rank,) * site.num_experts, step)
+        return sum(amount for kind, amount, _ in counted if kind == "eigh")
+
+    every = site.num_experts * (32**3 + 24**3)
+    assert cubes(8, cpu=True) == pytest.approx(work.FEW * every) and cubes(16, cpu=True) == cubes(8, cpu=False) == every
 
 
 def test_speed_is_work_by_the_clock() -> None:
