@@ -48,3 +48,25 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "letters.txt"
     path.write_text("".join(generator.choice(string.ascii_lowercase + "    ,.") for _ in range(4000)), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def made(family_folder: Callable[[str], Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A finished and evaluated folder of a recipe of pages.RECIPES; the same every time it is asked for. Tests must not change it."""
+    from pages import RECIPES, SMALL
+
+    import trimoe
+    from trimoe import card
+
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            out, source = tmp_path_factory.mktemp("report") / name, family_folder("mixtral")
+            trimoe.compress(source, name, out, changes=RECIPES[name][0], calibration=[str(text_file)], **SMALL)
+            report = trimoe.evaluate(out, against=source, text=[f"letters={text_file}"], length=32, tokens=200)
+            card.add_evaluation(out, report)
+            folders[name] = out
+        return folders[name]
+
+    return get
