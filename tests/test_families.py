@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import trimoe
 from trimoe.observe import masked
-from trimoe.skeleton import Skeleton, keep_experts
+from trimoe.site import keep_experts
+from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
 
 ALL = sorted(families.FAMILIES)

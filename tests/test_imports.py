@@ -25,7 +25,7 @@ FORBIDDEN = {
     "entry": {"stream", "gather", "skeleton", "layout"},
     "sparsity": {"stream", "methods", "gather", "observe", "skeleton"},
     "recover": {"compress", "decide", "gather", "transform", "plan", "cli", "recipe", "layout"},
-    "report": {"compress", "decide", "gather", "transform", "stream", "methods", "skeleton", "cli"},
+    "report": {"compress", "decide", "gather", "transform", "stream", "methods", "skeleton", "cli", "standings", "sweep", "alternatives"},
     "traffic": {"stream", "methods", "gather", "compress"},
     "running": {"stream", "methods", "gather", "compress"},
     "benchmark": {"methods", "gather", "compress", "decide", "transform", "write"},

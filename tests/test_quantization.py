@@ -27,7 +27,8 @@ from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed
 from trimoe.quantization import ALPHAS, DAMP, SHRINK, awq_scale, clipped, common_group, gptq, rounded, weighted_error
 from trimoe.seen import Seen
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 METHODS = ["gptq", "awq", "round"]

@@ -21,7 +21,8 @@ from trimoe import scores
 from trimoe.errors import UserError
 from trimoe.gather import search_rows, statistics
 from trimoe.routing import RoutingRule
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 from trimoe.stats import LayerStats, Stats
 
 ALL = sorted(families.FAMILIES)

@@ -20,7 +20,8 @@ from trimoe.errors import UserError
 from trimoe.gather import search_rows, statistics
 from trimoe.observe import masked, reach_order
 from trimoe.routing import RoutingRule, identify
-from trimoe.skeleton import Site, Skeleton, keep_experts
+from trimoe.site import Site, keep_experts
+from trimoe.skeleton import Skeleton
 from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss, search_budget
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trimoe.calibration import BUILTIN_DOMAINS
+from trimoe.depth import zero_block
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
 from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.skeleton import Skeleton
@@ -48,7 +49,7 @@ def advice(skeleton: Skeleton, recipe: Recipe, share: float, *, tokens: int, nat
     if any(isinstance(step, WeightPrune) and step.form == "dense" for step in recipe.steps):
         found.append("zeros are stored like other numbers: weight_prune makes nothing smaller (but with form: bitmask) and nothing faster.")
     if native and recipe.target == "transformers":
-        found += _native(recipe) if skeleton.spec is None else [NATIVE_SOURCE]
+        found += _native(skeleton, recipe) if skeleton.spec is None else [NATIVE_SOURCE]
     if any(isinstance(step, Quantize) for step in recipe.steps):
         found.append(
             "4- and 8-bit experts speed up single-stream decoding (1.9 to 2.2 times here); weight-only kernels halve the speed of prefill."
@@ -83,7 +84,7 @@ def _ratio(step: Step) -> float | None:
     return None
 
 
-def _native(recipe: Recipe) -> Iterator[str]:
+def _native(skeleton: Skeleton, recipe: Recipe) -> Iterator[str]:
     """What would make the result load elsewhere, and what that costs."""
     changes, dense, dropped = [], [], False
     for number, step in enumerate(recipe.steps):
@@ -92,11 +93,10 @@ def _native(recipe: Recipe) -> Iterator[str]:
         if (isinstance(step, LowRank) and step.form == "factored") or (isinstance(step, WeightPrune) and step.form == "bitmask"):
             changes.append(f"steps.{number}.form=dense")
             dense.append(step.name)
-        dropped = dropped or isinstance(step, LayerDrop)
-    if changes and not dropped:
-        yield f"the result loads in transformers only; vLLM, SGLang and llama.cpp would need --set {' --set '.join(changes)}."
-    elif dropped:
-        yield "the result loads in transformers only; vLLM, SGLang and llama.cpp would need block_drop in the place of layer_drop."
+        dropped = dropped or (isinstance(step, LayerDrop) and any(zero_block(skeleton, index) is None for index in skeleton.sites))
+    ways = [f"--set {' --set '.join(changes)}"] if changes else []
+    ways += ["block_drop in the place of layer_drop"] if dropped else []
+    yield f"the result loads in transformers only; vLLM, SGLang and llama.cpp would need {' and '.join(ways)}."
     if dense:
         yield (
             f"an engine that loads the dense form alone loses what {' and '.join(dense)} saves: there the matrices are as large as before. "

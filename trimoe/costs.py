@@ -22,7 +22,8 @@ from trimoe.headers import DTYPES
 from trimoe.layout import Layout
 from trimoe.methods.low_rank import rank_share
 from trimoe.methods.method import LayerDecision
-from trimoe.skeleton import Site, Skeleton, tensor_at
+from trimoe.site import Site, tensor_at
+from trimoe.skeleton import Skeleton
 
 CONTEXT = 4096  # tokens of context that FLOPs per token are stated for, or the model's own if it is shorter
 PER = 1000  # tokens that a cache's bytes are stated for

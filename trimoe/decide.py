@@ -23,7 +23,8 @@ from trimoe.progress import Reporter
 from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.scores import super_experts
 from trimoe.sensitivity import sensitivity, shrunk
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
 from trimoe.subset import SubsetLoss
 from trimoe.variants import affordable, divergence, skipped, without_moe

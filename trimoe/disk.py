@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -54,17 +53,20 @@ def _statistics(skeleton: Skeleton, recipe: Recipe, number: int) -> int:
 
 def _training(skeleton: Skeleton, spec: Recover) -> int:
     """States of training (numbers, two moments; the best; each beside the one that replaces it) and the original's answers."""
+    answers = spec.samples * min(spec.length, skeleton.context) * (8 * spec.top_k + 4) if spec.method in ("router", "logits") else 0
+    return 2 * trained(skeleton, spec) * 4 * 4 + answers
+
+
+def trained(skeleton: Skeleton, spec: Recover) -> int:
+    """Parameters that a recovery trains at once, at most; 0 where it is a layer at a time."""
     matrices = [tensor for layer in skeleton.layers for tensor in layer.parameters() if tensor.dim() > 1]
     if spec.method == "experts" and spec.stream:
-        trained = 0  # a layer at a time, into the result itself
-    elif spec.method == "router":
-        trained = sum(site.num_experts * site.hidden for site in skeleton.sites.values())
-    elif spec.method == "experts" or spec.train == "full":
-        trained = sum(tensor.numel() for tensor in matrices)
-    else:
-        trained = sum(spec.rank * _edges(tensor) for tensor in matrices)
-    answers = spec.samples * min(spec.length, skeleton.context) * (8 * spec.top_k + 4) if spec.method in ("router", "logits") else 0
-    return 2 * trained * 4 * 4 + answers
+        return 0  # into the result itself
+    if spec.method == "router":
+        return sum(site.num_experts * site.hidden for site in skeleton.sites.values())
+    if spec.method == "experts" or spec.train == "full":
+        return sum(tensor.numel() for tensor in matrices)
+    return sum(spec.rank * _edges(tensor) for tensor in matrices)
 
 
 def _edges(tensor: torch.Tensor) -> int:
@@ -72,13 +74,13 @@ def _edges(tensor: torch.Tensor) -> int:
     return (tensor.shape[-1] + tensor.shape[-2]) * (tensor.numel() // (tensor.shape[-1] * tensor.shape[-2]))
 
 
-def check(out: Path, wanted: int, spill: int = 0, *, begun: Sequence[Path] | None = None) -> None:
+def check(out: Path, wanted: int, spill: int = 0, *, left: int | None = None) -> None:
     """Raises UserError where the disk of `out` has no room for `wanted` bytes, or that of temporary files none for `spill`.
 
-    What a killed run left in the folders `begun` (by default in `out`) is a part of what is wanted.
+    Of what is wanted `left` bytes are there already; by default what a killed run left in `out`.
     """
     existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
-    there = sum(path.stat().st_size for folder in ([out] if begun is None else begun) for path in folder.rglob("*") if path.is_file())
+    there = size(out) if left is None else left
     scratch = Path(tempfile.gettempdir())
     if spill and os.stat(scratch).st_dev == os.stat(existing).st_dev:
         wanted, spill = wanted + spill, 0
@@ -88,6 +90,11 @@ def check(out: Path, wanted: int, spill: int = 0, *, begun: Sequence[Path] | Non
             what = "The result needs" if place == existing else "Hidden states that do not fit in memory need"
             hint = "" if place == existing else "; set TMPDIR to a folder on a larger disk, or take fewer calibration tokens"
             raise UserError(f"{what} {human(need)} of disk at {place}, which has {human(free)} free{hint}.")
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files in a folder, 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def probe(path: Path, option: str) -> None:

@@ -17,7 +17,8 @@ from trimoe.progress import QUIET, Reporter
 from trimoe.residual import dropped_entry
 from trimoe.seen import Recorder, Seen
 from trimoe.shares import share
-from trimoe.skeleton import Site, Skeleton, keep_experts
+from trimoe.site import Site, keep_experts
+from trimoe.skeleton import Skeleton
 from trimoe.stats import BLOCK, LayerStats, Stats, added
 from trimoe.stream import LayerWalk
 from trimoe.subset import search_budget

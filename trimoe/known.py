@@ -65,15 +65,18 @@ def _other_text(skeleton: Skeleton, recipe: Recipe, stats: Stats, path: Path) ->
     dtype = str(skeleton.dtype).removeprefix("torch.")
     if stats.about.get("dtype") != dtype:
         yield f"{path} was gathered in {stats.about.get('dtype')}, and compress runs in {dtype}: it would refuse the file."
+    if "spectra" in recipe.steps[0].needs:
+        yield f"{recipe.steps[0].name} with these options starts from singular values, which {path} does not hold: compress would refuse the file."
+    seed = int(stats.about.get("seed", 0))
+    if seed:
+        yield f"{path} was gathered with --seed {seed}: give compress the same."
     held = int(next(iter(stats.layers.values()))["tokens"])
     if not all(map(is_here, spec.sources)):
-        wanted = spec.samples * min(spec.length, skeleton.context)
-        if held != wanted:
-            yield f"{path} holds {held:,} tokens and the recipe asks for {wanted:,}: compress would refuse the file."
+        yield f"whether {path} is of this calibration text is not known: {', '.join(spec.sources)} is not on this machine."
         return
     text = calibrate(
         checkpoint, spec.sources, samples=spec.samples, length=spec.length, context=skeleton.context,
-        vocabulary=skeleton.config.get_text_config().vocab_size, seed=int(stats.about.get("seed", 0)),
+        vocabulary=skeleton.config.get_text_config().vocab_size, seed=seed,
     )  # fmt: skip
     if stats.about.get("calibration") != text.fingerprint:
         yield (

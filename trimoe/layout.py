@@ -22,7 +22,8 @@ from trimoe.headers import DTYPES, header_bytes
 from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.methods.quantize import QuantizedLayer
 from trimoe.packing import PARTS, Packed
-from trimoe.skeleton import Site, Skeleton, tensor_at
+from trimoe.site import Site, tensor_at
+from trimoe.skeleton import Skeleton
 
 MAX_SHARD = 4 << 30  # bytes of tensors in one file, unless a single layer is larger
 

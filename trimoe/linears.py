@@ -14,7 +14,8 @@ from torch import nn
 from trimoe import hf
 from trimoe.methods import Quantize, WeightPrune
 from trimoe.methods.method import Decisions
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 
 
 def with_linears(skeleton: Skeleton, decisions: Decisions, step: Quantize | WeightPrune, sites: Mapping[int, Site]) -> Decisions:

@@ -30,8 +30,8 @@ Clock = Callable[[], float]
 class Rates:
     """What is done in a second: `matmul[i]` FLOPs of products of ROWS[i] tokens, `double` FLOPs of float64 products; cubed sides n^3 of `eigh`,
     `eigvalsh`, `cholesky`, `solve` in float64; `memory` bytes read and written by elementwise work; `read`, `write` bytes of files (from the page
-    cache; flushed to the disk); and `ops`, small operations (about the time that Python takes for each). `free`: which share of a processor this
-    thread got while it was measured."""
+    cache; flushed to the disk); and `ops`, small operations (about the time that Python takes for each). `free`: which share of its threads'
+    processors this process got meanwhile."""
 
     matmul: tuple[float, ...]
     double: float
@@ -141,17 +141,18 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, clock: Cloc
     )  # fmt: skip
 
 
-def _free(clock: Clock = time.perf_counter, own: Clock = time.thread_time) -> float:
-    """The share of a processor that this thread gets when it wants all of one."""
+def _free(clock: Clock = time.perf_counter, own: Clock = time.process_time) -> float:
+    """The share of a processor that each of torch's threads gets when all of them want all of one (products keep them all at work)."""
+    square = torch.ones(SIDE, SIDE)
     start, used = clock(), own()
     while clock() - start < SPEND:
-        pass
-    return min(1.0, (own() - used) / (clock() - start))
+        square @ square
+    return min(1.0, (own() - used) / (clock() - start) / torch.get_num_threads())
 
 
 def _best(work: Callable[[], object], device: str, clock: Clock) -> float:
     """Seconds of one call."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = (lambda: torch.cuda.synchronize(device)) if device.startswith("cuda") else lambda: None
     work()
     wait()
     best, begun = float("inf"), clock()

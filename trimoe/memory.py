@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from trimoe import disk
 from trimoe.methods import LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.low_rank import rank_share
 from trimoe.methods.method import Decisions
 from trimoe.recipe import Recipe
-from trimoe.skeleton import LOGITS, Site, Skeleton
+from trimoe.recover.spec import Recover
+from trimoe.site import Site
+from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import BUDGET, FLOOR
 from trimoe.subset import gram_bytes, search_budget
 
@@ -21,11 +24,13 @@ BATCH = 2048  # tokens of a batch on a CPU
 TABLES = 5  # of logits, in float32, that are held at once where versions are compared
 
 
-def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int) -> dict[str, int]:
-    """Bytes of resident memory at the peak of each stage. `decisions`: final ones, or stand-ins of the right sizes."""
+def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, parameters: int) -> dict[str, int]:
+    """Bytes of resident memory at the peak of each stage. `decisions`: final ones, or stand-ins of the right sizes; `parameters`: the result's."""
     found: dict[str, int] = {}
     for name, size in _stages(skeleton, recipe, decisions, tokens):
         found[name] = max(found.get(name, 0), IMPORTS + size)
+    if recipe.recover is not None:
+        found["recovery"] = IMPORTS + _recovery(skeleton, recipe.recover, parameters)
     return found
 
 
@@ -58,6 +63,16 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
     yield "writing", max(outside + hidden, kept + recorded + skeleton.largest_layer + beside)
 
 
+def _recovery(skeleton: Skeleton, spec: Recover, parameters: int) -> int:
+    """Training, in float32: a layer of both models with gradients and two moments, or the whole result (and the original, whose experts are
+    learnt from) with those of what is trained, and a batch's logits."""
+    if spec.method == "experts" and spec.stream:
+        return 5 * skeleton.largest_layer
+    whole = parameters + (sum(math.prod(info.shape) for info in skeleton.checkpoint.tensors.values()) if spec.method == "experts" else 0)
+    logits = spec.batch * min(spec.length, skeleton.context) * skeleton.config.get_text_config().vocab_size
+    return 4 * whole + 16 * disk.trained(skeleton, spec) + 3 * 4 * logits
+
+
 def _gathers(step: Step) -> bool:
     return not (isinstance(step, Quantize | WeightPrune) or (isinstance(step, LowRank) and not step.needs))
 
@@ -83,7 +98,7 @@ def _staging(skeleton: Skeleton) -> int:
         rest = [key for key in keys if key not in inside and not any(key in found for found in apart)]
         # what transformers puts together itself is there as it was read, put together, and in the dtype that is computed in
         sizes = [2 * sum(_compute(skeleton, key) for key in found) for found in apart]
-        most = max(most, sum(tensors[key].nbytes for key in rest), *sizes) if sizes else max(most, sum(tensors[key].nbytes for key in rest))
+        most = max(most, sum(tensors[key].nbytes for key in rest), *sizes)
     return most
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from trimoe import hf
 from trimoe.expert import run_expert
-from trimoe.skeleton import Site
+from trimoe.site import Site
 from trimoe.stats import MAXIMA, LayerStats, similarity
 
 NAME = "trimoe_observe"

@@ -12,7 +12,8 @@ from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, 
 from trimoe.methods.low_rank import MULTIPLE, rank_share
 from trimoe.methods.method import Decisions, LayerDecision, decided_sites, unchanged
 from trimoe.recipe import Recipe
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 from trimoe.subset import gram_bytes, search_budget
 
 WIDEST = 4  # bytes of a weight, at most, when bounding what is still open

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trimoe import memory
@@ -19,7 +19,8 @@ from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.paper import WIDEST, Paper
 from trimoe.recipe import Recipe, with_calibration
 from trimoe.recipe import load as load_recipe
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Plan:
     disk_split: dict[str, int]
     spill: int
     parallel: dict[str, list[int]]
-    memory_split: dict[str, int] = field(default_factory=dict)
-    depth: dict[str, list[int]] = field(default_factory=dict)
+    memory_split: dict[str, int]
+    depth: dict[str, list[int]]
 
     @property
     def bytes(self) -> int | None:
@@ -177,11 +178,11 @@ def describe(skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool
         for name, what in (("bytes", "nbytes"), ("parameters", "parameters"), ("flops", "flops"))
     }  # fmt: skip
     found = loading(skeleton, layout, native=native)
-    held = memory.of_stages(skeleton, recipe, layout.decisions, tokens)
+    held = memory.of_stages(skeleton, recipe, layout.decisions, tokens, after.parameters)
     disk = output_need(skeleton, recipe, after.file_bytes)
     return Plan(
         skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", found.loads_in,
-        max(held.values()),        sum(disk.values()), advice(skeleton, recipe, after.experts / before.experts, tokens=tokens, native=native),
+        max(held.values()), sum(disk.values()), advice(skeleton, recipe, after.experts / before.experts, tokens=tokens, native=native),
         dense_layers={"count": len(skeleton.layers) - len(moe), **rest}, context=context_of(skeleton), disk_split=disk,
         spill=spilled(skeleton, recipe, tokens), parallel=as_json(found), memory_split=held, depth=_depth(skeleton, open_),
     )  # fmt: skip

@@ -87,7 +87,7 @@ def _totals(plan: dict[str, Any]) -> Table:
     made = table("", "before", "after", "share")
     size = bounds(after["least_bytes"], after["file_bytes"])
     for name, label in (("layers", "decoder layers"), ("moe_layers", "MoE layers")):
-        was, low, high = plan["depth"].get(name, (0, 0, 0))
+        was, low, high = plan["depth"][name]
         if was != low:
             made.add_row(label, f"{was}", f"{bounds(low, high)} of {was}", f"{high / was:.1%}")
     made.add_row("bytes of the files", f"{before['file_bytes']:,}", size, f"{after['file_bytes'] / before['file_bytes']:.1%}")

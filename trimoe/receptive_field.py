@@ -19,7 +19,8 @@ from trimoe.methods.expert_drop import Drop, ReceptiveField
 from trimoe.methods.method import Decisions
 from trimoe.observe import masked
 from trimoe.progress import QUIET, Reporter
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
 
 

@@ -17,7 +17,8 @@ from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import Exhaustive
 from trimoe.modeling_trimoe import BITMASK
 from trimoe.scores import leave_one_out
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss
 from trimoe.words import PARTS

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from trimoe.errors import UserError
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 
 WAYS = ("pair", "tensor", "triple")  # what an attention, a recurrent or an older attention module returns
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe.skeleton import Site
+from trimoe.site import Site
 from trimoe.spill import room
 
 POOL_TOKENS = 2048  # tokens of a layer that stand for all

@@ -16,7 +16,8 @@ from torch import nn
 from trimoe.distributed import ALONE, Team
 from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 from trimoe.variants import Change, divergence
 
 SHRINK = 0.3  # share of the routed output taken away where no experts are to be masked

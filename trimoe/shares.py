@@ -22,7 +22,7 @@ from trimoe.methods.method import LayerDecision
 from trimoe.methods.quantize import QuantizedLayer
 from trimoe.modeling_trimoe import FactoredExperts, first_projection
 from trimoe.seen import POOL_TOKENS, Pool, Seen
-from trimoe.skeleton import Site
+from trimoe.site import Site
 
 
 @dataclass

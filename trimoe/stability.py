@@ -11,7 +11,7 @@ from typing import Any
 
 from trimoe import scores, search
 from trimoe.methods import ExpertDrop
-from trimoe.skeleton import Site
+from trimoe.site import Site
 from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trimoe.alternatives import Variant
+from trimoe.compared import of_mean_kl, unbeaten
 from trimoe.errors import UserError
-from trimoe.evaluate import intervals
 from trimoe.progress import Reporter
 from trimoe.write import write_text
 
@@ -46,7 +46,7 @@ class Row:
         texts = report["texts"]
         steps = [next(iter(step)) for step in record["recipe"]["steps"]]
         trained = [entry["method"] for entry in record.get("recovered", ())]
-        low, high = intervals.of_mean_kl(report["texts"])
+        low, high = of_mean_kl(report["texts"])
         return cls(
             name=variant.name, varied=variant.varied, method=" + ".join([*steps, *trained]), bytes=after["file_bytes"],
             share=after["file_bytes"] / before["file_bytes"], experts=after["experts"] / before["experts"],
@@ -68,15 +68,6 @@ def _geometric(values: Sequence[float]) -> float:
 def frontier(rows: Sequence[Row]) -> set[str]:
     """Names of the rows that no other beats in bytes and KL."""
     return {row.name for row, best in zip(rows, unbeaten([(row.bytes, row.kl) for row in rows]), strict=True) if best}
-
-
-def unbeaten(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Of pairs (size, KL), whether no other is as small and as near to the original, and better in one of the two. Without a finite KL: no."""
-
-    def beaten(size: float, kl: float) -> bool:
-        return any(other != (size, kl) and other[0] <= size and other[1] <= kl for other in points)
-
-    return [math.isfinite(kl) and not beaten(size, kl) for size, kl in points]
 
 
 def write_tables(out: Path, rows: Sequence[Row], pending: Sequence[str], command: str | None) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from trimoe.errors import UserError
-from trimoe.skeleton import Site
+from trimoe.site import Site
 from trimoe.stats import LayerStats
 
 FEWEST = 16  # search tokens

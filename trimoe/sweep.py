@@ -32,6 +32,7 @@ from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import Recipe
 from trimoe.shared_statistics import Shared
 from trimoe.skeleton import Skeleton
+from trimoe.spill import BUDGET
 from trimoe.standings import Row, frontier, plot, write_tables
 from trimoe.stream import compute_dtype
 from trimoe.version import VERSION
@@ -40,7 +41,7 @@ from trimoe.write import write_text
 
 KEEPS = ("none", "frontier", "all")
 RECORD = "trimoe.json"
-HELD = 16 << 30  # bytes of the original's hidden states that are kept in a temporary file
+HELD = 16 << 30  # bytes of the original's hidden states that are kept in temporary files
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ def sweep(
     settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
     inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": dtype, "evaluation": settings, "version": VERSION}
 
-    ends = Ends() if len(found) > 1 and held <= HELD else None  # the original is walked once, not for every variant
+    entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
+    unmeasured = sum(not entry.measured() for entry in entries)
+    ends = Ends() if unmeasured > 1 and held <= HELD else None  # the original is walked once, not for every variant
 
     def score(folder: Path) -> dict[str, Any]:
         return evaluate(
@@ -131,15 +134,16 @@ def sweep(
             dtype=compute_dtype(dtype), cache=cache, ends=ends, reporter=reporter,
         )  # fmt: skip
 
-    entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
     journal = Journal(out, inputs)
     journal.refuse_other_content()
     for entry in entries:
         entry.refuse_other()
     race = _Race(out, entries, score, keep, command, reporter, started)
     todo = race.to_make()
-    spill = max((entry.plan.spill for entry in todo), default=0) + (held if todo and ends is not None else 0)
-    disk.check(out, _room(todo, keep), spill, begun=[entry.folder for entry in todo])
+    walked = max(0, held - BUDGET)  # of one model over the evaluated texts
+    evaluating = (2 * walked if ends is None else held + walked) if unmeasured else 0
+    spill = max((entry.plan.spill for entry in todo), default=0) + (held if ends is not None else 0)
+    disk.check(out, _room(todo, keep), max(spill, evaluating), left=0)
     reporter.say(f"{len(entries)} variants, {len(todo)} of them to be made.")
     with journal:
         for entry in entries:
@@ -282,17 +286,20 @@ def _all(found: Sequence[Variant], work: Callable[[Variant], Any]) -> dict[str, 
 
 
 def _room(todo: Sequence[Entry], keep: str) -> int:
-    """Bytes on the disk at once, at most: all results that may stay, or one, and beside them what one variant needs until it is done."""
-    results = [entry.plan.disk_split["result"] for entry in todo]
+    """Bytes still to be written that are on the disk at once, at most: of all results that may stay, or of one, and beside them what one
+    variant needs until it is done. What a killed sweep left of a variant counts for that variant alone."""
+    results = [max(0, entry.plan.disk_split["result"] - disk.size(entry.folder)) for entry in todo]
+    beside = [entry.plan.disk - entry.plan.disk_split["result"] for entry in todo]
     if keep == "none":
-        return max((entry.plan.disk for entry in todo), default=0)
-    return sum(results) + max((entry.plan.disk - result for entry, result in zip(todo, results, strict=True)), default=0)
+        return max((result + more for result, more in zip(results, beside, strict=True)), default=0)
+    return sum(results) + max(beside, default=0)
 
 
 def _command(model: Any, out: Path, variant: Variant, seed: int, device: str, dtype: str) -> str:
-    """What makes the variant in its place, where the sweep was started: paths are as they were given, those in the recipe too."""
-    place = str(out / variant.name)
-    words = ["--recipe", f"{place}.yaml", "--out", place, "--seed", str(seed), "--device", device, "--dtype", dtype]
+    """What makes the variant again, in a folder beside the sweep's, where the sweep was started: paths are as they were given, those in the
+    recipe too."""
+    again = f"{out}-{variant.name}"
+    words = ["--recipe", str(out / f"{variant.name}.yaml"), "--out", again, "--seed", str(seed), "--device", device, "--dtype", dtype]
     return shlex.join(["trimoe", "compress", str(model), *words])
 
 

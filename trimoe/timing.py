@@ -14,9 +14,7 @@ from trimoe.stream import usable_device
 from trimoe.work import Amount, Work
 
 NOTE = "Counted from shapes, at speeds measured on this machine; other work on it makes it longer. Start, tokenising and recovery are not in it."
-BUSY = (
-    " The machine is busy with something else: this process got {free:.0%} of a processor while it was measured. Ask again when it is not."
-)
+BUSY = " The machine is busy with something else: this process got {free:.0%} of its processors while it was measured. Ask again when it is not."
 UNKNOWN = "The speed of {device} is not known here: seconds are FLOPs / (processes x FLOP/s reached), or bytes read / (bytes/s of the disk), whichever is more."
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe.skeleton import Site
+from trimoe.site import Site
 
 WAYS = (2, 4, 8)
 ITEMSIZE = 2  # bytes of one element: activations are sent in bfloat16

@@ -28,7 +28,7 @@ from trimoe.methods.quantize import QuantizedLayer, put_back
 from trimoe.modeling_trimoe import first_projection
 from trimoe.seen import FEW, Recorder, Seen
 from trimoe.shares import factored, pruned, quantized, share
-from trimoe.skeleton import Site, tensor_at
+from trimoe.site import Site, tensor_at
 from trimoe.stats import added
 from trimoe.stream import LayerWalk
 from trimoe.write import Writer

@@ -18,7 +18,8 @@ from trimoe.distributed import ALONE, Team
 from trimoe.gather import prune_layer, survivors
 from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 from trimoe.spill import samples_for
 from trimoe.stream import LayerWalk
 

@@ -34,7 +34,7 @@ def short(value: float, steps: Sequence[str] = STEPS) -> str:
 
 
 def duration(seconds: float) -> str:
-    """3725 -> '1 h 02 min'."""
+    """75 -> '75 s', 3725 -> '62 min', 5520 -> '1 h 32 min'."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)

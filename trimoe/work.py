@@ -20,7 +20,8 @@ from trimoe.quantization import ALPHAS, SHRINK
 from trimoe.recipe import Recipe
 from trimoe.recorded import DRAWS, FEW_SETS
 from trimoe.seen import POOL_TOKENS
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 from trimoe.spill import samples_for
 from trimoe.subset import search_budget
 

@@ -6,8 +6,6 @@ Letters: U units (documents, or windows of a text that has too few of them), R r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,13 +62,3 @@ def of_text(sums: dict[str, torch.Tensor], document_N: torch.Tensor) -> dict[str
             "agreement": drawn["agreement"] / tokens_R, "difference_log_perplexity": (drawn["nll"] - drawn["against_nll"]) / tokens_R,
         }  # fmt: skip
     return {"resampled": what, "intervals": {name: [float(end) for end in np.percentile(value, LEVEL)] for name, value in found.items()}}
-
-
-def of_mean_kl(texts: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
-    """Ends of the interval of the mean KL over the rows of several texts; None where one of them has none. Texts are independent of each
-    other, so the half-widths of their intervals add in squares. A KL is never below 0."""
-    if any((text.get("intervals") or {}).get("kl") is None for text in texts):
-        return None, None
-    mean = sum(text["kl"] for text in texts) / len(texts)
-    down, up = (math.hypot(*(text["kl"] - text["intervals"]["kl"][end] for text in texts)) / len(texts) for end in (0, 1))
-    return max(0.0, mean - down), mean + up

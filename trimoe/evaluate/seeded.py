@@ -20,7 +20,10 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         random.seed(SEED)
         np.random.seed(FEWSHOT_SEED)
-        torch.manual_seed(FEWSHOT_SEED)
+        if devices:
+            torch.manual_seed(FEWSHOT_SEED)
+        else:  # a seed for GPUs would wait until they are first used, long after this
+            torch.default_generator.manual_seed(FEWSHOT_SEED)
         try:
             yield
         finally:

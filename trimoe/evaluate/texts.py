@@ -77,7 +77,7 @@ def sizes(skeleton: Skeleton, length: int, stride: int | None) -> tuple[int, int
 
 
 class Ends:
-    """The original's walk at its end, exactly as it was, in a temporary file: for the next model that is compared with it on the same windows."""
+    """The original's walk at its end, exactly as it was, in temporary files: for the next model that is compared with it on the same windows."""
 
     def __init__(self) -> None:
         self._key = ""

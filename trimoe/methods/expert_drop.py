@@ -15,7 +15,7 @@ from trimoe import budget, scores
 from trimoe import search as find
 from trimoe.errors import UserError
 from trimoe.methods.method import Decisions, LayerDecision, share_of
-from trimoe.skeleton import Site
+from trimoe.site import Site
 from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss
 

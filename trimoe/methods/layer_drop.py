@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from trimoe import parts
 from trimoe.errors import UserError
 from trimoe.methods.method import Decisions, DepthDrop
-from trimoe.skeleton import Site
+from trimoe.site import Site
 from trimoe.stats import Stats
 
 

@@ -25,7 +25,7 @@ from trimoe.expert import activate, matrices, run_expert
 from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.modeling_trimoe import DENSE, FactoredExperts, first_projection
 from trimoe.seen import DAMP, Given, Seen, damped
-from trimoe.skeleton import Site
+from trimoe.site import Site
 from trimoe.stats import LayerStats
 
 MULTIPLE = 8  # ranks: grouped matrix products want strides in multiples of 16 bytes

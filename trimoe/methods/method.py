@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as configured
 
 from trimoe import parts
 from trimoe.errors import UserError
-from trimoe.skeleton import Site
+from trimoe.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed
 from trimoe.quantization import awq_scale, clipped, common_group, gptq, rounded
 from trimoe.seen import FEW, Given, Seen
-from trimoe.skeleton import Site
+from trimoe.site import Site
 
 SMALLEST = 8  # inputs in a group: below, the scales weigh as much as the integers save
 

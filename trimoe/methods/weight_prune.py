@@ -22,7 +22,7 @@ from trimoe.errors import UserError
 from trimoe.expert import activate, matrices
 from trimoe.methods.method import Decisions, Fitted
 from trimoe.seen import FEW, Given, Pool, Seen
-from trimoe.skeleton import Site
+from trimoe.site import Site
 from trimoe.sparsity import Pattern, input_norms, keep_pattern, keep_per_layer, keep_per_row, magnitude, sparsegpt, weighted
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from trimoe.depth import kept_layers
 from trimoe.errors import UserError
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
-from trimoe.skeleton import Site, Skeleton
+from trimoe.site import Site
+from trimoe.skeleton import Skeleton
 
 
 @dataclass(frozen=True)

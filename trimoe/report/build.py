@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trimoe import disk
+from trimoe.compared import of_mean_kl
 from trimoe.errors import UserError
-from trimoe.evaluate.intervals import of_mean_kl
 from trimoe.report import charts, chosen, measured, size
 from trimoe.report.page import charts_page, is_ours, write_figures
 from trimoe.report.read import Finished, interval
