@@ -21,6 +21,7 @@ import trimoe
 from trimoe import calibration, cli, tables
 from trimoe.calibration import encode, read_text
 from trimoe.checkpoint import Checkpoint
+from trimoe.compared import of_mean_kl
 from trimoe.evaluate import cache, generation, intervals, windows
 from trimoe.evaluate.cache import Cache
 from trimoe.skeleton import Skeleton
@@ -87,14 +88,14 @@ def test_one_window_has_no_interval() -> None:
 
 def test_the_interval_of_a_mean_over_texts() -> None:
     texts = [{"kl": 0.2, "intervals": {"kl": [0.17, 0.26]}}, {"kl": 0.1, "intervals": {"kl": [0.06, 0.18]}}]
-    low, high = intervals.of_mean_kl(texts)
+    low, high = of_mean_kl(texts)
     assert low == pytest.approx(0.15 - 0.05 / 2) and high == pytest.approx(0.15 + 0.1 / 2)
-    assert intervals.of_mean_kl([{"kl": 0.01, "intervals": {"kl": [-0.2, 0.02]}}])[0] == 0.0
+    assert of_mean_kl([{"kl": 0.01, "intervals": {"kl": [-0.2, 0.02]}}])[0] == 0.0
     for without in (None, {"perplexity": [1.0, 2.0]}):
-        assert intervals.of_mean_kl([*texts, {"kl": 0.1, "intervals": without}]) == (None, None)
+        assert of_mean_kl([*texts, {"kl": 0.1, "intervals": without}]) == (None, None)
     generator = np.random.default_rng(0)
     drawn = generator.normal(0.5, 0.03, 100_000) / 2 + generator.normal(0.7, 0.04, 100_000) / 2
-    said = intervals.of_mean_kl(
+    said = of_mean_kl(
         [{"kl": mean, "intervals": {"kl": [mean - 1.96 * error, mean + 1.96 * error]}} for mean, error in ((0.5, 0.03), (0.7, 0.04))]
     )
     assert said == pytest.approx(np.percentile(drawn, (2.5, 97.5)), abs=1e-3)

@@ -133,7 +133,7 @@ def test_damaged_folders_are_one_sentence(
     path = folder / file
     path.write_text(text if isinstance(text, str) else json.dumps(json.loads(path.read_text()) | text))
     line = Line(monkeypatch, capsys)
-    line.refused("model.safetensors.index.json" if "trimoe" not in file else "trimoe.json", "push", folder, "me/small")
+    line.refused("index" if "trimoe" not in file else "trimoe.json", "push", folder, "me/small")
     assert hub.asked == []
 
 
