@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
-import string
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +18,6 @@ from trimoe.skeleton import Skeleton
 Family = Callable[[str], Path]
 DROP = {"expert_drop": {"count": 2, "counts": "uniform", "search": "greedy"}}
 MANY = {"calibration": {"samples": 4096, "length": 64}}
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = random.Random(1)
-    path = tmp_path_factory.mktemp("letters") / "letters.txt"
-    path.write_text("".join(generator.choice(string.ascii_lowercase + "    ,.") for _ in range(4000)), encoding="utf-8")
-    return path
 
 
 SIZED = {
@@ -49,7 +39,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", [*recipe.names(), *STEPS])
-def test_bounds_are_bounds_and_what_is_exact_comes_true(name: str, family_folder: Family, letters: Path, tmp_path: Path) -> None:
+def test_bounds_are_bounds_and_what_is_exact_comes_true(name: str, family_folder: Family, text_file: Path, tmp_path: Path) -> None:
     """Every built-in recipe and mixtures with much left open, made and compared with its plan."""
     parsed = recipe.load({"steps": STEPS[name]}) if name in STEPS else replace(recipe.load(name), recover=None)
     body = parsed.to_json()
@@ -61,7 +51,7 @@ def test_bounds_are_bounds_and_what_is_exact_comes_true(name: str, family_folder
             fields["ratio"] = SIZED[name]
         if isinstance(fields.get("search"), dict) and "genetic" in fields["search"]:
             fields["search"]["genetic"] = {"population": 8, "generations": 3}
-    options: dict[str, Any] = {"calibration": [str(letters)], "samples": 4, "length": 32}
+    options: dict[str, Any] = {"calibration": [str(text_file)], "samples": 4, "length": 32}
     folder = str(family_folder("qwen3_moe" if name.startswith("layer-drop") else "mixtral"))
     before = trimoe.plan(folder, body, **options)
     made = trimoe.compress(folder, body, tmp_path / "out", **options).plan
