@@ -57,8 +57,9 @@ def save(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
 def _random(shape: tuple[int, ...], block: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape)
-    count, start = math.prod(shape), int(torch.randint(BLOCK, (1,), generator=generator))
-    long = block.roll(-start) if count < BLOCK else block.repeat(-(-count // BLOCK))
+    count = math.prod(shape)
+    start = int(torch.randint(max(1, BLOCK - count), (1,), generator=generator))
+    long = block[start:] if count < BLOCK else block.repeat(-(-count // BLOCK))
     return long[:count].view(shape) / shape[-1] ** 0.5
 
 
