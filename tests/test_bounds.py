@@ -103,3 +103,24 @@ def test_memory_by_stage(family_folder: Family) -> None:
     assert "statistics: " in str(made)
     packed = trimoe.plan(folder, {"steps": [{"quantize": {"group": 8, "method": "round"}}]})
     assert set(packed.memory_split) == {"writing"} and packed.memory_split["writing"] > Skeleton.of(folder).largest_layer
+
+
+def test_memory_of_a_recovery_is_the_models_that_train(family_folder: Family) -> None:
+    folder = str(family_folder("mixtral"))
+    drop = {"steps": [DROP]}
+    bare = trimoe.plan(folder, drop)
+    assert "recovery" not in bare.memory_split
+
+    def held(**fields: Any) -> int:
+        return trimoe.plan(folder, {**drop, "recover": fields}).memory_split["recovery"]
+
+    full, adapters, router = held(method="logits", train="full"), held(method="lora"), held(method="router")
+    assert full > adapters > router > 4 * bare.after.parameters
+    assert held(method="experts", stream=False) > full > held(method="experts")
+
+
+def test_advice_names_every_reason_for_a_native_result(family_folder: Family) -> None:
+    folder = str(family_folder("mixtral"))
+    both = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "optimal", "search": "greedy"}}, {"layer_drop": {"count": 1}}]}
+    (said,) = [line for line in trimoe.plan(folder, both).warnings if "loads in transformers only" in line]
+    assert "steps.0.counts=uniform" in said and "block_drop in the place of layer_drop" in said
