@@ -443,17 +443,17 @@ def test_ratios_that_break_router_groups(line: Line, family_folder: Family, text
 
 def test_texts_that_cannot_be(line: Line, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {
-        "short.txt": (b"abc", "has 4 tokens, fewer than one sample of 32"),
-        "empty.txt": (b"", "has 0 tokens"),
+        "short.txt": (b"abc " * 4, "has 17 tokens, fewer than one sample of 32"),
+        "empty.txt": (b"", "has fewer tokens than one sample of 32"),
         "binary.txt": (bytes(range(256)) * 9, "is not UTF-8 text"),
-        "binary.jsonl": (b'{"text": "\xff"}\n', "is not UTF-8 text"),
+        "binary.jsonl": (b'{"text": "\xff"}\n' * 9, "is not UTF-8 text"),
         "fields.jsonl": (b'{"text": "abc"}\n{"content": "x"}\n', 'line 2 is not a JSON object with a "text" field'),
-        "list.jsonl": (b"[1, 2]\n", "line 1 is not a JSON object"),
-        "number.jsonl": (b'{"text": 5}\n', "field that holds text"),
+        "list.jsonl": (b"[1, 2]\n" * 9, "line 1 is not a JSON object"),
+        "number.jsonl": (b'{"text": 5}\n' * 9, "field that holds text"),
         "nul.txt": (b"abc\0def" * 100, "has NUL bytes"),
         "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", "line 1 is not a JSON object"),
-        "half.jsonl": (b'{"text": "\\ud800"}\n', "field that holds text"),
-        "broken.jsonl": (b'{"text": \n', "line 1 is not a JSON object"),
+        "half.jsonl": (b'{"text": "\\ud800"}\n' * 9, "field that holds text"),
+        "broken.jsonl": (b'{"text": \n' * 9, "line 1 is not a JSON object"),
     }
     for name, (data, message) in texts.items():
         (tmp_path / name).write_bytes(data)

@@ -12,24 +12,10 @@ from typing import Any
 import families
 import pytest
 import torch
+from runs import IDS, streamed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from zeros import (
-    ALL,
-    FEW,
-    IDS,
-    Folder,
-    Tensors,
-    compress,
-    dense,
-    disk,
-    expert_keys,
-    file_bytes,
-    rows,
-    step,
-    streamed,
-    whole_layers,
-)
+from zeros import ALL, FEW, Folder, Tensors, compress, dense, disk, expert_keys, file_bytes, rows, step, whole_layers
 
 import trimoe
 from trimoe.checkpoint import INDEX, Checkpoint

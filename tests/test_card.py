@@ -13,6 +13,7 @@ from trimoe.cli.options import check_writable, write_json
 from trimoe.evaluate import origin
 from trimoe.form import form_of
 from trimoe.standings import Row, frontier
+from trimoe.version import VERSION
 
 TEXTS: dict[str, Any] = {"model": "m", "against": "o", "length": 64, "stride": 32, "texts": [{"name": "a", "kl": 0.1}], "mean_kl": 0.1}
 TASKS: dict[str, Any] = {"model": "m", "against": "o", "length": 8, "stride": 4, "texts": [], "tasks": [{"task": "t", "value": 0.5}]}
@@ -81,10 +82,19 @@ def test_a_damaged_record_is_a_mistake_of_the_user(record: str, tmp_path: Path) 
 
 def test_results_do_not_replace_files_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match="is a file of a model's folder"):
-        check_writable(tmp_path / "config.json")
+    (tmp_path / "vocab.json").write_text('{"a": 0}', encoding="utf-8")
+    for name in (
+        "config.json",
+        "vocab.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "trimoe.json",
+    ):  # there or not
+        with pytest.raises(UserError, match="is the name of a file of a model's folder"):
+            check_writable(tmp_path / name)
     check_writable(tmp_path / "new.json")
-    (tmp_path / "eval.json").write_text("{}", encoding="utf-8")
+    write_json(tmp_path / "eval.json", {"texts": []})
     check_writable(tmp_path / "eval.json")  # of an earlier evaluation
     assert (tmp_path / "config.json").read_text(encoding="utf-8") == "{}" and not (tmp_path / "new.json").exists()
 
@@ -94,6 +104,8 @@ def test_results_do_not_replace_files_of_a_model(tmp_path: Path) -> None:
     [
         ("notes.txt", "mine"),
         ("result", '{"a": 1}'),
+        ("mine.json", '{"a": 1}'),
+        ("trimoe.json", '{"trimoe": "0.2.0"}'),
         ("book.ipynb", '{"cells": []}'),
         ("list.json", "[1]"),
         ("broken.json", "{"),
@@ -110,11 +122,11 @@ def test_results_replace_nothing_but_results(name: str, text: str, tmp_path: Pat
 
 def test_an_earlier_result_or_an_empty_file_is_replaced_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
-    for before in ("", '{"old": 1}'):
-        path.write_text(before, encoding="utf-8")
+    path.touch()
+    for value in (1, 2):
         check_writable(path)
-        write_json(path, {"new": 2})
-        assert json.loads(path.read_text(encoding="utf-8")) == {"new": 2}
+        write_json(path, {"new": value})
+        assert json.loads(path.read_text(encoding="utf-8")) == {"trimoe": VERSION, "new": value}
     (tmp_path / "made-by-mktemp").touch()
     check_writable(tmp_path / "made-by-mktemp")
 
@@ -124,7 +136,7 @@ def test_an_earlier_result_or_an_empty_file_is_replaced_whole_or_not(tmp_path: P
     monkeypatch.setattr("os.fsync", fails)
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {"newer": 3})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"new": 2}
+    assert json.loads(path.read_text(encoding="utf-8")) == {"trimoe": VERSION, "new": 2}
 
 
 def test_results_go_to_files(tmp_path: Path) -> None:

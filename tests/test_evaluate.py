@@ -86,6 +86,12 @@ def test_one_window_has_no_interval() -> None:
     assert said == {"resampled": "windows", "intervals": None}
 
 
+def test_a_kl_is_never_below_zero(family_folder: Callable[[str], Path], text_file: Path) -> None:
+    folder = family_folder("mixtral")
+    (row,) = trimoe.evaluate(folder, against=folder, text=[str(text_file)], length=16, tokens=200, generate=False)["texts"]
+    assert 0.0 <= row["kl"] < 1e-6 and row["intervals"]["kl"][0] >= 0.0
+
+
 def test_the_interval_of_a_mean_over_texts() -> None:
     texts = [{"kl": 0.2, "intervals": {"kl": [0.17, 0.26]}}, {"kl": 0.1, "intervals": {"kl": [0.06, 0.18]}}]
     low, high = of_mean_kl(texts)

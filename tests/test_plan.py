@@ -171,7 +171,10 @@ def test_warnings_each(family_folder: Family) -> None:
     assert any("halve the speed of prefill" in part for part in words(folder, steps=[{"quantize": {"group": 8}}]))
 
 
-def test_warnings_about_calibration(family_folder: Family) -> None:
+def test_warnings_about_calibration(family_folder: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "mine.txt"):
+        Path(name).write_text("letters " * 40_000)
     folder, mild = str(family_folder("mixtral")), {"expert_drop": {"count": 1, "counts": "uniform"}}
 
     def of(step: dict[str, Any], **calibration: Any) -> list[str]:
@@ -286,3 +289,58 @@ def test_statistics_of_another_model_and_of_another_text(family_folder: Family, 
     name = min(tensors, key=lambda key: tensors[key].numel())
     save_file({**tensors, name: tensors[name] + 1}, shard, metadata={"format": "pt"})
     line.refused("is of another model of the same shapes", "plan", other, *plan[2:])
+
+
+def test_statistics_that_compress_would_refuse_for_other_reasons(
+    family_folder: Family, text_file: Path, line: Line, tmp_path: Path
+) -> None:
+    folder, stats = family_folder("mixtral"), tmp_path / "stats"
+    trimoe.gather_statistics(str(folder), stats, calibration=[str(text_file)], samples=4, length=32, seed=5)
+    given = ["--stats", stats, "-c", text_file, "--samples", 4, "--length", 32]
+    warnings = json.loads(line.run("plan", folder, "-r", "low-rank", "--no-time", "--json", *given)[1])["warnings"]
+    assert any("starts from singular values" in words and "would refuse" in words for words in warnings)
+    assert any("was gathered with --seed 5" in words for words in warnings)
+    line.refused("is a folder; a statistics file is expected", "plan", folder, "-r", "naee", "--stats", tmp_path)
+
+
+def test_tokens_are_no_more_than_the_text_can_hold(family_folder: Family, line: Line, tmp_path: Path) -> None:
+    folder, text = family_folder("mixtral"), tmp_path / "text.txt"
+    text.write_text("letters " * 500)  # at most 8,016 tokens
+    recipe = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform"}}]}
+    full, more = (trimoe.plan(str(folder), recipe, calibration=[str(text)], samples=samples, length=32) for samples in (251, 10**9))
+    assert full.memory_split == more.memory_split and full.spill == more.spill == 0
+    assert trimoe.plan(str(folder), recipe, calibration=[str(text), "org/data"], samples=10**9, length=32).spill > 1 << 30  # not known
+    text.write_text("a b")
+    line.refused("has fewer tokens than one sample of 64", "plan", folder, "-r", "naee", "--length", 64, "-c", text)
+    line.refused("A text has no name", "plan", folder, "-r", "naee", "-c", "")
+    (tmp_path / "folder.yaml").mkdir()
+    line.refused("is a folder; a YAML file is expected", "plan", folder, "-r", tmp_path / "folder.yaml")
+    line.refused("recipe: steps.0.expert_drop: give ratio or count".removeprefix("recipe: "), "plan", folder, "-r", _yaml(tmp_path))
+
+
+def _yaml(folder: Path) -> Path:
+    path = folder / "none.yaml"
+    path.write_text("steps: [{expert_drop: {}}]")
+    return path
+
+
+def test_memory_on_a_gpu_is_of_its_batches(family_folder: Family) -> None:
+    recipe = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform"}}], "calibration": {"samples": 4096, "length": 64}}
+    host, device, other = (
+        trimoe.plan(str(family_folder("mixtral")), recipe, device=name).memory_split for name in ("cpu", "cuda", "cpu:0")
+    )
+    assert device["statistics"] > host["statistics"] == other["statistics"] and device["writing"] == host["writing"]
+
+
+def test_dense_factors_have_one_size_and_save_nothing(family_folder: Family) -> None:
+    body = {"steps": [{"low_rank": {"ratio": 0.3, "rank": "optimal", "form": "dense"}}]}
+    made = trimoe.plan(str(family_folder("mixtral")), body)
+    assert made.after.exact and made.after.parameters == made.before.parameters
+    assert any("the file gets no smaller" in words for words in made.warnings)
+
+
+def test_a_layer_that_stays_keeps_its_experts(family_folder: Family) -> None:
+    shown = str(trimoe.plan(str(family_folder("mixtral")), {"steps": [{"block_drop": {"count": 1}}]}))
+    assert "8 -> 8" in shown and "8 -> ?" not in shown and "if it stays" in shown
+    both = {"steps": [{"expert_drop": {"ratio": 0.3, "counts": "optimal", "search": "greedy"}}, {"layer_drop": {"count": 1}}]}
+    assert "8 -> ?" in str(trimoe.plan(str(family_folder("mixtral")), both))

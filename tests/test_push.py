@@ -120,6 +120,7 @@ def test_unfinished_folders_are_refused(
         ("trimoe.json", {"recipe": {"steps": [{}]}}),
         ("trimoe.json", {"plan": {}}),
         ("trimoe.json", {"metrics": []}),
+        ("trimoe.json", {"plan": {"layers": None}}),
         ("model.safetensors.index.json", "{"),
         ("model.safetensors.index.json", "{}"),
         ("model.safetensors.index.json", '{"weight_map": ["a"]}'),

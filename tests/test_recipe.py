@@ -120,7 +120,7 @@ def test_set_changes_choices_and_removes_them() -> None:
             "steps.0 is 'expertdrop'; a step is one of: expert_drop, layer_drop, block_drop, low_rank, weight_prune, quantize.",
         ),
         ({"steps": [{}]}, "steps.0 is 'nothing'"),
-        ({"steps": [{"expert_drop": {}, "low_rank": {}}]}, "a step is one of"),
+        ({"steps": [{"expert_drop": {}, "low_rank": {}}]}, "steps.0 has 2 keys (expert_drop, low_rank); a step has one"),
         ({"steps": [{"expert_drop": 0.5}]}, "steps.0.expert_drop is 0.5; a mapping is expected."),
         (
             {"steps": [{"expert_drop": {"ratoi": 0.5}}]},

@@ -94,6 +94,6 @@ def test_what_was_measured_is_saved_before_it_is_printed(
         monkeypatch.setattr(f"trimoe.tables.{'bench' if verb == 'bench' else 'evaluation'}", gone)
         code, _, err = line.run(verb, folder, "--against", family_folder("mixtral"), "-q", "--json", tmp_path / f"{verb}.json")
         assert code == 1 and "Input/output error" in err
-        assert json.loads((tmp_path / f"{verb}.json").read_text()) == found
+        assert json.loads((tmp_path / f"{verb}.json").read_text()) == {"trimoe": trimoe.__version__, **found}
         kept = json.loads((folder / "trimoe.json").read_text())[part]
         assert kept["command" if verb == "bench" else "commands"] and found.items() <= {**kept, "commands": found.get("commands")}.items()

@@ -32,11 +32,11 @@ def test_files_that_are_no_pages_are_not_replaced(
     line.refused("give one that ends in .html", "report", folder, "--html", folder / "config.json")
     (folder / "report.html").write_text("notes")
     line.refused("is no page that trimoe wrote", "report", folder)
-    line.refused("which is a file", "report", folder, "--html", tmp_path / "new.html", "--figures", own)
+    line.refused("give a folder, in one that exists", "report", folder, "--html", tmp_path / "new.html", "--figures", own)
     for path in (own, folder / "config.json", folder / "trimoe.json", tmp_path, tmp_path / "absent" / "page.html"):
         with pytest.raises(UserError):
             build.report([folder], path)
-    with pytest.raises(UserError, match="which is a file"):
+    with pytest.raises(UserError, match="give a folder, in one that exists"):
         build.report([folder], figures=own)
     assert "mine" in own.read_text() and (folder / "report.html").read_text() == "notes" and (folder / "config.json").read_text() == config
     assert not (tmp_path / "new.html").exists()
@@ -113,3 +113,18 @@ def test_on_the_command_line(
     assert (code, err) == (0, "")
     read = checked((tmp_path / "both.html").read_text())
     assert {"frontier", "kl-by-text"} <= {attributes.get("data-chart") for attributes in read.all("div")}
+
+
+def test_pictures_of_others_are_not_replaced(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, own = made("naee"), tmp_path / "figures"
+    first = build.report([folder], figures=own)
+    assert build.report([folder], figures=own) == first
+    with pytest.raises(UserError, match="in one that exists"):
+        build.report([folder], figures=tmp_path / "absent" / "figures")
+    for name, text in (("kl.svg", "<svg>mine</svg>"), ("kl.png", "mine")):
+        other = tmp_path / name.replace(".", "-")
+        other.mkdir()
+        (other / name).write_text(text)
+        with pytest.raises(UserError, match="was not drawn by trimoe"):
+            build.report([folder], tmp_path / "page.html", other)
+        assert [path.read_text() for path in other.iterdir()] == [text] and not (tmp_path / "page.html").exists()

@@ -142,6 +142,20 @@ def test_a_finished_folder_is_left_alone(recipe: dict[str, Any], family_folder: 
     assert (again.out, again.decisions, again.plan) == (first.out, first.decisions, first.plan)
     assert json.dumps(again.metrics) == json.dumps(first.metrics)
     assert snapshot(out) == before and {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="holds a finished result made with another seed"):
         compress(source, text_file, out, recipe, seed=1)
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("spoil", [{"plan": 3}, {"plan": None}, {"metrics": []}, {"decisions": {"0": 3}}, {"inputs": 3}, {"evaluation": 3}])
+def test_a_finished_folder_whose_record_is_damaged_is_refused(
+    spoil: dict[str, Any], family_folder: Family, text_file: Path, tmp_path: Path
+) -> None:
+    source, out = family_folder("mixtral"), tmp_path / "out"
+    compress(source, text_file, out, UNIFORM)
+    record = json.loads((out / "trimoe.json").read_text())
+    (out / "trimoe.json").write_text(json.dumps({name: value for name, value in (record | spoil).items() if value is not None}))
+    before = snapshot(out)
+    with pytest.raises(UserError, match=r"trimoe\.json does not read as trimoe writes it"):
+        compress(source, text_file, out, UNIFORM)
     assert snapshot(out) == before

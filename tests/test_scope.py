@@ -8,22 +8,8 @@ from typing import Any
 import families
 import pytest
 import torch
-from zeros import (
-    IDS,
-    Folder,
-    compress,
-    dense,
-    disk,
-    expert_keys,
-    file_bytes,
-    inputs_of,
-    lawful,
-    named,
-    rows,
-    step,
-    streamed,
-    tokens,
-)
+from runs import IDS, streamed
+from zeros import Folder, compress, dense, disk, expert_keys, file_bytes, inputs_of, lawful, named, rows, step, tokens
 
 import trimoe
 from trimoe.checkpoint import Checkpoint

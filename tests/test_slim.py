@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from test_bad_input import snapshot
+from runs import IDS, check_resumes, streamed
 
 import trimoe
 from trimoe.checkpoint import Checkpoint
@@ -21,11 +20,9 @@ from trimoe.errors import UserError
 from trimoe.quantization import rounded
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
-from trimoe.write import Writer
 
 STACKED = {"gpt_oss", "granitemoe"}  # families that keep their experts in one tensor on disk
 ALL = sorted(set(families.FAMILIES) - STACKED)
-IDS = torch.arange(3, 35).view(2, 16)
 SLIM = {"quantize": {"bits": 4, "method": "round"}}
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "alone": [SLIM],
@@ -57,16 +54,6 @@ for folder in sys.argv[2:]:
 
 def compress(source: Path, text: Path, out: Path, recipe: str) -> trimoe.Result:
     return trimoe.compress(source, {"steps": RECIPES[recipe]}, out, calibration=[str(text)], samples=4, length=32)
-
-
-def streamed(folder: Path) -> torch.Tensor:
-    """Logits from the layer walk, which reads packed experts as the dense ones they stand for."""
-    walk = LayerWalk(Skeleton.of(str(folder)), [IDS])
-    for index in range(len(walk)):
-        with walk.layer(index) as layer:
-            walk.advance(index, layer)
-    with walk.head() as head:
-        return head(walk.hidden[0], 0)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -145,23 +132,7 @@ def test_resumed_run_writes_the_same_bytes(
     recipe: str, after: int, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     """Killed between shards of one layer each: the quantised layers that are there are read back, not done again."""
-    source, put = family_folder("qwen2_moe"), Writer.put
-
-    def cut(self: Writer, group: int, made: Any = None) -> None:
-        if group == after:
-            raise RuntimeError("power cut")
-        put(self, group, made)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trimoe.layout.MAX_SHARD", 1)
-        whole = compress(source, text_file, tmp_path / "whole", recipe)
-        patch.setattr(Writer, "put", cut)
-        with pytest.raises(RuntimeError, match="power cut"):
-            compress(source, text_file, tmp_path / "cut", recipe)
-        patch.setattr(Writer, "put", put)
-        resumed = compress(source, text_file, tmp_path / "cut", recipe)
-    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
-    assert json.dumps(resumed.metrics) == json.dumps(whole.metrics)
+    check_resumes(lambda out: compress(family_folder("qwen2_moe"), text_file, out, recipe), tmp_path, after)
 
 
 @pytest.mark.parametrize(("family", "steps", "message"), [

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import trimoe
-from trimoe import cli, standings
+from trimoe import cli, disk, standings
 from trimoe import recipe as recipes
 from trimoe.alternatives import variants
 from trimoe.errors import UserError
@@ -127,6 +127,7 @@ def test_the_frontier_is_what_nothing_beats() -> None:
     rows = [row("small", 50, 0.5), row("worse", 60, 0.6), row("large", 80, 0.1), row("twin", 80, 0.1), row("same size", 50, 0.7)]
     assert frontier(rows) == {"small", "large", "twin"}
     assert standings.unbeaten([(0.5, 0.5), (0.6, 0.6), (0.5, 0.5), (0.4, float("nan")), (0.3, 0.9)]) == [True, False, True, False, True]
+    assert standings.unbeaten([(0.5, 2e-8), (0.6, 1e-8), (0.7, -0.0)]) == [True, False, False], "what rounding leaves decides nothing"
 
 
 def test_what_has_no_number_is_never_on_the_frontier() -> None:
@@ -354,8 +355,9 @@ def test_disk_is_checked_for_what_is_kept(
     family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["trimoe.sweep"], "HELD", 0)
-    sizes = [trimoe.plan(family_folder("mixtral"), variant.recipe()).disk for variant in variants([DROP])]
-    usage = type(shutil.disk_usage(tmp_path))(1 << 40, 0, max(sizes) + 1)
+    plans = [trimoe.plan(family_folder("mixtral"), variant.recipe()) for variant in variants([DROP])]
+    shared = max(plan.disk_split[disk.STATISTICS] for plan in plans)  # one file, for they are of the same text and search alike
+    usage = type(shutil.disk_usage(tmp_path))(1 << 40, 0, max(plan.disk for plan in plans) + shared)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="of disk"):
         run(family_folder("mixtral"), tmp_path / "out", text_file, keep="all")

@@ -99,12 +99,12 @@ def test_a_few_eigenvectors_take_less_than_all(family_folder: Family) -> None:
 
     (site, *_), step = skeleton.sites.values(), LowRank(ratio=0.3, whiten="none")  # matrices of 48 x 32 and 32 x 24
 
-    def cubes(rank: int, cpu: bool) -> float:
-        counted = work.Work(skeleton, recipe.load("low-rank"), cpu=cpu)._factored(site, (rank,) * site.num_experts, step)
+    def cubes(rank: int, device: str) -> float:
+        counted = work.Work(skeleton, recipe.load("low-rank"), device=device)._factored(site, (rank,) * site.num_experts, step)
         return sum(amount for kind, amount, _ in counted if kind == "eigh")
 
     every = site.num_experts * (32**3 + 24**3)
-    assert cubes(8, cpu=True) == pytest.approx(FEW * every) and cubes(16, cpu=True) == cubes(8, cpu=False) == every
+    assert cubes(8, device="cpu") == pytest.approx(FEW * every) and cubes(16, device="cpu") == cubes(8, device="cuda") == every
 
 
 def test_speed_is_work_by_the_clock() -> None:

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
-from test_bad_input import snapshot
-from zeros import (
-    IDS,
-    Folder,
-    compress,
-    disk,
-    file_bytes,
-    named,
-    stacks,
-    step,
-    streamed,
-    whole_layers,
-)
+from runs import IDS, check_resumes, streamed
+from zeros import Folder, compress, disk, file_bytes, named, stacks, step, whole_layers
 
 import trimoe
 from trimoe import recipe as recipes
 from trimoe.errors import UserError
 from trimoe.skeleton import Skeleton
-from trimoe.write import Writer
 
 
 @pytest.mark.parametrize(("family", "fields", "after"), [
@@ -38,23 +25,7 @@ from trimoe.write import Writer
 def test_resumed_run_writes_the_same_bytes(
     family: str, fields: dict[str, Any], after: int, family_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
-    source, put = family_folder(family), Writer.put
-
-    def cut(self: Writer, group: int, made: Any = None) -> None:
-        if group == after:
-            raise RuntimeError("power cut")
-        put(self, group, made)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trimoe.layout.MAX_SHARD", 1)
-        whole = compress(source, text_file, tmp_path / "whole", step(**fields))
-        patch.setattr(Writer, "put", cut)
-        with pytest.raises(RuntimeError, match="power cut"):
-            compress(source, text_file, tmp_path / "cut", step(**fields))
-        patch.setattr(Writer, "put", put)
-        resumed = compress(source, text_file, tmp_path / "cut", step(**fields))
-    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
-    assert json.dumps(resumed.metrics) == json.dumps(whole.metrics)
+    check_resumes(lambda out: compress(family_folder(family), text_file, out, step(**fields)), tmp_path, after)
 
 
 COMBINED: dict[str, list[dict[str, Any]]] = {

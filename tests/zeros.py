@@ -29,7 +29,6 @@ ALL = sorted(families.FAMILIES)
 # One matrix a key; transposed, interleaved, biased and stacked on disk; stacked; dense first layers; every second layer; a correction bias.
 SPREAD = ["mixtral", "qwen2_moe", "gpt_oss", "granitemoe", "deepseek_v3", "jamba", "ernie4_5_moe"]
 FEW = ["gpt_oss", "granitemoe", "qwen2_moe"]
-IDS = torch.arange(3, 35).view(2, 16)
 NEAR = 1e-5
 Folder = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
@@ -86,15 +85,6 @@ def whole_stacks(folder: Path) -> dict[int, list[torch.Tensor]]:
     """`stacks` of every layer that has experts."""
     skeleton = Skeleton.of(str(folder))
     return {i: stacks(skeleton.sites[i].experts_of(layer)) for i, layer in whole_layers(skeleton) if i in skeleton.sites}
-
-
-def streamed(folder: Path) -> torch.Tensor:
-    walk = LayerWalk(Skeleton.of(str(folder)), [IDS])
-    for index in range(len(walk)):
-        with walk.layer(index) as layer:
-            walk.advance(index, layer)
-    with walk.head() as head:
-        return head(walk.hidden[0], 0)
 
 
 def stacks(experts: Any) -> list[torch.Tensor]:

@@ -48,6 +48,8 @@ def advice(skeleton: Skeleton, recipe: Recipe, share: float, *, tokens: int, nat
     found += _beyond(recipe, share)
     if any(isinstance(step, WeightPrune) and step.form == "dense" for step in recipe.steps):
         found.append("zeros are stored like other numbers: weight_prune makes nothing smaller (but with form: bitmask) and nothing faster.")
+    if any(isinstance(step, LowRank) and step.form == "dense" for step in recipe.steps):
+        found.append("low_rank with form: dense stores the products as large as before: the file gets no smaller and nothing gets faster.")
     if native and recipe.target == "transformers":
         found += _native(skeleton, recipe) if skeleton.spec is None else [NATIVE_SOURCE]
     if any(isinstance(step, Quantize) for step in recipe.steps):
@@ -96,7 +98,8 @@ def _native(skeleton: Skeleton, recipe: Recipe) -> Iterator[str]:
         dropped = dropped or (isinstance(step, LayerDrop) and any(zero_block(skeleton, index) is None for index in skeleton.sites))
     ways = [f"--set {' --set '.join(changes)}"] if changes else []
     ways += ["block_drop in the place of layer_drop"] if dropped else []
-    yield f"the result loads in transformers only; vLLM, SGLang and llama.cpp would need {' and '.join(ways)}."
+    if ways:
+        yield f"the result loads in transformers only; vLLM, SGLang and llama.cpp would need {' and '.join(ways)}."
     if dense:
         yield (
             f"an engine that loads the dense form alone loses what {' and '.join(dense)} saves: there the matrices are as large as before. "

@@ -46,9 +46,13 @@ class Calibration:
 
 
 def in_batches(samples_NL: torch.Tensor, device: str) -> list[torch.Tensor]:
-    """Batches of about 2,048 tokens on a CPU, where more only takes memory, and of 16,384 elsewhere."""
-    tokens = 2048 if device == "cpu" else 16384
-    return list(samples_NL.split(max(1, tokens // samples_NL.shape[1])))
+    """Batches of about as many tokens as suit the device."""
+    return list(samples_NL.split(max(1, batch_tokens(device) // samples_NL.shape[1])))
+
+
+def batch_tokens(device: str) -> int:
+    """2,048 on a CPU, where more only takes memory, and 16,384 elsewhere."""
+    return 2048 if torch.device(device).type == "cpu" else 16384
 
 
 def read_text(source: str, split: str = "calib") -> list[Text]:
@@ -64,6 +68,8 @@ def read_text(source: str, split: str = "calib") -> list[Text]:
                 f"There is no built-in text {source!r}; there are: builtin:mixed, {', '.join('builtin:' + d for d in BUILTIN_DOMAINS)}."
             )
         return [Text(domain, tuple(_jsonl(TEXTS / f"builtin-{split}-{domain}.jsonl"))) for domain in wanted]
+    if not source:
+        raise UserError("A text has no name; a .txt or .jsonl file, a datasets id, or builtin:mixed is expected.")
     label, _, path = ("", "", source) if Path(source).expanduser().is_file() else source.rpartition("=")
     file = Path(path).expanduser()
     if file.is_file():
@@ -85,6 +91,32 @@ def check_here(source: str) -> None:
         for text in read_text(source):
             if not any(text.documents):
                 raise UserError(f"The text {source!r} is empty; give one that holds at least one sample.")
+
+
+def most_tokens(sources: Sequence[str], samples: int, length: int) -> int:
+    """How many tokens `samples` of `length` drawn from these texts are, at most: files of this machine are looked at for their size alone.
+    Raises UserError for one that cannot hold a sample. (A tokenizer that makes more than two tokens of a byte is not known.)"""
+    most = 0
+    for source in sources:
+        if not is_here(source):
+            return samples * length
+        for path in _files(source):
+            if not path.is_file():
+                read_text(source)  # says what is wrong
+            holds = 2 * path.stat().st_size + 16
+            if holds < length:
+                raise UserError(f"The text {source!r} has fewer tokens than one sample of {length}; give more text or a smaller --length.")
+            most += holds
+    return min(samples * length, most)
+
+
+def _files(source: str) -> list[Path]:
+    """Where a text of this machine lies."""
+    if source.startswith("builtin:"):
+        name = source.removeprefix("builtin:")
+        return [TEXTS / f"builtin-calib-{domain}.jsonl" for domain in (BUILTIN_DOMAINS if name == "mixed" else (name,))]
+    whole = Path(source).expanduser()
+    return [whole if whole.is_file() else Path(source.rpartition("=")[2]).expanduser()]
 
 
 def is_here(source: str) -> bool:

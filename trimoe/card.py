@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from trimoe import form as forms
 from trimoe.checkpoint import CARD
-from trimoe.errors import UserError, first_line
+from trimoe.errors import UserError, reading
 from trimoe.headers import read_json
 from trimoe.tables import traffic_cells
 from trimoe.words import GONE, three
@@ -177,12 +177,8 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _text(folder: Path, record: dict[str, Any]) -> str:
-    try:
+    with reading(folder / "trimoe.json"):
         return text(record)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, StopIteration, ZeroDivisionError) as error:
-        raise UserError(
-            f"{folder / 'trimoe.json'} does not read as trimoe writes it: {type(error).__name__}, {first_line(error)}."
-        ) from error
 
 
 def inherited(folder: Path) -> dict[str, Any]:

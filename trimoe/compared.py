@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+DIGITS = 6  # of a KL in nats per token
+
 
 def of_mean_kl(texts: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
     """Ends of the interval of the mean KL over the rows of several texts; None where one of them has none, or no number. Texts are independent of each
@@ -20,9 +22,11 @@ def of_mean_kl(texts: Sequence[dict[str, Any]]) -> tuple[float | None, float | N
 
 
 def unbeaten(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Of pairs (size, KL), whether no other is as small and as near to the original, and better in one of the two. Without a finite KL: no."""
+    """Of pairs (size, KL), whether no other is as small and as near to the original, and better in one of the two. Without a finite KL: no.
+    KLs are compared to DIGITS digits: what lies behind is rounding of float32."""
+    seen = [(size, round(kl, DIGITS) if math.isfinite(kl) else kl) for size, kl in points]
 
     def beaten(size: float, kl: float) -> bool:
-        return any(other != (size, kl) and other[0] <= size and other[1] <= kl for other in points)
+        return any(other != (size, kl) and other[0] <= size and other[1] <= kl for other in seen)
 
-    return [math.isfinite(kl) and not beaten(size, kl) for size, kl in points]
+    return [math.isfinite(kl) and not beaten(size, kl) for size, kl in seen]

@@ -17,9 +17,9 @@ from trimoe.calibration import Calibration, calibrate
 from trimoe.decide import Run, decide, rounded
 from trimoe.disk import human
 from trimoe.distributed import ALONE, Team, team
-from trimoe.errors import UserError
+from trimoe.errors import UserError, reading
 from trimoe.gather import statistics
-from trimoe.headers import DTYPES
+from trimoe.headers import DTYPES, read_json
 from trimoe.journal import FOLDER, Journal
 from trimoe.layout import Layout
 from trimoe.linears import linears
@@ -98,7 +98,7 @@ def compress(
 
 def possible(skeleton: Skeleton, parsed: Recipe, out: Path, device: str, processes: Team = ALONE) -> Plan:
     """The plan. Raises UserError for every mistake that can be found without reading text or weights."""
-    before = plan(skeleton, parsed)
+    before = plan(skeleton, parsed, device=device)
     refuse_inside(out, skeleton)
     usable_device(processes.place(device))
     _refuse_narrow(parsed, skeleton)
@@ -140,6 +140,7 @@ class Job:
             Journal(out, self.inputs, main).tidy()
             run.reporter.say(f"{out} holds the finished result of this very command already.")
             return finished
+        main.from_main(lambda: _refuse_other_result(out, self.inputs))
         given = main.from_main(lambda: _given_stats(stats, run.about, run.skeleton, run.recipe))
         if run.recipe.recover is None:
             return self.compressed(out, before, given, out)
@@ -166,7 +167,7 @@ class Job:
             for number, step in enumerate(parsed.steps):
                 name = f"{number}.{step.name}"
                 decisions, metrics[name] = decide(run, journal, number, step, decisions, given if number == 0 else None)
-            final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel())
+            final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel(), str(run.device))
             run.team.from_main(lambda: disk.check(out, final.disk, final.spill))
             layout = Layout(skeleton, decisions)
             writer = Writer(layout, out)
@@ -279,14 +280,29 @@ def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
 
 
 def record_of(out: Path, inputs: dict[str, Any], recover: Recover | None) -> dict[str, Any] | None:
-    """What trimoe.json in `out` says, if it is of the same inputs, trained in the same way."""
-    try:
-        record = json.loads((out / "trimoe.json").read_text(encoding="utf-8"))
-        trained = [] if recover is None else [recover.to_json()]
-        same = record["inputs"] == json.loads(json.dumps(inputs)) and [entry["spec"] for entry in record.get("recovered", [])] == trained
-        return record if same else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    """What trimoe.json in `out` says, if it is of the same inputs, trained in the same way. Raises UserError where it is damaged."""
+    path = out / "trimoe.json"
+    if not path.is_file():
         return None
+    record = read_json(path)
+    with reading(path):
+        trained = [] if recover is None else [recover.to_json()]
+        if record["inputs"] != json.loads(json.dumps(inputs)) or [entry["spec"] for entry in record.get("recovered", [])] != trained:
+            return None
+        for value in record["decisions"].values():
+            LayerDecision.from_json(value)
+        Plan.from_json(record["plan"]), record["metrics"].items(), record.get("evaluation", {}).get("texts")
+    return record
+
+
+def _refuse_other_result(out: Path, inputs: dict[str, Any]) -> None:
+    """A finished result of other inputs is named as that: a folder that is not empty says less."""
+    if (out / "config.json").is_file() and (out / "trimoe.json").is_file():
+        with reading(out / "trimoe.json"):
+            held = read_json(out / "trimoe.json")["inputs"]
+            other = [name for name, value in json.loads(json.dumps(inputs)).items() if held.get(name) != value]
+        what = f"another {other[0]}" if other else "other training"
+        raise UserError(f"The output folder {out} holds a finished result made with {what}; give another folder.")
 
 
 def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None) -> Result | None:
@@ -294,10 +310,7 @@ def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None) -> Res
     record = record_of(out, inputs, recover) if (out / "config.json").is_file() else None
     if record is None:
         return None
-    try:
-        decisions = {int(i): LayerDecision.from_json(value) for i, value in record["decisions"].items()}
-    except (ValueError, KeyError, TypeError):
-        return None
+    decisions = {int(i): LayerDecision.from_json(value) for i, value in record["decisions"].items()}
     metrics = record["metrics"]
     if record.get("recovered"):
         metrics = {**metrics, "recover": record["recovered"][-1]["metrics"]}

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from trimoe.errors import UserError
-from trimoe.methods import LowRank, Quantize, WeightPrune
+from trimoe.methods import LowRank
 from trimoe.paper import search_memory
 from trimoe.recipe import Recipe
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
 from trimoe.spill import BUDGET
+
+STATISTICS = "statistics, until it is done"
 
 
 def output_need(skeleton: Skeleton, recipe: Recipe, result: int) -> dict[str, int]:
@@ -23,7 +25,7 @@ def output_need(skeleton: Skeleton, recipe: Recipe, result: int) -> dict[str, in
     found = {"result": result}
     statistics = sum(_statistics(skeleton, recipe, number) for number in range(len(recipe.steps)))
     if statistics:
-        found["statistics, until it is done"] = statistics
+        found[STATISTICS] = statistics
     if recipe.recover is not None:
         found["result before recovery, until it is done"] = result
         found["training, until it is done"] = _training(skeleton, recipe.recover)
@@ -40,7 +42,7 @@ def spilled(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
 def _statistics(skeleton: Skeleton, recipe: Recipe, number: int) -> int:
     """The file of statistics that a step keeps so that a killed run need not gather them again, at most."""
     step = recipe.steps[number]
-    if isinstance(step, Quantize | WeightPrune) or (isinstance(step, LowRank) and not step.needs):
+    if not step.gathers:
         return 0  # nothing is gathered
     total = search_memory(step, dict(skeleton.sites), recipe)
     for site in skeleton.sites.values():

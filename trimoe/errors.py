@@ -1,5 +1,11 @@
 """What a user did wrong, said in one sentence. The command line prints it and exits with 2."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake in the input: what was given, where, and what is allowed."""
@@ -9,3 +15,16 @@ def first_line(error: BaseException) -> str:
     """What an exception of someone else's code says, as it can stand in a sentence of ours: its first line, cut."""
     said = str(error).strip().splitlines()
     return said[0].strip()[:160] if said else type(error).__name__
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While fields of a file of ours are used: that they are not there, or of another kind, is its reader's mistake, not ours."""
+    try:
+        yield
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{path} does not read as trimoe writes it: it has no {error.args[0]!r} where one is expected.") from error
+    except (TypeError, AttributeError, IndexError, ValueError, StopIteration, ZeroDivisionError) as error:
+        raise UserError(f"{path} does not read as trimoe writes it: a field holds something of another kind than is expected.") from error

@@ -13,6 +13,7 @@ from trimoe import scores, stability
 from trimoe.calibration import calibrate, is_here
 from trimoe.errors import UserError
 from trimoe.methods import ExpertDrop
+from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import Recipe
 from trimoe.seen import FEW
 from trimoe.skeleton import Skeleton
@@ -20,7 +21,7 @@ from trimoe.stats import Stats
 from trimoe.traffic import WAYS, Traffic
 
 
-def known(skeleton: Skeleton, recipe: Recipe, path: Path) -> tuple[list[str], dict[str, dict[str, float]]]:
+def known(skeleton: Skeleton, recipe: Recipe, path: Path, reporter: Reporter = QUIET) -> tuple[list[str], dict[str, dict[str, float]]]:
     """(warnings, traffic by number of devices): hidden-state bytes a token, `before`, and `after` as many experts of every layer as the
     recipe's first step drops (equal shares), those of the lowest leave-one-out scores. Of the file's search tokens; none, no traffic.
     Raises UserError for statistics of another model."""
@@ -33,7 +34,7 @@ def known(skeleton: Skeleton, recipe: Recipe, path: Path) -> tuple[list[str], di
         return warnings, {}
     dropped, rows = step.uniform(skeleton.sites), {}
     before, after = Traffic(), Traffic()
-    for index, layer in stats.layers.items():
+    for index, layer in reporter.track(stats.layers.items(), "Stability and traffic", len(stats.layers)):
         site = skeleton.sites[index]
         row = {
             "dropped": dropped[index],

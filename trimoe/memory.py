@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 from trimoe import disk
+from trimoe.calibration import batch_tokens
 from trimoe.methods import LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.low_rank import rank_share
 from trimoe.methods.method import Decisions
@@ -20,36 +21,37 @@ from trimoe.spill import BUDGET, FLOOR
 from trimoe.subset import gram_bytes, search_budget
 
 IMPORTS = 480 << 20  # bytes that Python, torch, transformers and their buffers take
-BATCH = 2048  # tokens of a batch on a CPU
 TABLES = 5  # of logits, in float32, that are held at once where versions are compared
 
 
-def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, parameters: int) -> dict[str, int]:
-    """Bytes of resident memory at the peak of each stage. `decisions`: final ones, or stand-ins of the right sizes; `parameters`: the result's."""
+def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, parameters: int, device: str) -> dict[str, int]:
+    """Bytes of memory at the peak of each stage, the host's and the device's together. `decisions`: final ones, or stand-ins of
+    the right sizes; `parameters`: the result's."""
     found: dict[str, int] = {}
-    for name, size in _stages(skeleton, recipe, decisions, tokens):
+    for name, size in _stages(skeleton, recipe, decisions, tokens, batch_tokens(device)):
         found[name] = max(found.get(name, 0), IMPORTS + size)
     if recipe.recover is not None:
         found["recovery"] = IMPORTS + _recovery(skeleton, recipe.recover, parameters)
     return found
 
 
-def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int) -> Iterator[tuple[str, int]]:
+def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, wide: int) -> Iterator[tuple[str, int]]:
+    """`wide`: tokens of a batch."""
     site, item = max(skeleton.sites.values(), key=lambda site: site.num_experts * site.width), skeleton.dtype.itemsize
     hidden = min(BUDGET, site.hidden * tokens * item)
     outside = sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.outer_keys) * item
     staging, cut = _staging(skeleton), _cut(skeleton, decisions)
-    batch = _batch(site, min(tokens, max(BATCH, min(recipe.calibration.length, skeleton.context))), item)
+    batch = _batch(site, min(tokens, max(wide, min(recipe.calibration.length, skeleton.context))), item)
     kept = 0  # statistics of all layers; a file of them that is given stays until the end
     for step in recipe.steps:
-        if not _gathers(step):
+        if not step.gathers:
             continue
         layer = skeleton.largest_layer + (staging if step is recipe.steps[0] else max(staging, cut))
         kept = max(kept, int(1.5 * (_grams(skeleton, step, recipe, tokens) + _sums(skeleton, step))))  # gathered in pieces, then joined
         recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
         yield "statistics", max(outside + hidden, layer + batch + hidden + recorded + kept)
         if _compares(step):
-            logits = TABLES * 4 * min(LOGITS, BATCH * skeleton.config.get_text_config().vocab_size)
+            logits = TABLES * 4 * min(LOGITS, wide * skeleton.config.get_text_config().vocab_size)
             streams = max(FLOOR, skeleton.largest_layer // 2)
             yield "measuring", kept + streams + max(layer + batch, outside + logits)
     last = [step for step in recipe.steps if isinstance(step, LowRank | Quantize | WeightPrune)]
@@ -71,10 +73,6 @@ def _recovery(skeleton: Skeleton, spec: Recover, parameters: int) -> int:
     whole = parameters + (sum(math.prod(info.shape) for info in skeleton.checkpoint.tensors.values()) if spec.method == "experts" else 0)
     logits = spec.batch * min(spec.length, skeleton.context) * skeleton.config.get_text_config().vocab_size
     return 4 * whole + 16 * disk.trained(skeleton, spec) + 3 * 4 * logits
-
-
-def _gathers(step: Step) -> bool:
-    return not (isinstance(step, Quantize | WeightPrune) or (isinstance(step, LowRank) and not step.needs))
 
 
 def _compares(step: Step) -> bool:

@@ -29,13 +29,17 @@ class Paper:
         self.slack, self.open_counts, self.open_ranks, self.open_depth = 0, False, False, False
         self.open_layers = False  # which layers go; `open_depth`: and it matters for the bytes
         self.gone = {"block": (0, 0), "moe": (0, 0)}  # decoder layers and MoE sub-layers that go: at least, at most
-        for step in recipe.steps:
+        for number, step in enumerate(recipe.steps):
             sites = decided_sites(skeleton.sites, self.decisions)
             before = next((done.name for done in recipe.steps if isinstance(done, Quantize | WeightPrune)), step.name)
             if any(decision.changed for decision in self.decisions.values()):
                 raise UserError(f"{before} is fitted to the finished model, so it comes last and once; here {step.name} follows it.")
-            step.shape(sites, self.decisions)
-            search_memory(step, sites, recipe)
+            try:
+                step.shape(sites, self.decisions)
+                search_memory(step, sites, recipe)
+            except UserError as mistake:  # says the method; which of the steps it is, is known here
+                said = str(mistake)
+                raise UserError(f"steps.{number}.{said}" if said.startswith(f"{step.name}:") else said) from None
             if isinstance(step, ExpertDrop):
                 counts = step.uniform(sites)
                 self.open_counts = self.open_counts or step.counts != "uniform"
@@ -43,7 +47,7 @@ class Paper:
             elif isinstance(step, LowRank):
                 new, more = _on_paper(step, sites, self.decisions, self.open_counts)
                 self.slack += more
-                self.open_ranks = self.open_ranks or step.rank == "optimal"
+                self.open_ranks = self.open_ranks or (step.rank == "optimal" and step.form == "factored")
             elif isinstance(step, Quantize | WeightPrune):
                 new = with_linears(skeleton, {**self.decisions, **step.decide(sites, self.decisions)}, step, sites)
             else:

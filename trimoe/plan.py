@@ -8,6 +8,7 @@ from typing import Any
 
 from trimoe import memory
 from trimoe.advice import advice
+from trimoe.calibration import most_tokens
 from trimoe.checkpoint import Checkpoint
 from trimoe.costs import PER, LayerCosts, context_of, head_matrix, of_layers
 from trimoe.disk import output_need, spilled
@@ -93,14 +94,17 @@ def plan(
     calibration: Sequence[str] = (),
     samples: int | None = None,
     length: int | None = None,
+    device: str = "cpu",
 ) -> Plan:
     """Before any statistics: exact where the recipe fixes the result, an interval where decisions will. `calibration`, `samples`, `length`
-    take the place of the recipe's."""
+    take the place of the recipe's. Raises UserError for a recipe that cannot be, and for a text of this machine that is not there or too short."""
     parsed = with_calibration(load_recipe(recipe, changes), calibration, samples, length)
     _check_recovery(parsed)
+    spec = parsed.calibration
     skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, weights=False)
     if skeleton.checkpoint.scheme is not None:
         raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
+    tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
     most, least = Paper(skeleton, parsed, largest=False), Paper(skeleton, parsed, largest=True)
     layout = Layout(skeleton, most.decisions)
     smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
@@ -108,24 +112,28 @@ def plan(
     check_target(parsed, native, skeleton, least.decisions)
     open_ = Open(
         slack=most.slack + _header_slack(layout) if most.open_bytes else 0, parameters=most.slack // WIDEST, least_bytes=smaller.nbytes,
-        kept=most.open_counts or most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
+        counts=most.open_counts, layers=most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
     )  # fmt: skip
-    tokens = parsed.calibration.samples * min(parsed.calibration.length, skeleton.context)
-    return describe(skeleton, layout, parsed, native=native, tokens=tokens, open_=open_)
+    return describe(skeleton, layout, parsed, native=native, tokens=tokens, open_=open_, device=device)
 
 
 @dataclass(frozen=True)
 class Open:
     """What decisions may still change of a layout that stands for them: `slack` bytes and `parameters` either way (none where all is fixed),
-    `least_bytes` of the smallest that it may be, whether it is open which experts and layers are `kept` and what `ranks` they get; `gone`:
+    `least_bytes` of the smallest that it may be, whether it is open how many experts stay where (`counts`), which `layers` do, what `ranks` they get; `gone`:
     how many decoder layers ("block") and MoE sub-layers ("moe") go, at least and at most."""
 
     slack: int
     parameters: int
     least_bytes: int
-    kept: bool
+    counts: bool
+    layers: bool
     ranks: bool
     gone: dict[str, tuple[int, int]]
+
+    @property
+    def kept(self) -> bool:
+        return self.counts or self.layers
 
 
 def _check_recovery(recipe: Recipe) -> None:
@@ -145,17 +153,19 @@ def _header_slack(layout: Layout) -> int:
     return 24 * entries + 4096
 
 
-def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens: int) -> Plan:
+def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens: int, device: str) -> Plan:
     """After all decisions: exact."""
     layout = Layout(skeleton, decisions)
     check_target(recipe, layout.native, skeleton, decisions)
     blocks = len(skeleton.layers) - len(layout.place)
     moe = sum(decisions[index].gone is not None for index in skeleton.sites)
-    decided = Open(0, 0, layout.nbytes, kept=False, ranks=False, gone={"block": (blocks, blocks), "moe": (moe, moe)})
-    return describe(skeleton, layout, recipe, native=layout.native, tokens=tokens, open_=decided)
+    decided = Open(0, 0, layout.nbytes, counts=False, layers=False, ranks=False, gone={"block": (blocks, blocks), "moe": (moe, moe)})
+    return describe(skeleton, layout, recipe, native=layout.native, tokens=tokens, open_=decided, device=device)
 
 
-def describe(skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, tokens: int, open_: Open) -> Plan:
+def describe(
+    skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, tokens: int, open_: Open, device: str
+) -> Plan:  # fmt: skip
     """The plan of a layout, which stands for all that are still possible."""
     original = Layout(skeleton, unchanged(skeleton.sites))
     then, now = of_layers(skeleton, original), of_layers(skeleton, layout)
@@ -178,7 +188,7 @@ def describe(skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool
         for name, what in (("bytes", "nbytes"), ("parameters", "parameters"), ("flops", "flops"))
     }  # fmt: skip
     found = loading(skeleton, layout, native=native)
-    held = memory.of_stages(skeleton, recipe, layout.decisions, tokens, after.parameters)
+    held = memory.of_stages(skeleton, recipe, layout.decisions, tokens, after.parameters, device)
     disk = output_need(skeleton, recipe, after.file_bytes)
     return Plan(
         skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", found.loads_in,
@@ -220,7 +230,8 @@ def _form(site: Site | None, decision: LayerDecision | None, open_: Open) -> dic
     kept = 0 if decision.gone or site is None else len(decision.keep)
     sparsity = f"{decision.pattern[0]}:{decision.pattern[1]}" if decision.pattern else decision.sparsity
     return {
-        "kept": None if open_.kept else kept, "rank": rank, "bits": decision.bits, "sparsity": sparsity,
+        "kept": None if open_.kept else kept, "if_it_stays": None if open_.counts else len(decision.keep),
+        "rank": rank, "bits": decision.bits, "sparsity": sparsity,
         "gone": None if open_.kept else decision.gone,
     }  # fmt: skip
 

@@ -136,7 +136,7 @@ def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Table:
         after = row["after"]
         cached = after["cache"]
         return (
-            f"{row['experts']} -> {'?' if row['kept'] is None else row['kept']}" if row["experts"] else "dense", _form(row), human(after["bytes"]),
+            f"{row['experts']} -> {_left(row)}" if row["experts"] else "dense", _form(row), human(after["bytes"]),
             short(after["parameters"], COUNTS), short(after["active"], COUNTS), short(after["flops"]), "?" if cached is None else human(cached["bytes"]),
         )  # fmt: skip
 
@@ -159,6 +159,12 @@ def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Table:
             "",
         )
     return made
+
+
+def _left(row: dict[str, Any]) -> str:
+    """How many experts a layer keeps, if it stays."""
+    known = row["if_it_stays"] if row["kept"] is None else row["kept"]
+    return "?" if known is None else f"{known}"
 
 
 def _form(row: dict[str, Any]) -> str:

@@ -112,6 +112,8 @@ def read(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
     else:
         path = Path(recipe)
         where = f"recipe {recipe}"
+        if path.suffix in (".yaml", ".yml") and path.is_dir():
+            raise UserError(f"{where} is a folder; a YAML file is expected.")
         given = path.suffix in (".yaml", ".yml") and path.is_file()
         if given and path.stat().st_size > LARGEST:
             raise UserError(f"{where} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read.")
@@ -204,6 +206,8 @@ def parse(raw: dict[str, Any], where: str) -> Recipe:
         if isinstance(step, str):
             step = {step: {}}
         if not isinstance(step, dict) or len(step) != 1 or next(iter(step)) not in METHODS:
+            if isinstance(step, dict) and len(step) > 1:
+                raise UserError(f"{where}: steps.{number} has {len(step)} keys ({', '.join(map(str, step))}); a step has one, its method.")
             given = next(iter(step), "nothing") if isinstance(step, dict) else step
             raise UserError(f"{where}: steps.{number} is {given!r}; a step is one of: {', '.join(METHODS)}.")
         name, body = next(iter(step.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,7 @@ class Shared:
     def files(self, wanted: set[str]) -> dict[str, Path]:
         """A file by the variant's name: one pass over the calibration text for all first steps that start from the same text and search on
         the same tokens, to the same reach. Those that search on none take the sums of any such pass."""
-        groups: dict[str, dict[str, list[str]]] = {}
-        for name, run in self.runs.items():
-            search = _searched(run)
-            if search is not None:
-                groups.setdefault(json.dumps(run.about), {}).setdefault(search, []).append(name)
+        groups = self._groups()
         files: dict[str, Path] = {}
         for about, kinds in groups.items():
             bare = kinds.pop(NO_SEARCH, [])
@@ -50,6 +46,23 @@ class Shared:
         if files and (alone := len(wanted - set(files))):
             self.reporter.say(f"{alone} variants do without: their first step needs no statistics, or other ones, or other text.")
         return files
+
+    def nbytes(self, each: Mapping[str, int]) -> int:
+        """Bytes of the files that are still to be written, at most; `each`: of one variant's own statistics. A variant alone writes none."""
+        return sum(
+            max(each[name] for name in own)
+            for about, kinds in self._groups().items() if sum(map(len, kinds.values())) > 1
+            for search, own in kinds.items() if not self._file(about + search).exists()
+        )  # fmt: skip
+
+    def _groups(self) -> dict[str, dict[str, list[str]]]:
+        """Variants by calibration text and search tokens."""
+        groups: dict[str, dict[str, list[str]]] = {}
+        for name, run in self.runs.items():
+            search = _searched(run)
+            if search is not None:
+                groups.setdefault(json.dumps(run.about), {}).setdefault(search, []).append(name)
+        return groups
 
     def _pass(self, key: str, own: Sequence[str], bare: Sequence[str], wanted: set[str]) -> Path | None:
         """The file of the pass that `own` need and that serves `bare` too; None where it would serve one variant, which gathers it itself."""

@@ -151,6 +151,8 @@ class Stats:
 
     @classmethod
     def load(cls, path: Path) -> Stats:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; a statistics file is expected (trimoe stats writes one).")
         try:
             with safe_open(path, "pt") as file:
                 head: Mapping[str, str] = file.metadata() or {}

@@ -138,12 +138,16 @@ def sweep(
     journal.refuse_other_content()
     for entry in entries:
         entry.refuse_other()
-    race = _Race(out, entries, score, keep, command, reporter, started)
+    shared = Shared(out, {entry.variant.name: entry.job.run for entry in entries}, reporter)
+    race = _Race(out, entries, score, keep, command, reporter, started, shared)
     todo = race.to_make()
     walked = max(0, held - BUDGET)  # of one model over the evaluated texts
     evaluating = (2 * walked if ends is None else held + walked) if unmeasured else 0
     spill = max((entry.plan.spill for entry in todo), default=0) + (held if ends is not None else 0)
-    disk.check(out, _room(todo, keep), max(spill, evaluating), left=0)
+    statistics = (
+        shared.nbytes({entry.variant.name: entry.plan.disk_split.get(disk.STATISTICS, 0) for entry in entries}) if unmeasured else 0
+    )
+    disk.check(out, _room(todo, keep) + statistics, max(spill, evaluating), left=0)
     reporter.say(f"{len(entries)} variants, {len(todo)} of them to be made.")
     with journal:
         for entry in entries:
@@ -199,6 +203,7 @@ class _Race:
     command: str | None
     reporter: Reporter
     started: float
+    shared: Shared
 
     def to_make(self) -> list[Entry]:
         """Those without numbers, and those whose weights have gone and are to be kept after all."""
@@ -210,8 +215,7 @@ class _Race:
         failed: dict[str, str] = {}
         done = 0
         open_ = [entry for entry in self.entries if not entry.measured()]
-        runs = {entry.variant.name: entry.job.run for entry in self.entries}
-        shared = Shared(self.out, runs, self.reporter).files({entry.variant.name for entry in open_})
+        shared = self.shared.files({entry.variant.name for entry in open_})
         start = time.monotonic()
         for entry in self.entries:
             name = entry.variant.name

@@ -32,7 +32,7 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
     if speed is not None and speed.busy:
         note += BUSY.format(free=speed.free)
     rows: list[dict[str, Any]] = []
-    for stage in Work(skeleton, recipe, cpu=device == "cpu").stages():
+    for stage in Work(skeleton, recipe, device=device).stages():
         shared, repeated = (None, None) if speed is None else (_seconds(stage.shared, speed), _seconds(stage.repeated, speed))
         rows.append({
             "stage": stage.name, "seconds": None if shared is None or repeated is None else shared + repeated,

@@ -10,7 +10,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from trimoe import costs
+from trimoe.calibration import batch_tokens, most_tokens
 from trimoe.layout import Layout
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.expert_drop import Exhaustive, Genetic, Greedy, Random
@@ -58,12 +61,12 @@ class Stage:
 class Work:
     """The stages of one recipe on one model, over `tokens` calibration tokens in batches of `batch`."""
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, *, cpu: bool = True):
-        self.skeleton, self.recipe, self.cpu = skeleton, recipe, cpu
+    def __init__(self, skeleton: Skeleton, recipe: Recipe, *, device: str = "cpu"):
+        self.skeleton, self.recipe, self.device = skeleton, recipe, torch.device(device).type
         spec = recipe.calibration
         self.length = min(spec.length, skeleton.context)
-        self.tokens = spec.samples * self.length
-        self.batch = min(self.tokens, max(self.length, (2048 if cpu else 16384) // self.length * self.length))
+        self.tokens = most_tokens(spec.sources, spec.samples, self.length)
+        self.batch = min(self.tokens, max(self.length, batch_tokens(device) // self.length * self.length))
         self.batches = math.ceil(self.tokens / self.batch)
         self.item = skeleton.dtype.itemsize
         self.caches = costs.caches(skeleton)
@@ -129,7 +132,7 @@ class Work:
     # ---- stages
 
     def _deciding(self, step: Step, decisions: Decisions) -> Iterator[Stage]:
-        if isinstance(step, Quantize | WeightPrune) or (isinstance(step, LowRank) and not step.needs):
+        if not step.gathers:
             return
         sites = self.sites(decisions)
         yield self._statistics(step, decisions, sites)
@@ -286,7 +289,7 @@ class Work:
         for m, n in ((site.first, site.hidden), (site.hidden, site.width)):
             yield "cholesky", site.num_experts * n**3, 0
             yield "double", site.num_experts * (2 * m * n**2 + 2 * min(m, n) ** 2 * max(m, n) + 4 * mean * m * n), 0
-            few = FEW if self.cpu and mean <= min(m, n) // 3 else 1.0
+            few = FEW if self.device == "cpu" and mean <= min(m, n) // 3 else 1.0
             yield "eigh", few * site.num_experts * min(m, n) ** 3, 0
         if step.whiten == "input":
             yield from self._moments(site)

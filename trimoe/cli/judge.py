@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,12 +36,14 @@ def evaluate(
     from trimoe.stream import compute_dtype
 
     check_writable(json_file)
+    if "none" in text and len(text) > 1:
+        raise UserError("--text none leaves texts out, so it cannot stand beside another --text.")
     reporter = reporter_of(quiet)
     if against is None and card.made_from(Path(folder)) is not None:
         try:
             against = origin(Path(folder))
         except UserError as reason:
-            reporter.say(f"It is evaluated alone, not against the model it was made from: {reason}")
+            print(f"trimoe: It is evaluated alone, not against the model it was made from: {reason}", file=sys.stderr)  # also with -q
     kept = distributed.speaks() and card.is_original(Path(folder), against)
     if kept:
         card.check(Path(folder))

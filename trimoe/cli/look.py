@@ -62,9 +62,9 @@ def plan(
     for source in parsed.calibration.sources:
         check_here(source)
     skeleton = Skeleton.of(model, compute_dtype(dtype), weights=False)
-    made, traffic = trimoe.plan(skeleton, parsed), None
+    made, traffic = trimoe.plan(skeleton, parsed, device=device), None
     if stats is not None:
-        warnings, traffic = known(skeleton, parsed, stats)
+        warnings, traffic = known(skeleton, parsed, stats, reporter_of(False))
         made = replace(made, warnings=[*made.warnings, *warnings])
     body = made.to_json() | {"traffic": traffic, "time": estimate(skeleton, parsed, processes=processes, device=device) if time else None}
     if as_json:

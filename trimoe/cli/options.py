@@ -36,12 +36,15 @@ def command_line() -> str:
     return shlex.join(["trimoe", *sys.argv[1:]])
 
 
-OWN = ("config.json", "generation_config.json", "trimoe.json", "model.safetensors.index.json")
+OWN = frozenset({  # files that transformers, peft or trimoe read in a model's folder
+    "adapter_config.json", "added_tokens.json", "chat_template.json", "config.json", "generation_config.json", "model.safetensors.index.json",
+    "preprocessor_config.json", "processor_config.json", "quantization_config.json", "special_tokens_map.json", "trimoe.json", "vocab.json",
+})  # fmt: skip
+STAMP = "trimoe"  # the first key of every result, with the version that wrote it
 
 
 def check_writable(path: Path | None) -> None:
-    """Find out before hours of work, not after; and replace nothing but an earlier result: a file that ends in .json and is a JSON object, or
-    an empty one."""
+    """Find out before hours of work, not after; and replace nothing but an earlier result, or an empty file."""
     from trimoe import disk
     from trimoe.errors import UserError
 
@@ -49,19 +52,19 @@ def check_writable(path: Path | None) -> None:
         return
     if (path.exists() and not path.is_file()) or not path.resolve().parent.is_dir():
         raise UserError(f"--json {path} cannot be written: give a file in a folder that exists.")
-    own = path.name in OWN or path.name.startswith("tokenizer") or path.suffix != ".json"
-    if own and path.exists() and (path.resolve().parent / "config.json").is_file():
-        raise UserError(f"--json {path} is a file of a model's folder; give another name.")
-    if path.exists() and path.stat().st_size and not (path.suffix == ".json" and _is_object(path)):
-        raise UserError(
-            f"--json {path} exists and is no earlier result (a .json file that holds an object), so it is not replaced; give another name."
-        )
+    own = path.name in OWN or path.name.startswith("tokenizer") or (path.suffix != ".json" and path.exists())
+    if own and (path.resolve().parent / "config.json").is_file():
+        raise UserError(f"--json {path} is the name of a file of a model's folder; give another name.")
+    if path.exists() and path.stat().st_size and not _is_result(path):
+        raise UserError(f"--json {path} exists and is no earlier result of trimoe's, so it is not replaced; give another name.")
     disk.probe(path, "--json")
 
 
-def _is_object(path: Path) -> bool:
+def _is_result(path: Path) -> bool:
+    """Whether write_json wrote it."""
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return path.name != "trimoe.json" and isinstance(held, dict) and next(iter(held), None) == STAMP
     except (ValueError, RecursionError, OSError):
         return False
 
@@ -69,10 +72,11 @@ def _is_object(path: Path) -> bool:
 def write_json(path: Path | None, value: dict[str, Any]) -> None:
     """Whole or not at all."""
     from trimoe import distributed
+    from trimoe.version import VERSION
     from trimoe.write import write_text
 
     if path is not None and distributed.speaks():
-        write_text(path, json.dumps(value, indent=1) + "\n")
+        write_text(path, json.dumps({STAMP: VERSION, **value}, indent=1) + "\n")
 
 
 def print_plan(made: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from trimoe.calibration import load_tokenizer
 from trimoe.checkpoint import Checkpoint
-from trimoe.errors import UserError
+from trimoe.errors import UserError, reading
 from trimoe.evaluate import generation, harness, taskset, texts
 from trimoe.evaluate.cache import Cache
 from trimoe.evaluate.texts import Ends
@@ -105,11 +105,9 @@ def origin(folder: Path) -> str | None:
     path = folder / "trimoe.json"
     if not path.is_file():
         return None
-    try:
+    with reading(path):
         record = json.loads(path.read_text(encoding="utf-8"))
         name, fingerprint = str(record["model"]), record["inputs"]["model"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} does not read as trimoe writes it.") from None
     source = Checkpoint.open(name)
     if source.fingerprint != fingerprint:
         raise UserError(f"{source.name} has changed since {folder} was made from it.")

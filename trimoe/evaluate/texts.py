@@ -180,7 +180,7 @@ def _compare(student: LayerWalk, teacher: LayerWalk | None, scored_NL: torch.Ten
                     log_p = other(theirs, batch, positions).float().log_softmax(-1)
                     values["against_nll"] = -log_p.gather(-1, target).squeeze(-1)
                     values["agreement"] = (log_p.argmax(-1) == log_q.argmax(-1)).double()
-                    values["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+                    values["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding may put it below
                 for name, value in values.items():
                     here[name] = here.get(name, 0) + (value.double() * scored).sum(1)
             for name, value in here.items():

@@ -125,6 +125,8 @@ class ExpertDrop:
 
     # ---- on paper
 
+    gathers: ClassVar[bool] = True
+
     @property
     def needs(self) -> frozenset[str]:
         exact = self.search is not None or self.score == "leave_one_out" or self.counts in ("importance", "optimal")

@@ -58,6 +58,10 @@ class LowRank:
     def needs(self) -> frozenset[str]:
         return frozenset({"uniform": set(), "importance": {"search"}, "optimal": {"spectra", "sensitivity"}}[self.rank])
 
+    @property
+    def gathers(self) -> bool:
+        return bool(self.needs)
+
     # ---- on paper
 
     def reach(self, sites: Mapping[int, Site]) -> int:

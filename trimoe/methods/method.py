@@ -87,6 +87,9 @@ class Method(Protocol):
     @property
     def needs(self) -> frozenset[str]: ...  # statistics to gather beyond routing and outputs
 
+    @property
+    def gathers(self) -> bool: ...  # whether a pass over the calibration text comes before the decision
+
     def shape(self, sites: dict[int, Site], decisions: Decisions) -> None: ...
 
 
@@ -95,6 +98,7 @@ class Fitted:
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    gathers: ClassVar[bool] = False
 
     def reach(self, sites: Mapping[int, Site]) -> int:
         """Among how many of a token's best experts the Gram is wanted: none is."""
@@ -115,6 +119,7 @@ class DepthDrop:
     name: ClassVar[str]
     paper: ClassVar[str] = "arXiv 2406.02500"
     needs: ClassVar[frozenset[str]] = frozenset({"cosines"})
+    gathers: ClassVar[bool] = True
 
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     count: Annotated[int, Field(ge=1)] | None = None

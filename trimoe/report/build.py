@@ -8,9 +8,9 @@ from typing import Any
 
 from trimoe import disk
 from trimoe.compared import of_mean_kl
-from trimoe.errors import UserError
+from trimoe.errors import UserError, reading
 from trimoe.report import charts, chosen, measured, size
-from trimoe.report.page import charts_page, is_ours, write_figures
+from trimoe.report.page import charts_page, check_figures, is_ours, write_figures
 from trimoe.report.read import Finished, interval
 from trimoe.report.section import Code, Figure, Section, Table
 from trimoe.write import write_text
@@ -23,14 +23,11 @@ def report(folders: Sequence[str | Path], html: Path | None = None, figures: Pat
     opened = [Finished.open(folder) for folder in folders]
     if html is not None:
         _check_page(html)
-    if figures is not None and figures.exists() and not figures.is_dir():
-        raise UserError(f"The figures cannot be written to {figures}, which is a file; give a folder.")
-    broken = ", ".join(str(folder.folder / "trimoe.json") for folder in opened)
-    try:
+    with reading(Path(", ".join(str(folder.folder / "trimoe.json") for folder in opened))):
         made = full(opened[0]) if len(opened) == 1 else compared(opened)
         page = charts_page(title_of(opened), made, subtitle=subtitle_of(opened)) if html is not None else ""
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{broken} does not read as trimoe writes it: {type(error).__name__}, {error}.") from error
+    if figures is not None:
+        check_figures(figures, made)
     files = []
     if html is not None:
         write_text(html, page)

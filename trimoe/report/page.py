@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from trimoe import disk
 from trimoe.errors import UserError
 from trimoe.report import theme
 from trimoe.report.section import Figure, Section
@@ -30,6 +31,7 @@ except ImportError:
 
 VEGA_LITE = "6.4"  # of the bundle in the page, and what figures are drawn with
 GENERATOR, HEAD = b'<meta name="generator" content="trimoe ', 4096  # every page says so in its first bytes
+VEGA = b'class="marks"'  # every SVG that Vega draws says so in its first bytes
 POLICY = "default-src 'none'; script-src {}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"  # no connect-src
 
 
@@ -59,9 +61,23 @@ def is_ours(path: Path) -> bool:
         return GENERATOR in file.read(HEAD)
 
 
+def check_figures(folder: Path, sections: Sequence[Section]) -> None:
+    """Raises UserError where the folder cannot be made, or a chart would replace a picture that is none of ours (an SVG that Vega did not
+    draw, a PNG without its SVG)."""
+    if (folder.exists() and not folder.is_dir()) or not folder.resolve().parent.is_dir():
+        raise UserError(f"The figures cannot be written to {folder}: give a folder, in one that exists.")
+    for figure in figures(sections):
+        svg, png = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
+        if (svg.exists() and VEGA not in svg.read_bytes()[:HEAD]) or (png.exists() and not svg.exists()):
+            raise UserError(
+                f"{svg if svg.exists() else png} is there already and was not drawn by trimoe, so it is not replaced; give another folder."
+            )
+    disk.probe(folder / "x", "The figures")
+
+
 def write_figures(folder: Path, sections: Sequence[Section]) -> list[Path]:
     """Every chart as FOLDER/name.svg and name.png (light, twice the size). Returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     files = []
     for figure in figures(sections):
         spec = {**_spec(figure), "background": "white"}

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from trimoe import card
 from trimoe.checkpoint import SINGLE, weight_map_of
 from trimoe.errors import UserError, first_line
 from trimoe.journal import FOLDER
@@ -53,6 +54,7 @@ def _check(finished: Finished) -> None:
     folder = finished.folder
     if (folder / FOLDER).is_dir():
         raise UserError(f"{folder} holds {FOLDER}: a run in it was not finished; start it again, then push.")
+    card.check(folder)
     named = set((weight_map_of(folder) or {"": SINGLE}).values())
     missing = sorted(name for name in {*named, "README.md"} if not (folder / name).is_file())
     if missing:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimoe.errors import UserError, first_line
+from trimoe.errors import UserError, first_line, reading
 from trimoe.journal import FOLDER
 
 NEEDED = ("trimoe", "model", "recipe", "plan", "decisions", "metrics", "calibration", "command", "seed", "versions")
@@ -47,10 +47,8 @@ class Finished:
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}; it was not written by trimoe compress.")
         made = cls(folder, record)
-        try:
+        with reading(path):
             made.steps, made.share  # noqa: B018 (what everything that is shown begins with)
-        except (KeyError, TypeError, AttributeError, ValueError, StopIteration, ZeroDivisionError) as error:
-            raise UserError(f"{path} does not read as trimoe writes it: {type(error).__name__}, {first_line(error)}.") from None
         return made
 
     @property
