@@ -147,7 +147,10 @@ def test_a_finished_folder_is_left_alone(recipe: dict[str, Any], family_folder: 
     assert snapshot(out) == before
 
 
-@pytest.mark.parametrize("spoil", [{"plan": 3}, {"plan": None}, {"metrics": []}, {"decisions": {"0": 3}}, {"inputs": 3}, {"evaluation": 3}])
+@pytest.mark.parametrize(
+    "spoil",
+    [{"plan": 3}, {"plan": {"layers": None}}, {"plan": None}, {"metrics": []}, {"decisions": {"0": 3}}, {"inputs": 3}, {"evaluation": 3}],
+)
 def test_a_finished_folder_whose_record_is_damaged_is_refused(
     spoil: dict[str, Any], family_folder: Family, text_file: Path, tmp_path: Path
 ) -> None:

@@ -291,7 +291,7 @@ def record_of(out: Path, inputs: dict[str, Any], recover: Recover | None) -> dic
             return None
         for value in record["decisions"].values():
             LayerDecision.from_json(value)
-        Plan.from_json(record["plan"]), record["metrics"].items(), record.get("evaluation", {}).get("texts")
+        card.text(record), Plan.from_json(record["plan"]), record["metrics"].items()  # all that is read of it later
     return record
 
 
