@@ -172,11 +172,15 @@ def test_parts_are_drawn_in_one_order(made: Callable[[str], Path], tmp_path: Pat
 
 
 def test_two_steps_of_one_kind(family_folder: Family, text_file: Path, tmp_path: Path) -> None:
-    """Their figures have names of their own."""
+    """Their sections and figures have names of their own, and each section says which step it is on."""
     step = {"expert_drop": {"ratio": 0.125, "counts": "optimal", "search": "greedy"}}
     trimoe.compress(family_folder("mixtral"), {"steps": [step, step]}, tmp_path / "out", calibration=[str(text_file)], **SMALL)
     page = build.report([tmp_path / "out"], tmp_path / "page.html")[0].read_text()
-    drawn = {attributes.get("data-chart") for attributes in checked(page).all("div")}
+    found = checked(page)
+    drawn = {attributes.get("data-chart") for attributes in found.all("div")}
+    assert {"search", "search-2"} <= {attributes.get("id") for attributes in found.all("section")}
+    assert {"search-losses", "search-losses-2"} <= drawn
+    assert "The search for which experts go: step 2, expert_drop" in page
     assert {"layer-importance", "layer-importance-2", "sensitivity-expert-drop", "sensitivity-expert-drop-2"} <= drawn
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from trimoe.report import charts, experts, searched
@@ -15,14 +17,24 @@ DENSE = -1  # the rank of a matrix that was left whole
 
 def sections(folder: Finished) -> list[Section]:
     """Those that the record has something to say on."""
-    made = [experts.section(folder), *(searched.section(step) for step in folder.steps), *(_ranks(folder, step) for step in folder.steps)]
-    made += [_depth(step) for step in folder.steps]
+    made: list[Section | None] = [experts.section(folder)]
+    for of_step in (searched.section, lambda step: _ranks(folder, step), _depth):
+        made += _of_steps(folder, of_step)
     made += [_numbers(folder), _decisions(folder)]
-    named: dict[str, Section] = {}
-    for section in made:
-        if section is not None:
-            named.setdefault(section.name, section)
-    return list(named.values())
+    return [section for section in made if section is not None]
+
+
+def _of_steps(folder: Finished, of_step: Callable[[Step], Section | None]) -> list[Section]:
+    """The section on each step that has one; where several steps have one of the same kind, each says which it is."""
+    found = [(number, step, section) for number, step in enumerate(folder.steps, 1) if (section := of_step(step)) is not None]
+    if len(found) == 1:
+        return [found[0][2]]
+    made: list[Section] = []
+    for number, step, section in found:
+        which = f"-{number}" if made else ""
+        blocks = [replace(block, name=block.name + which) if isinstance(block, Figure) else block for block in section.blocks]
+        made.append(replace(section, name=section.name + which, title=f"{section.title}: step {number}, {step.name}", blocks=blocks))
+    return made
 
 
 # ---- ranks

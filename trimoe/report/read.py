@@ -48,7 +48,7 @@ class Finished:
             raise UserError(f"{path} lacks {', '.join(missing)}; it was not written by trimoe compress.")
         made = cls(folder, record)
         with reading(path):
-            made.steps, made.share, record.get("inputs", {}).get("model")  # noqa: B018 (what everything that is shown begins with)
+            _ = made.steps, made.share, record.get("inputs", {}).get("model")  # what everything that is shown begins with
         return made
 
     @property
