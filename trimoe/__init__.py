@@ -10,16 +10,33 @@ trimoe.evaluate(out, against=model)
 trimoe.bench(out, against=model)                # speed and memory, in turns
 """
 
-from trimoe.benchmark import bench
-from trimoe.compress import Result, compress, gather_statistics
-from trimoe.errors import UserError
-from trimoe.evaluate import evaluate
-from trimoe.inspection import inspect
-from trimoe.loading import load, register
-from trimoe.plan import Plan, plan
-from trimoe.recover import Recovered, recover
-from trimoe.sweep import Sweep, sweep
+import os
+import sys
+
 from trimoe.version import VERSION as __version__
+
+
+def _words_only() -> bool:
+    """Whether `trimoe` was started for its help, or by a shell that completes a line: both want words, and would wait seconds for torch."""
+    command, *rest = getattr(sys, "argv", None) or [""]
+    told = not rest or (len(rest) <= 2 and rest[-1] in ("--help", "--show-completion", "--install-completion"))
+    return "_TRIMOE_COMPLETE" in os.environ or (os.path.basename(command) in ("trimoe", "trimoe.exe") and told)
+
+
+WORDS_ONLY = _words_only()
+
+if not WORDS_ONLY:
+    from trimoe.benchmark import bench
+    from trimoe.compress import Result, compress, gather_statistics
+    from trimoe.errors import UserError
+    from trimoe.evaluate import evaluate
+    from trimoe.inspection import inspect
+    from trimoe.loading import load, register
+    from trimoe.plan import Plan, plan
+    from trimoe.recover import Recovered, recover
+    from trimoe.sweep import Sweep, sweep
+
+    register()
 
 __all__ = [
     "Plan",
@@ -39,5 +56,3 @@ __all__ = [
     "register",
     "sweep",
 ]
-
-register()

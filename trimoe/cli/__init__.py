@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from trimoe import WORDS_ONLY
 from trimoe.cli import judge, look, make, show
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Make Mixture-of-Experts models smaller.")
@@ -26,6 +27,8 @@ app.command()(look.recipes)
 
 def main() -> None:
     """Entry point: turns a user's mistake into one sentence on standard error and exit code 2."""
+    if WORDS_ONLY:
+        app()
     from transformers.utils import logging
 
     from trimoe import distributed
