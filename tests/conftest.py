@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import string
 import tempfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ os.environ["TRIMOE_CACHE"] = tempfile.mkdtemp(prefix="trimoe-cache-")  # no test
 
 import families
 import pytest
+from refusals import Line
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +72,14 @@ def made(family_folder: Callable[[str], Path], text_file: Path, tmp_path_factory
         return folders[name]
 
     return get
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Line:
+    return Line(monkeypatch, capsys)
+
+
+@pytest.fixture
+def source(family_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the tiny mixtral that a test may damage."""
+    return Path(shutil.copytree(family_folder("mixtral"), tmp_path / "source"))

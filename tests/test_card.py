@@ -230,3 +230,10 @@ def test_names_in_tables_are_text(capsys: pytest.CaptureFixture[str], monkeypatc
     shown = capsys.readouterr().out
     assert "m[v2]" in shown and "[/x]" in shown
     assert "0.0478-0.0812" in shown and "68.912-101.234" in shown and "80.0-90.0%" in shown
+
+
+def test_names_do_not_speak_in_the_model_card() -> None:
+    name = "</script>`x`\n---\n# [a](http://b)|"
+    assert card._escaped(name) == "\\</script\\>\\`x\\` --- # \\[a\\](http://b)\\|"
+    assert card._code(name) == "`` </script>`x` --- # [a](http://b)| ``"
+    assert card._fenced("a\n```\nb").splitlines()[0] == "````"

@@ -1,4 +1,4 @@
-"""A sweep: what lists mean, what is refused before anything runs, one statistics pass, going on, what is kept, what stands where."""
+"""A sweep: what is refused before anything runs, one statistics pass, going on, what is kept."""
 
 from __future__ import annotations
 
@@ -20,15 +20,11 @@ from trimoe import recipe as recipes
 from trimoe.alternatives import variants
 from trimoe.errors import UserError
 from trimoe.evaluate import Ends, texts
-from trimoe.standings import Row, frontier
 from trimoe.stats import Stats
 
 Families = Callable[[str], Path]
 DROP: dict[str, Any] = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "score": ["gate", "reap"], "counts": "uniform"}}]}
-
-
-def names(*given: Any, changes: list[str] = []) -> list[str]:
-    return [variant.name for variant in variants(given, changes)]
+NAMES = ["ratio-0.25_score-gate", "ratio-0.25_score-reap", "ratio-0.5_score-gate", "ratio-0.5_score-reap"]
 
 
 class Calls:
@@ -50,91 +46,6 @@ class Calls:
         return call
 
 
-def test_lists_mean_every_combination() -> None:
-    assert names(DROP) == ["ratio-0.25_score-gate", "ratio-0.25_score-reap", "ratio-0.5_score-gate", "ratio-0.5_score-reap"]
-    assert names("expert-drop", changes=["steps.0.ratio=[0.1, 0.2]"]) == ["ratio-0.1", "ratio-0.2"]
-    assert (
-        names("moe-i2", changes=["steps.0.ratio=[0.1, 0.2]", "steps.1.ratio=[0.5, 0.6]"])[1] == "expert_drop.ratio-0.1_low_rank.ratio-0.6"
-    )
-    assert names("expert-drop", "layer-drop") == ["expert-drop", "layer-drop"]
-    assert names("expert-drop") == ["expert-drop"]
-    own = variants(
-        {"four bits": {"steps": ["quantize"]}, "drop 25%": {"steps": [{"expert_drop": {"ratio": 0.25, "counts": ["uniform", "optimal"]}}]}}
-    )
-    assert [variant.name for variant in own] == ["four-bits", "drop-25-_counts-uniform", "drop-25-_counts-optimal"]
-    assert own[1].varied == {"recipe": "drop 25%", "counts": "uniform"}
-    with pytest.raises(UserError, match="twice"):
-        variants(["expert-drop", "expert-drop"])
-    searched = variants([{"steps": [{"expert_drop": {"ratio": 0.25, "search": ["none", {"genetic": {"population": [8, 16]}}]}}]}])
-    assert [variant.name for variant in searched] == ["search-none", "search-genetic_population-8", "search-genetic_population-16"]
-    assert searched[2].recipe().steps[0].search.population == 16  # type: ignore[union-attr]
-
-
-def test_a_list_among_the_steps_is_a_choice_of_steps() -> None:
-    either = [{"expert_drop": {"ratio": [0.25, 0.5]}}, [{"expert_drop": {"ratio": 0.25}}, {"low_rank": {"ratio": 0.3}}], "none"]
-    found = variants([{"steps": [either, {"quantize": {"bits": [4, 8]}}]}])
-    assert [variant.name for variant in found] == [
-        "expert_drop_ratio-0.25_bits-4", "expert_drop_ratio-0.25_bits-8", "expert_drop_ratio-0.5_bits-4", "expert_drop_ratio-0.5_bits-8",
-        "expert_drop+low_rank_bits-4", "expert_drop+low_rank_bits-8", "bits-4", "bits-8",
-    ]  # fmt: skip
-    assert [[step.name for step in variant.recipe().steps] for variant in found[4::2]] == [
-        ["expert_drop", "low_rank", "quantize"], ["quantize"],
-    ]  # fmt: skip
-
-
-def test_a_step_left_out_is_not_in_the_name_and_no_step_at_all_is_no_variant() -> None:
-    found = variants([{"steps": [["none", {"layer_drop": {"count": 1}}], ["none", {"quantize": {}}]]}])
-    assert [variant.name for variant in found] == ["quantize", "layer_drop", "layer_drop_quantize"]
-    assert [len(variant.recipe().steps) for variant in found] == [1, 1, 2]
-
-
-def test_texts_are_one_value_and_lists_of_texts_are_several() -> None:
-    drop = {"steps": [{"expert_drop": {"ratio": 0.25}}]}
-    assert len(variants([{**drop, "calibration": {"data": ["a.txt", "b.txt"]}}])) == 1
-    assert names({**drop, "calibration": {"data": [["x/a.txt", "b.txt"], ["b.txt"]]}}) == ["data-a.txt+b.txt", "data-b.txt"]
-
-
-def test_names_are_those_of_folders() -> None:
-    long = {"steps": [{"expert_drop": {"ratio": 0.25, "search": [{"genetic": {"population": 100 + i, "generations": 5}} for i in (0, 1)]}}]}
-    same = {"steps": [{"expert_drop": {"ratio": [0.25, 0.25], "counts": ["uniform", "importance"]}}]}
-    data = {
-        "steps": [{"expert_drop": {"ratio": 0.25}}],
-        "calibration": {"data": [["../a/x.txt"], ["/b/x.txt"], ["~/" + "y" * 300 + ".txt"]]},
-    }
-    for given, count in ((long, 2), (same, 2), (data, 3)):
-        found = names(given)
-        assert len(found) == len({name.lower() for name in found}) == count
-        assert all(name == Path(name).name and not name.startswith(".") and len(name) <= 80 for name in found), found
-
-
-def test_too_many_combinations_and_empty_lists_are_refused() -> None:
-    with pytest.raises(UserError, match="more than 500 combinations"):
-        variants([{"steps": [{"low_rank": {"ratio": [i / 100 for i in range(1, 40)], "alpha": [i / 100 for i in range(20)]}}]}])
-    with pytest.raises(UserError, match=r"steps.0.expert_drop.ratio is an empty list"):
-        variants([{"steps": [{"expert_drop": {"ratio": []}}]}])
-    with pytest.raises(UserError, match="several values are for trimoe sweep"):
-        recipes.load(DROP)
-
-
-def row(name: str, size: int, kl: float) -> Row:
-    return Row(
-        name=name, varied={}, method="expert_drop", bytes=size, share=size / 100, experts=1, active=1, kl=kl, kl_low=None, kl_high=None,
-        agreement=1, perplexity=2, perplexity_before=1, texts={}, kept=False,
-    )  # fmt: skip
-
-
-def test_the_frontier_is_what_nothing_beats() -> None:
-    rows = [row("small", 50, 0.5), row("worse", 60, 0.6), row("large", 80, 0.1), row("twin", 80, 0.1), row("same size", 50, 0.7)]
-    assert frontier(rows) == {"small", "large", "twin"}
-    assert standings.unbeaten([(0.5, 0.5), (0.6, 0.6), (0.5, 0.5), (0.4, float("nan")), (0.3, 0.9)]) == [True, False, True, False, True]
-    assert standings.unbeaten([(0.5, 2e-8), (0.6, 1e-8), (0.7, -0.0)]) == [True, False, False], "what rounding leaves decides nothing"
-
-
-def test_what_has_no_number_is_never_on_the_frontier() -> None:
-    rows = [row("broken", 10, float("nan")), row("burst", 20, float("inf")), row("good", 50, 0.5)]
-    assert frontier(rows) == {"good"} == frontier(rows[::-1])
-
-
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, family_folder: Families, text_file: Path) -> Path:
     out = tmp_path_factory.mktemp("sweep") / "out"
@@ -150,7 +61,7 @@ def run(model: Path, out: Path, letters: Path, recipe: Any = DROP, **options: An
 def test_a_sweep_leaves_numbers_and_recipes_and_no_weights(swept: Path) -> None:
     rows = json.loads((swept / "sweep.json").read_text())
     table = list(csv.DictReader((swept / "sweep.csv").open()))
-    assert rows["pending"] == [] and [entry["name"] for entry in rows["variants"]] == names(DROP) == [line["variant"] for line in table]
+    assert rows["pending"] == [] and [entry["name"] for entry in rows["variants"]] == NAMES == [line["variant"] for line in table]
     assert [line["ratio"] for line in table] == ["0.25", "0.25", "0.5", "0.5"] and {line["kept"] for line in table} == {""}
     sizes = [entry["bytes"] for entry in rows["variants"]]
     assert sizes[0] == sizes[1] > sizes[2] == sizes[3]
@@ -164,7 +75,7 @@ def test_the_frontier_is_drawn(swept: Path) -> None:
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
     page = (swept / "sweep.html").read_text()
-    assert all(name in page for name in names(DROP)) and (swept / "figures" / "frontier.svg").read_text().startswith("<svg")
+    assert all(name in page for name in NAMES) and (swept / "figures" / "frontier.svg").read_text().startswith("<svg")
 
 
 FEW: dict[str, Any] = {"calibration": {"search_tokens": 128, "search_memory": 0.00008}}  # GiB: fewer tokens fit the further one reaches
@@ -292,7 +203,7 @@ def test_what_is_kept_can_be_changed_afterwards(
     assert weights == {row.name for row in first.best} == {row.name for row in first.rows if row.kept} and 0 < len(weights) < 4
     trimoe.load(out / first.best[0].name)
     everything = run(model, out, text_file, keep="all")
-    assert {path.parent.name for path in out.glob("*/*.safetensors")} == set(names(DROP))
+    assert {path.parent.name for path in out.glob("*/*.safetensors")} == set(NAMES)
     assert [row.kl for row in everything.rows] == [row.kl for row in first.rows] and calls.seen.count("evaluate") == 4
     assert "| letters |" in (out / first.rows[0].name / "README.md").read_text()
     run(model, out, text_file, keep="none")
