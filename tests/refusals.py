@@ -57,10 +57,6 @@ class Line:
         assert out == ""
 
 
-def shards(source: Path) -> list[Path]:
-    return sorted(source.glob("*.safetensors"))
-
-
 def recipe_file(folder: Path, recipe: dict[str, Any] = UNIFORM) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe), encoding="utf-8")

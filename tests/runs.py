@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bad_input import snapshot
+from refusals import snapshot
 
 import trimoe
 from trimoe.skeleton import Skeleton

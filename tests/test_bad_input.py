@@ -11,7 +11,8 @@ from typing import Any
 import families
 import pytest
 import transformers
-from refusals import BASE, FACTORED, Family, Line, recipe_file, refused, shards
+from damage import shards
+from refusals import BASE, FACTORED, Family, Line, recipe_file, refused
 from transformers import AutoConfig
 
 from trimoe import calibration

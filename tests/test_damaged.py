@@ -10,20 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusals import BASE, Line, recipe_file, refused, shards
+from damage import edit_header, says, shards
+from refusals import BASE, Line, recipe_file, refused
 
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
 from trimoe.progress import LOG
-
-
-def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
 def overlap(header: dict[str, Any]) -> None:
@@ -100,16 +92,6 @@ def poison(value: float, key: str = "model.layers.1.") -> Callable[[Path], None]
         with open(source / info.file, "r+b") as file:
             file.seek(info.end - 4)
             file.write(struct.pack("<f", value))
-
-    return change
-
-
-def says(**fields: Any) -> Callable[[Path], None]:
-    """A configuration with other values."""
-
-    def change(source: Path) -> None:
-        path = source / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
     return change
 

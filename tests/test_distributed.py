@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import snapshot
 from safetensors.torch import load_file
-from test_bad_input import snapshot
 
 import trimoe
 from trimoe.calibration import in_batches

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import FACTORED, UNIFORM, Line, snapshot
 from safetensors.torch import save_file
-from test_bad_input import FACTORED, UNIFORM, Line, snapshot
 
 import trimoe
 from trimoe import disk
@@ -32,11 +32,6 @@ TRAINED = {**UNIFORM, "recover": {"method": "lora", "samples": 8, "length": 32, 
 TRAIN = ["--method", "lora", "--samples", "8", "--length", "32", "--set", "batch=4", "--set", "holdout=0.25", "--set", "rank=2"]
 
 
-@pytest.fixture
-def line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Line:
-    return Line(monkeypatch, capsys)
-
-
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_to_the_same_bytes() -> None:
     cases = "moe-i2,gptq,recipe-recover,lora,adapter"
@@ -44,6 +39,20 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bytes() -> None:
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].split()[0] == "all"
+
+
+def test_ctrl_c_says_that_the_run_goes_on(line: Line, text_file: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = compressing(source, text_file, tmp_path, UNIFORM)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def fail() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, "put", stop)
+            assert line.run(*words) == (130, "", "trimoe: stopped. The same compress, sweep or recover goes on where this one was.\n")
+
+    both(line, tmp_path, words, fail)
 
 
 # ---- the disk

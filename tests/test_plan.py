@@ -11,8 +11,8 @@ from typing import Any
 
 import families
 import pytest
+from refusals import Line
 from safetensors.torch import load_file, save_file
-from test_bad_input import Line
 
 import trimoe
 from trimoe import disk, engines, inspection, plan_table, spill

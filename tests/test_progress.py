@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import UNIFORM, Line, snapshot
 from rich.console import Console
-from test_bad_input import UNIFORM, Line, snapshot
 
 import trimoe
 from trimoe import progress
@@ -20,11 +20,6 @@ from trimoe.journal import FOLDER, Journal
 from trimoe.progress import LOG, QUIET, Reporter
 
 Family = Callable[[str], Path]
-
-
-@pytest.fixture
-def line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Line:
-    return Line(monkeypatch, capsys)
 
 
 def compress(family_folder: Family, text_file: Path, out: Path, recipe: Any = UNIFORM, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_bad_input import Line
+from refusals import Line
 
 import trimoe
 from trimoe import UserError

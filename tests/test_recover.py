@@ -13,8 +13,8 @@ import families
 import peft
 import pytest
 import torch
+from refusals import FACTORED, UNIFORM, snapshot
 from safetensors.torch import load_file
-from test_bad_input import FACTORED, UNIFORM, snapshot
 
 import trimoe
 from trimoe import UserError

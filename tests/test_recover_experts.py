@@ -12,8 +12,8 @@ from typing import Any
 import families
 import pytest
 import torch
+from refusals import snapshot
 from safetensors.torch import load_file, save_file
-from test_bad_input import snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from pages import SMALL, everything
-from test_bad_input import Line
+from refusals import Line
 
 import trimoe
 from trimoe import card

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pages import checked, everything
-from test_bad_input import Line
+from refusals import Line
 
 from trimoe import UserError
 

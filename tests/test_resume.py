@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bad_input import FACTORED, UNIFORM, Line, snapshot
+from refusals import FACTORED, UNIFORM, Line, snapshot
 
 import trimoe
 from trimoe import UserError

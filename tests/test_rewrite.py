@@ -9,8 +9,8 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from refusals import snapshot
 from safetensors.torch import load_file
-from test_bad_input import snapshot
 
 from trimoe.checkpoint import Checkpoint
 from trimoe.recover import rewrite

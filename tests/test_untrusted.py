@@ -11,19 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from damage import edit_header, says, shards
+from refusals import UNIFORM, snapshot
 from safetensors.torch import load_file, save_file
-from test_bad_input import UNIFORM, edit_header, says, shards, snapshot
 
 import trimoe
 from trimoe.errors import UserError, first_line
 
 Family = Callable[[str], Path]
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture
-def source(family_folder: Family, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(family_folder("mixtral"), tmp_path / "source"))
 
 
 def refusal(model: Path) -> str:

@@ -1,4 +1,4 @@
-"""The command line. Exit code 0: done; 2: the user's mistake, one sentence; 1: anything else."""
+"""The command line. Exit code 0: done; 2: the user's mistake, one sentence; 130: stopped by Ctrl-C; 1: anything else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import typer
 
 from trimoe import WORDS_ONLY
 from trimoe.cli import judge, look, make, show
+
+INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Make Mixture-of-Experts models smaller.")
 app.command()(look.inspect)
@@ -43,6 +45,10 @@ def main() -> None:
         if not isinstance(mistake, distributed.Elsewhere):
             print(f"trimoe: {mistake}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED and distributed.speaks():
+            print("trimoe: stopped. The same compress, sweep or recover goes on where this one was.", file=sys.stderr)
+        raise
     except OSError as failure:
         print(f"trimoe: {failure}", file=sys.stderr)
         sys.exit(1)
