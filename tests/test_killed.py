@@ -41,7 +41,9 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bytes() -> None:
     assert done.stdout.splitlines()[-1].split()[0] == "all"
 
 
-def test_ctrl_c_says_that_the_run_goes_on(line: Line, text_file: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_says_that_the_run_goes_on(
+    line: Line, text_file: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = compressing(source, text_file, tmp_path, UNIFORM)
 
     def stop(*_: Any) -> None:

@@ -87,13 +87,13 @@ def test_the_papers_numbers_have_a_source_and_rows_that_are_run(paper: str) -> N
                 mean = sum(numbers[place] for place in tasks) / len(tasks)
                 assert numbers[-1] == pytest.approx(mean, abs=0.1), f"{name} of table {table['number']}"
     for claim in about["claims"]:
-        assert {claim["better"], claim["worse"]} <= set(rows)
+        assert {claim["better"], claim["worse"], *claim.get("since", {}).values()} <= set(rows)
 
 
-def row(name: str, kl: float, perplexity: float) -> Row:
+def row(name: str, kl: float, perplexity: float, **more: Any) -> Row:
     return Row(
         name=name, varied={}, method="", bytes=1, share=1, experts=1, active=1, kl=kl, kl_low=None, kl_high=None, agreement=1,
-        perplexity=perplexity, perplexity_before=10, texts={}, kept=False,
+        perplexity=perplexity, perplexity_before=10, texts={}, kept=False, **more,
     )  # fmt: skip
 
 
@@ -110,7 +110,12 @@ def test_an_order_that_is_not_the_papers_is_found(capsys: pytest.CaptureFixture[
 
     rows = {"good": row("good", 0.3, 11.0), "bad": row("bad", 0.2, 12.0)}
     says = {"says": "good is good", "better": "good", "worse": "bad"}
-    assert comparison.claim(says, rows).holds is False and comparison.claim({**says, "by": "perplexity"}, rows).holds is True
+    assert comparison.claim(says, rows)[0].holds is False and comparison.claim({**says, "by": "perplexity"}, rows)[0].holds is True
+    trained = rows | {"good + train": row("good + train", 0.1, 10.5), "bad + train": row("bad + train", 0.15, 11.0)}
+    won = {"says": "wins more", "better": "good + train", "worse": "bad + train", "since": {"better": "good", "worse": "bad"}}
+    pair, numbers = comparison.claim(won, trained)
+    assert pair.holds is True and numbers == pytest.approx({"good + train": -0.2, "bad + train": -0.05})
+    assert comparison.claim({**won, "by": "perplexity"}, trained)[0].holds is False and comparison.claim(won, rows)[0].holds is None
     about = {"title": "T", "arxiv": "1", "read": "there", "tables": [table], "claims": [says, {**says, "better": "absent"}]}
     comparison.show(about, rows, "m")
     printed = capsys.readouterr().out
@@ -119,3 +124,9 @@ def test_an_order_that_is_not_the_papers_is_found(capsys: pytest.CaptureFixture[
         and "was not run" in printed
         and "2 of 3 pairs in the paper's order by KL; here bad before good" in printed
     )
+
+    comparison.show(
+        about, {name: row(name, 0.3, 11.0, accuracy=acc, accuracy_before=0.8) for name, acc in (("good", 0.7), ("bad", 0.6))}, "m"
+    )
+    printed = capsys.readouterr().out
+    assert "acc 0.800 -> 0.700" in printed and "3 of 3 pairs in the paper's order by accuracy" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from typer.testing import CliRunner
 
 import trimoe
-from trimoe import cli, tables
+from trimoe import UserError, cli, tables
 from trimoe.calibration import load_tokenizer
 from trimoe.evaluate import taskset
 from trimoe.progress import QUIET
@@ -258,6 +260,27 @@ def test_one_model_alone_and_examples_in_the_prompt(
 
 
 # ---- refusals
+
+
+def test_a_sweep_runs_tasks_too(family_folder: Callable[[str], Path], text_file: Path, files: SimpleNamespace, tmp_path: Path) -> None:
+    model, out = family_folder("mixtral"), tmp_path / "sweep"
+    of = {"text": [str(text_file)], "tokens": 64, "tasks": ["pair", files.blimp], "include": [files.yaml], "limit": 4}
+    drop = {"steps": [{"expert_drop": {"count": [1, 2], "counts": "uniform", "score": "frequency"}}]}
+    sweep = partial(trimoe.sweep, model, drop, out, calibration=[str(text_file)], samples=8, length=16, window=16, keep="all")
+    with pytest.raises(UserError, match="There is no task 'pear'"):
+        sweep(**{**of, "tasks": ["pear"]})
+    assert not out.exists()
+    for row in sweep(**of, cache=tmp_path / "cache").rows:
+        report = trimoe.evaluate(out / row.name, against=model, length=16, **of)
+        found = {f"{entry['task']} {entry['metric']}": entry for entry in report["tasks"] if entry["part_of"] in (None, "pair", "blimp")}
+        assert {name: entry["value"] for name, entry in row.tasks.items()} == {name: entry["value"] for name, entry in found.items()}
+        assert {"pair acc", "quiz acc", "quiz acc_norm", "again acc", "blimp acc"} <= set(row.tasks)
+        assert row.accuracy == pytest.approx((row.tasks["pair acc"]["value"] + row.tasks["blimp acc"]["value"]) / 2)
+        assert row.accuracy_before == pytest.approx((found["pair acc"]["against"]["value"] + found["blimp acc"]["against"]["value"]) / 2)
+    table = list(csv.DictReader((out / "sweep.csv").open()))
+    assert [float(line["accuracy"]) for line in table] == [float(line["pair acc"]) / 2 + float(line["blimp acc"]) / 2 for line in table]
+    with pytest.raises(UserError, match="holds"):
+        sweep(**{**of, "limit": 3})
 
 
 def refused(*arguments: str) -> str:

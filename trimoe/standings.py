@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from trimoe.write import write_text
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A measured variant. `share`, `experts`, `active`: of the original's bytes, routed-expert and active parameters. `kl` in nats per
-    token, mean over texts, with its interval where the evaluation gives one; `perplexity` is the geometric mean over texts."""
+    token, mean over texts, with its interval where the evaluation gives one; `perplexity` is the geometric mean over texts. `tasks`: values of
+    lm-eval's tasks by "TASK METRIC" ({value, stderr, before, difference_stderr}), of those asked for and of a group's members; `accuracy`:
+    the mean `acc` of those asked for, None without any."""
 
     name: str
     varied: dict[str, str]
@@ -38,6 +40,9 @@ class Row:
     perplexity_before: float
     texts: dict[str, dict[str, float]]
     kept: bool
+    tasks: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    accuracy: float | None = None
+    accuracy_before: float | None = None
 
     @classmethod
     def of(cls, variant: Variant, record: dict[str, Any], *, kept: bool) -> Row:
@@ -47,6 +52,9 @@ class Row:
         steps = [next(iter(step)) for step in record["recipe"]["steps"]]
         trained = [entry["method"] for entry in record.get("recovered", ())]
         low, high = of_mean_kl(report["texts"])
+        asked = [row for row in report.get("tasks") or () if row["part_of"] is None]
+        shown = [row for row in report.get("tasks") or () if row["part_of"] in (None, *(row["task"] for row in asked))]
+        accuracies = [row for row in asked if row["metric"] == "acc"]
         return cls(
             name=variant.name, varied=variant.varied, method=" + ".join([*steps, *trained]), bytes=after["file_bytes"],
             share=after["file_bytes"] / before["file_bytes"], experts=after["experts"] / before["experts"],
@@ -54,15 +62,26 @@ class Row:
             agreement=sum(text["agreement"] for text in texts) / len(texts),
             perplexity=_geometric([text["perplexity"] for text in texts]),
             perplexity_before=_geometric([text["against"]["perplexity"] for text in texts]),
-            texts={text["name"]: {"kl": text["kl"], "perplexity": text["perplexity"]} for text in texts}, kept=kept,
+            texts={text["name"]: {"kl": text["kl"], "perplexity": text["perplexity"]} for text in texts},
+            tasks={
+                f"{row['task']} {row['metric']}": {
+                    "value": row["value"], "stderr": row["stderr"], "before": row["against"]["value"], "difference_stderr": row["difference_stderr"],
+                } for row in shown
+            },
+            accuracy=_mean([row["value"] for row in accuracies]), accuracy_before=_mean([row["against"]["value"] for row in accuracies]), kept=kept,
         )  # fmt: skip
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.share:.1%} of the bytes, KL {self.kl:.4f}, perplexity {self.perplexity_before:.2f} -> {self.perplexity:.2f}"
+        tasks = f", acc {self.accuracy_before:.3f} -> {self.accuracy:.3f}" if self.accuracy is not None else ""
+        return f"{self.name}: {self.share:.1%} of the bytes, KL {self.kl:.4f}, perplexity {self.perplexity_before:.2f} -> {self.perplexity:.2f}{tasks}"
 
 
 def _geometric(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def frontier(rows: Sequence[Row]) -> set[str]:
@@ -77,17 +96,21 @@ def write_tables(out: Path, rows: Sequence[Row], pending: Sequence[str], command
     write_text(out / "sweep.json", json.dumps({"command": command, "variants": body, "pending": list(pending)}, indent=1) + "\n")
     varied = list(dict.fromkeys(key for row in rows for key in row.varied))
     texts = list(dict.fromkeys(name for row in rows for name in row.texts))
+    tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow([
         "variant", "frontier", *varied, "method", "bytes", "share", "experts", "active", "kl", "kl_low", "kl_high", "agreement", "perplexity",
-        "perplexity_before", *(f"{what} {name}" for name in texts for what in ("kl", "perplexity")), "kept",
+        "perplexity_before", *(f"{what} {name}" for name in texts for what in ("kl", "perplexity")),
+        *(["accuracy", "accuracy_before"] if tasks else []), *(f"{what}{name}" for name in tasks for what in ("", "stderr ", "before ")), "kept",
     ])  # fmt: skip
     for row in rows:
         writer.writerow([
             row.name, "yes" if row.name in best else "", *(row.varied.get(key, "") for key in varied), row.method, row.bytes, row.share,
             row.experts, row.active, row.kl, row.kl_low, row.kl_high, row.agreement, row.perplexity, row.perplexity_before,
-            *(row.texts.get(name, {}).get(what, "") for name in texts for what in ("kl", "perplexity")), "yes" if row.kept else "",
+            *(row.texts.get(name, {}).get(what, "") for name in texts for what in ("kl", "perplexity")),
+            *([row.accuracy, row.accuracy_before] if tasks else []),
+            *(row.tasks.get(name, {}).get(what, "") for name in tasks for what in ("value", "stderr", "before")), "yes" if row.kept else "",
         ])  # fmt: skip
     write_text(out / "sweep.csv", lines.getvalue())
 
@@ -111,17 +134,24 @@ def table(rows: Sequence[Row]) -> None:
     )  # fmt: skip
     shown.add_column("")
     shown.add_column("variant", overflow="fold", min_width=max([8, *(min(len(row.name), 40) for row in rows)]))
-    for name in ("bytes", "active", "KL", "agrees", "perplexity"):
+    tasks = any(row.accuracy is not None for row in rows)
+    for name in ("bytes", "active", "KL", "agrees", "perplexity", *(["acc"] if tasks else [])):
         shown.add_column(name, justify="right")
     for row in sorted(rows, key=lambda row: (row.bytes, row.kl)):
         between = f" ({row.kl_low:.4f}-{row.kl_high:.4f})" if row.kl_low is not None else ""
         shown.add_row(
             "*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}{between}",
             f"{row.agreement:.1%}", f"{row.perplexity:.2f}",
+            *([_accuracy(row.accuracy)] if tasks else []),
         )  # fmt: skip
     if rows:
-        shown.add_row("", "original", "100.0%", "100.0%", "0", "100.0%", f"{rows[0].perplexity_before:.2f}")
+        shown.add_row("", "original", "100.0%", "100.0%", "0", "100.0%", f"{rows[0].perplexity_before:.2f}",
+                      *([_accuracy(rows[0].accuracy_before)] if tasks else []))  # fmt: skip
     show(shown)
+
+
+def _accuracy(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def plot(out: Path, rows: Sequence[Row], reporter: Reporter) -> None:

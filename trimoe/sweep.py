@@ -25,7 +25,7 @@ from trimoe.alternatives import Variant, variants
 from trimoe.calibration import Calibration, load_tokenizer, read_text
 from trimoe.compress import Job, calibration_for, job_of, possible, record_of, with_calibration
 from trimoe.errors import UserError
-from trimoe.evaluate import Ends, evaluate, of_sources
+from trimoe.evaluate import Ends, evaluate, of_sources, taskset
 from trimoe.journal import Journal
 from trimoe.plan import Plan
 from trimoe.progress import QUIET, Reporter
@@ -71,6 +71,9 @@ def sweep(
     tokens: int = 32768,
     window: int = 2048,
     stride: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    include: Sequence[str | os.PathLike[str]] = (),
     keep: str = "none",
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -84,7 +87,8 @@ def sweep(
     recipe          as for compress, or a list of several, or a mapping from names to recipes; any field may be a list of values
                     (docs/sweep.md)
     changes, calibration, samples, length, seed, device, dtype   as for compress
-    text, tokens, stride, cache   as for evaluate; `window` is its length
+    text, tokens, stride, tasks, limit, include, cache   as for evaluate; `window` is its length. Without a `cache` folder the original runs
+                    the tasks again for every variant
     keep            whose weights stay: `none`, `frontier` (variants that no other beats in bytes and KL), `all`
     Killed and called again it goes on; called again with more values it makes only what is new.
     Raises UserError before anything is written if any variant is impossible, and at the end if one failed nevertheless.
@@ -92,7 +96,12 @@ def sweep(
     out, started = Path(out), time.monotonic()
     if keep not in KEEPS:
         raise UserError(f"keep is {keep!r}; {', '.join(KEEPS)} are known.")
-    for name, value, least in (("window", window, 2), ("stride", 1 if stride is None else stride, 1), ("tokens", tokens, 1)):
+    for name, value, least in (
+        ("window", window, 2),
+        ("stride", 1 if stride is None else stride, 1),
+        ("tokens", tokens, 1),
+        ("limit", limit or 1, 1),
+    ):
         if value < least:
             raise UserError(f"The evaluation's {name} is {value}; at least {least} is needed.")
     if distributed.launched():
@@ -110,6 +119,8 @@ def sweep(
     plans = _all(found, planned)
     tokenizer = load_tokenizer(skeleton.checkpoint)
     held = Ends.nbytes(skeleton, of_sources(skeleton, tokenizer, text, window, stride, tokens))  # what cannot be evaluated on is said now
+    if tasks:
+        taskset.find(tasks, include, None, reporter)  # a name or data that are not there, too
     read: dict[str, Calibration] = {}
 
     def ready(variant: Variant) -> Job:
@@ -122,6 +133,7 @@ def sweep(
 
     jobs = _all(found, ready)
     settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
+    settings |= {"tasks": list(tasks), "limit": limit} if tasks else {}
     inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": dtype, "evaluation": settings, "version": VERSION}
 
     entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
@@ -130,7 +142,7 @@ def sweep(
 
     def score(folder: Path) -> dict[str, Any]:
         return evaluate(
-            folder, against=str(model), text=text, length=window, stride=stride, tokens=tokens, device=device,
+            folder, against=str(model), text=text, length=window, stride=stride, tokens=tokens, tasks=tasks, limit=limit, include=include, device=device,
             dtype=compute_dtype(dtype), cache=cache, ends=ends, reporter=reporter,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 import trimoe
+from trimoe.evaluate.cache import default_folder
 from trimoe.progress import Reporter
 from trimoe.standings import Row
 
@@ -60,13 +61,26 @@ def perplexity_of(rows: Mapping[str, Row]) -> dict[str, float]:
     return {**dense, **{name: row.perplexity for name, row in rows.items()}}
 
 
-MEASURES: dict[str, Callable[[Mapping[str, Row]], dict[str, float]]] = {"kl": kl_of, "perplexity": perplexity_of}
+def error_of(rows: Mapping[str, Row]) -> dict[str, float]:
+    """1 - mean accuracy of the tasks, so that lower is better as it is for the others; nothing where tasks were not run."""
+    found = {name: 1 - row.accuracy for name, row in rows.items() if row.accuracy is not None}
+    before = [row.accuracy_before for row in rows.values() if row.accuracy_before is not None]
+    return ({"dense": 1 - before[0]} if before else {}) | found
 
 
-def claim(given: Mapping[str, Any], rows: Mapping[str, Row]) -> Pair:
+MEASURES: dict[str, Callable[[Mapping[str, Row]], dict[str, float]]] = {"kl": kl_of, "perplexity": perplexity_of, "accuracy": error_of}
+
+
+def claim(given: Mapping[str, Any], rows: Mapping[str, Row]) -> tuple[Pair, dict[str, float]]:
+    """Whether `better` is below `worse`, and the numbers of both; with `since`, what each has won since that row (negative) is compared."""
     ours = MEASURES[given.get("by", "kl")](rows)
+    numbers = {}
+    for side in ("better", "worse"):
+        name, since = given[side], given.get("since", {}).get(side)
+        if name in ours and (since is None or since in ours):
+            numbers[name] = ours[name] - (ours[since] if since is not None else 0.0)
     a, b = given["better"], given["worse"]
-    return Pair(a, b, ours[a] < ours[b] if a in ours and b in ours else None)
+    return Pair(a, b, numbers[a] < numbers[b] if len(numbers) == 2 else None), numbers
 
 
 def options(description: str | None, like: list[str]) -> argparse.ArgumentParser:
@@ -85,6 +99,9 @@ def options(description: str | None, like: list[str]) -> argparse.ArgumentParser
         help="tokens in a sample, and in an evaluated window (they do not overlap)",
     )
     arguments.add_argument("--tokens", type=int, default=32768, help="evaluated, of each text")
+    arguments.add_argument("--tasks", default="", help="lm-eval tasks, comma between: moe-i2-nine are those of the papers")
+    arguments.add_argument("--limit", type=int, help="documents of each task, at most")
+    arguments.add_argument("--include", nargs="*", default=[], help="folders of lm-eval task files (benchmarks/eval_offline.py makes one)")
     arguments.add_argument("--train", type=int, default=1000, help="samples to train on, in rows that train; 0 leaves them out")
     arguments.add_argument("--only", nargs="*", help="of the rows, those whose names contain one of these")
     arguments.add_argument("--out", default="papers", help="where the sweep lies; run again, it goes on")
@@ -105,7 +122,10 @@ def run(given: argparse.Namespace, name: str, recipes: Recipes, own_calibration:
     same = {} if own_calibration else {"calibration": given.calibration, "samples": given.samples, "length": given.length}
     found = trimoe.sweep(
         given.model, {row: wanted[row] for row in first.values()}, Path(given.out, folder(name, given.model)), **same, text=given.text,
-        tokens=given.tokens, window=given.length, stride=given.length, device=given.device, dtype=given.dtype, reporter=Reporter("auto"),
+        tokens=given.tokens, window=given.length, stride=given.length, tasks=[name for name in given.tasks.split(",") if name], limit=given.limit,
+        include=given.include,
+        cache=default_folder(),
+        device=given.device, dtype=given.dtype, reporter=Reporter("auto"),
     )  # fmt: skip
     made = dict(zip(first.values(), found.rows, strict=True))
     return {row: made[alike[row]] for row in wanted}
@@ -123,11 +143,11 @@ def show(about: Mapping[str, Any], rows: Mapping[str, Row], like: str) -> None:
     for name, row in sorted(rows.items(), key=lambda item: item[1].kl):
         print(
             f"  {name:<32} {row.share:6.1%} of the bytes  KL {row.kl:.4f}  perplexity {row.perplexity_before:.2f} -> {row.perplexity:.2f}"
+            + (f"  acc {row.accuracy_before:.3f} -> {row.accuracy:.3f}" if row.accuracy is not None else "")
         )
     print("\nClaims:")
     for given in about["claims"]:
-        pair = claim(given, rows)
-        ours = MEASURES[given.get("by", "kl")](rows)
+        pair, ours = claim(given, rows)
         numbers = f" ({_short(ours[pair.better])} and {_short(ours[pair.worse])})" if pair.holds is not None else ""
         verdict = {True: "holds", False: "DOES NOT HOLD", None: "was not run"}[pair.holds]
         print(f"  {verdict}: {given['says']}: {pair.better} before {pair.worse}{numbers}")
@@ -136,11 +156,12 @@ def show(about: Mapping[str, Any], rows: Mapping[str, Row], like: str) -> None:
 def _table(table: Mapping[str, Any], rows: Mapping[str, Row]) -> None:
     print(f"\nTable {table['number']}, {table['model']}: {table['judged']} in the paper, beside KL and perplexity here")
     column, sign = table["columns"].index(table["judged"]), 1 if table["better"] == "lower" else -1
-    kl, perplexity = kl_of(rows), perplexity_of(rows)
+    kl, perplexity, error = kl_of(rows), perplexity_of(rows), error_of(rows)
     for name, numbers in sorted(table["rows"].items(), key=lambda item: sign * item[1][column]):
         ours = f"KL {_short(kl[name])}  perplexity {perplexity[name]:.2f}" if name in kl and name in perplexity else "not run"
+        ours += f"  acc {1 - error[name]:.3f}" if name in error else ""
         print(f"  {name:<32} {numbers[column]:8.2f}   {ours}")
-    for measure, values in (("KL", kl), ("perplexity", perplexity)):
+    for measure, values in (("KL", kl), ("perplexity", perplexity), *([("accuracy", error)] if error else [])):
         known = [pair for pair in pairs(table, values) if pair.holds is not None]
         wrong = [f"{pair.worse} before {pair.better}" for pair in known if not pair.holds]
         print(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trimoe.cli.options import Device, Dtype, JsonFile, Model, Quiet, check_writable, command_line, reporter_of, write_json
+from trimoe.cli.options import Device, Dtype, JsonFile, Model, Quiet, check_writable, command_line, names_of, reporter_of, write_json
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
         card.check(Path(folder))
     report = trimoe.evaluate(
         folder, against=against, text=[] if text == ["none"] else text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens,
-        tasks=[name.strip() for name in tasks.split(",") if name.strip()], limit=limit, fewshot=fewshot, include=include, batch=batch,
+        tasks=names_of(tasks), limit=limit, fewshot=fewshot, include=include, batch=batch,
         stream=stream, generate=generate, device=device, dtype=compute_dtype(dtype), cache=default_folder() if cached else None,
         reporter=reporter,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from trimoe.cli.options import (
     Texts,
     check_writable,
     command_line,
+    names_of,
     print_plan,
     reporter_of,
     write_json,
@@ -77,6 +78,9 @@ def sweep(
     tokens: Annotated[int, typer.Option(help="scored tokens of each text, at most about")] = 32768,
     window: Annotated[int, typer.Option(help="evaluated windows, in tokens (cut to the model's context)")] = 2048,
     stride: Annotated[int | None, typer.Option(help="how far windows advance; half the window by default")] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma between, as for trimoe eval")] = "",
+    limit: Annotated[int | None, typer.Option(help="documents of each task, at most")] = None,
+    include: Annotated[list[Path], typer.Option(help="a folder of lm-eval task files (YAML, whose functions are run); repeatable")] = [],
     keep: Annotated[str, typer.Option(help="whose weights stay: none, frontier (variants that no other beats), all")] = "none",
     seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -88,7 +92,8 @@ def sweep(
     check_writable(json_file)
     found = trimoe.sweep(
         model, list(recipe), out, changes=changes, calibration=calibration, samples=samples, length=length, text=text or ["builtin:mixed"],
-        tokens=tokens, window=window, stride=stride, keep=keep, cache=default_folder(), seed=seed, device=device, dtype=dtype, command=command_line(),
+        tokens=tokens, window=window, stride=stride, tasks=names_of(tasks), limit=limit, include=include,
+        keep=keep, cache=default_folder(), seed=seed, device=device, dtype=dtype, command=command_line(),
         reporter=reporter_of(quiet),
     )  # fmt: skip
     write_json(json_file, {"out": str(found.out), "variants": [row.__dict__ for row in found.rows]})

@@ -26,6 +26,11 @@ JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="w
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 
 
+def names_of(tasks: str) -> list[str]:
+    """Of `--tasks A,B`."""
+    return [name.strip() for name in tasks.split(",") if name.strip()]
+
+
 def reporter_of(quiet: bool) -> Any:
     from trimoe.progress import Reporter
 
