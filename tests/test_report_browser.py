@@ -55,7 +55,16 @@ MEASURE = """<script>
     }
   }
   const scrolls = [...document.querySelectorAll("table")].every((table) => table.closest(".scroll"));
-  const found = { wrong, scrolls, width: window.innerWidth, page: document.documentElement.scrollWidth };
+  const silent = [...document.querySelectorAll("a[href], button, summary, [tabindex='0']")].filter((one) => {
+    if (!one.checkVisibility()) return false;
+    one.focus({ focusVisible: true });
+    const ring = getComputedStyle(one);
+    return document.activeElement !== one || (ring.outlineStyle === "none" && !one.matches(".skip"));
+  }).map((one) => one.outerHTML.slice(0, 80));
+  const mouse = [...document.querySelectorAll("main *")].filter((one) =>
+    one.checkVisibility() && one.scrollWidth > one.clientWidth + 1 && ["auto", "scroll"].includes(getComputedStyle(one).overflowX) && one.tabIndex < 0
+  ).map((one) => one.outerHTML.slice(0, 80));
+  const found = { silent, mouse, first: document.querySelector("a[href], button").className, wrong, scrolls, width: window.innerWidth, page: document.documentElement.scrollWidth };
   parent.document.body.append(Object.assign(parent.document.createElement("pre"), { id: "found", textContent: JSON.stringify(found) }));
 })();
 </script>"""
@@ -65,7 +74,7 @@ MEASURE = """<script>
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_it_fits_on_a_phone(made: Callable[[str], Path], tmp_path: Path) -> None:
     """390 pixels wide: the page itself does not scroll sideways (tables and wide charts do, in themselves), and no title, label or legend of
-    a chart is cut off."""
+    a chart is cut off. Everything that can be clicked or scrolled can be reached by the keyboard and shows that it was."""
     written = build.report([everything(made("naee"), tmp_path)], tmp_path / "page.html")[0].read_text()
     page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", written)
     frame = html.escape(page.removesuffix("</body>\n</html>") + MEASURE)  # a window has 500 pixels at least
@@ -73,3 +82,4 @@ def test_it_fits_on_a_phone(made: Callable[[str], Path], tmp_path: Path) -> None
     shown = opened(tmp_path / "frame.html", tmp_path / "phone", "--hide-scrollbars").stdout
     found = json.loads(html.unescape(shown.rpartition('<pre id="found">')[2].partition("</pre>")[0]))
     assert found["width"] == 390 and found["page"] == 390 and found["scrolls"] and found["wrong"] == []
+    assert found["first"] == "skip" and found["silent"] == [] and found["mouse"] == []

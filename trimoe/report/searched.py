@@ -10,6 +10,7 @@ from trimoe.report import charts
 from trimoe.report.read import Step, layer_rows
 from trimoe.report.section import Figure, Section, Table
 
+OPTIMUM = "all sets (optimum)"
 STEPS = 40  # points of an averaged trace
 
 
@@ -19,7 +20,8 @@ def section(step: Step) -> Section | None:
         return None
     way = step.fields.get("search")
     how = next(iter(way)) + " search" if isinstance(way, dict) and way else f"lowest {str(step.fields.get('score')).replace('_', ' ')}"
-    blocks = [figure for figure in (_found(layers, how), _trace(layers, how)) if figure is not None]
+    population = next(iter(way.values())).get("population") if isinstance(way, dict) and "genetic" in way else None
+    blocks = [figure for figure in (_found(layers, how), _trace(layers, how, population)) if figure is not None]
     return Section(
         name="search", title="The search for which experts go", blocks=blocks,
         text=f"Experts were chosen by {how}. The loss is the relative error of a layer's output on calibration tokens, re-routed without the "
@@ -29,9 +31,9 @@ def section(step: Step) -> Section | None:
 
 def _found(layers: dict[int, dict[str, Any]], how: str) -> Figure:
     names = {how: lambda row: row["losses"][0], "greedy": lambda row: row["greedy"], "random sets, mean": lambda row: row["random"],
-             "all sets (optimum)": lambda row: row.get("exhaustive")}  # fmt: skip
+             OPTIMUM: lambda row: row.get("exhaustive")}  # fmt: skip
     if how == "exhaustive search":
-        del names["all sets (optimum)"]
+        del names[OPTIMUM]
     if how == "greedy search":
         del names["greedy"]
     rows = [
@@ -53,7 +55,7 @@ def _found(layers: dict[int, dict[str, Any]], how: str) -> Figure:
     )  # fmt: skip
 
 
-def _trace(layers: dict[int, dict[str, Any]], how: str) -> Figure | None:
+def _trace(layers: dict[int, dict[str, Any]], how: str, population: int | None) -> Figure | None:
     """Over all layers: the best loss so far over the best that any way found, by evaluations."""
     layers = {index: row for index, row in layers.items() if row.get("random_trace") and row["losses"][0] > 0}
     if not layers:
@@ -80,11 +82,17 @@ def _trace(layers: dict[int, dict[str, Any]], how: str) -> Figure | None:
                 rows.append({"evaluations": at, "loss": sum(ratios) / len(ratios), "way": name})
     greedy = sum(row["greedy"] / floor[index] for index, row in layers.items()) / len(layers)
     rows += [{"evaluations": at, "loss": greedy, "way": "greedy"} for at in (grid[0], grid[-1])]
+    if all(row.get("exhaustive") for row in layers.values()):
+        best = sum(row["exhaustive"] / floor[index] for index, row in layers.items()) / len(layers)
+        rows += [{"evaluations": at, "loss": best, "way": OPTIMUM} for at in (grid[0], grid[-1])]
+    known = [how, "greedy", OPTIMUM, "random, best so far"]
+    order = [name for name in known if any(row["way"] == name for row in rows)] if how in series else None
+    note = "1 is the best loss that any way found in a layer (the optimum, where all sets were evaluated)."
     return Figure(
         name="search-trace", title="Best loss so far, mean over the layers",
         chart=charts.lines(rows, x="evaluations", y="loss", x_title="sets of experts evaluated", y_title="loss / best found by any way",
-                           series="way", log_x=True, log_y=True, step=True, order=[how, "greedy", "random, best so far"] if how in series else None),
-        note="1 is the best loss that any way found in a layer (the optimum, where all sets were evaluated).",
+                           series="way", log_x=True, log_y=True, step=True, order=order),
+        note=note + (f" A generation of the search is {population} of them." if population else ""),
         table=Table(
             caption="Best loss so far", head=("way", "evaluations", "loss / best found"),
             rows=[(row["way"], f"{row['evaluations']:,}", f"{row['loss']:.4f}") for row in rows],
