@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import string
 import subprocess
 import sys
@@ -37,6 +38,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "merged": [{"low_rank": {"ratio": 0.3, "form": "dense"}}, {"quantize": {"bits": 8, "group": 8, "method": "awq"}}],
     "gptq": [{"quantize": {"bits": 4, "group": 8}}],
     "prune": [{"weight_prune": {"ratio": 0.5, "score": "sparsegpt", "scope": "all-linear"}}],
+    "prune_rows": [{"weight_prune": {"ratio": 0.5}}],
     "prune_layer": [{"weight_prune": {"ratio": 0.5, "compare": "layer"}}],
     "depth": [{"layer_drop": {"count": 1, "rerank": "kl"}}],
 }
@@ -138,7 +140,9 @@ def test_a_share_of_a_team_of_one_is_the_layer_itself(family_folder: Family) -> 
 
 @NEW
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "count", "names"), [("mixtral", 2, list(RECIPES)), ("qwen2_moe", 4, ["drop", "low_rank", "gptq"])])
+@pytest.mark.parametrize(
+    ("family", "count", "names"), [("mixtral", 2, list(RECIPES)), ("qwen2_moe", 4, ["drop", "low_rank", "gptq", "prune_rows", "depth"])]
+)
 def test_the_result_is_that_of_one_process(
     family: str, count: int, names: list[str], family_folder: Family, letters: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +195,41 @@ def test_a_process_that_dies_ends_the_run_which_any_number_of_processes_resumes(
     ran = torchrun(3, *command, SHARDS="1")
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert snapshot(tmp_path / "again" / "gptq") == snapshot(tmp_path / "one" / "gptq")
+
+
+LEFT = """
+import os, sys
+from trimoe import cli, distributed
+def left(*_, **__):
+    with distributed.team() as team:
+        team.everyone(1)
+        if team.rank == 1:
+            os._exit(17)
+        team.everyone(2)
+cli.app = left
+cli.main()
+"""
+
+
+@NEW
+@pytest.mark.slow
+def test_who_is_left_behind_says_so() -> None:
+    """Without torchrun, which ends the others itself where it can: between machines it takes a while to hear of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEFT], env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 17]
+    lines = [line for line in said[0].splitlines() if line.startswith("trimoe: ")]
+    assert len(lines) == 1 and "process 0 of 2 lost the others (" in lines[0] and "The same command resumes." in lines[0], said[0]
+    assert "Traceback" not in said[0]
 
 
 @NEW

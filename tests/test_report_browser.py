@@ -64,7 +64,8 @@ MEASURE = """<script>
   const mouse = [...document.querySelectorAll("main *")].filter((one) =>
     one.checkVisibility() && one.scrollWidth > one.clientWidth + 1 && ["auto", "scroll"].includes(getComputedStyle(one).overflowX) && one.tabIndex < 0
   ).map((one) => one.outerHTML.slice(0, 80));
-  const found = { silent, mouse, first: document.querySelector("a[href], button").className, wrong, scrolls, width: window.innerWidth, page: document.documentElement.scrollWidth };
+  const first = document.querySelector("a[href], button").className;
+  const found = { silent, mouse, first, wrong, scrolls, width: window.innerWidth, page: document.documentElement.scrollWidth };
   parent.document.body.append(Object.assign(parent.document.createElement("pre"), { id: "found", textContent: JSON.stringify(found) }));
 })();
 </script>"""
