@@ -59,10 +59,11 @@ def test_tables_of_gigabytes_are_not_made(family: str, fields: dict[str, Any], f
     assert time.monotonic() - start < 20
 
 
-def test_one_line_of_others_exceptions(family_folder: Family, tmp_path: Path) -> None:
-    """torch says in two lines that a size cannot be unpacked."""
+@pytest.mark.parametrize("groups", [1 << 64, 0])
+def test_one_line_of_others_exceptions(groups: int, family_folder: Family, tmp_path: Path) -> None:
+    """torch says in two lines that a size cannot be unpacked; a router divides by its groups."""
     folder = Path(shutil.copytree(family_folder("deepseek_v3"), tmp_path / "source"))
-    says(n_group=1 << 64)(folder)
+    says(n_group=groups)(folder)
     assert "its router cannot be run by itself" in refusal(folder)
     assert first_line(ValueError("\n one \n two")) == "one"
     assert first_line(KeyError()) == "KeyError"

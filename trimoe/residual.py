@@ -96,7 +96,7 @@ def _try(pristine: nn.Module, site: Site, pair: bool, way: str) -> tuple[str | N
     }
     try:
         out = layer(hidden_states=x, **arguments)
-    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, ArithmeticError):
         return None
     out = out[0] if isinstance(out, tuple) else out
     if not isinstance(out, torch.Tensor) or out.shape != x.shape:

@@ -242,7 +242,7 @@ class Skeleton:
                 pruned.append((mask, _call(smaller, light)))
             bias = tensor_at(shell, site.bias).reshape(-1) if site.bias else None
             rule = routing.identify(_call(shell, light), pruned, x_TH, bias, hints)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
             raise UserError(f"{where}: its router cannot be run by itself ({first_line(error)}); not supported yet.") from None
         if rule is None:
             raise UserError(f"{where}: none of the known routing rules reproduces what its router computes; not supported yet.")
