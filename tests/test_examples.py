@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ def test_examples_run(path: Path, run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RECIPES, ids=lambda name: Path(name).stem)
 def test_recipes_run(name: str, eight_layers: Path, text_file: Path, tmp_path: Path) -> None:
-    """The plan comes true, and the result computes numbers."""
-    changes = []
+    """The plan comes true, and the result computes numbers, in the time that an example may take."""
+    changes, start = [], time.process_time()
     if recipe.load(name).recover is not None:
         changes = ["recover.samples=8", "recover.length=16", "recover.steps=2", "recover.epochs=1"]
     options = {"changes": changes, "samples": 8, "length": 16}
@@ -104,3 +105,4 @@ def test_recipes_run(name: str, eight_layers: Path, text_file: Path, tmp_path: P
         logits = trimoe.load(result.out, dtype="float32")(torch.arange(16)[None]).logits
     assert logits.shape[:2] == (1, 16)
     assert torch.isfinite(logits).all()
+    assert time.process_time() - start < SECONDS

@@ -33,12 +33,13 @@ TRAIN = ["--method", "lora", "--samples", "8", "--length", "32", "--set", "batch
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_to_the_same_bytes() -> None:
-    cases = "moe-i2,gptq,recipe-recover,lora,adapter"
-    words = [sys.executable, ROOT / "benchmarks/kills.py", "--kills", "12", "--seed", "7", "--cases", cases]
+@pytest.mark.parametrize("seed", ["7", "8"])  # fifty kills together
+def test_killed_at_any_moment_and_resumed_to_the_same_bytes(seed: str) -> None:
+    words = [sys.executable, ROOT / "benchmarks/kills.py", "--kills", "25", "--seed", seed]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].split()[0] == "all"
+    name, kills, wrong = done.stdout.splitlines()[-1].split()
+    assert name == "all" and int(kills) >= 25 and wrong == "0"
 
 
 def test_ctrl_c_says_that_the_run_goes_on(
