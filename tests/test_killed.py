@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +158,26 @@ def test_a_folder_that_cannot_be_written_to(
         line.monkeypatch.chdir(fixed)
         failed(line, words, "Read-only file system")
         line.monkeypatch.chdir(tmp_path)
+
+
+def test_a_folder_of_someone_elses(family_folder: Family, text_file: Path, line: Line) -> None:
+    """Refused by permission, then allowed: the same bytes."""
+    if os.geteuid() != 0:
+        pytest.skip("being someone else takes root")
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        shutil.copytree(family_folder("mixtral"), Path(folder, "model"))
+        text = Path(shutil.copy(text_file, folder))
+        words = compressing(Path(folder, "model"), text, Path(folder), FACTORED)
+        os.chmod(folder, 0o755)
+
+        def fail() -> None:
+            os.seteuid(65534)
+            try:
+                failed(line, words, "could not be read or written: Permission denied. Run the same command again once that is mended.")
+            finally:
+                os.seteuid(0)
+
+        both(line, Path(folder), words, fail)
 
 
 def test_what_cannot_be_written_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_leading_are_the_last_of_all(count: int) -> None:
     torch.testing.assert_close(values, every.flip(0)[:count], rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(gram @ vectors, vectors * values, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert (vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all(), "no sign is left to chance"
     best = all_vectors.flip(1)[:, :count]
     torch.testing.assert_close(vectors @ vectors.T, best @ best.T, rtol=0, atol=1e-7)
 

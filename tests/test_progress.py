@@ -43,6 +43,23 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert any(row.startswith("Think: ") for row in shown) and not any(row.startswith("Think: done") for row in shown)
 
 
+def test_plain_on_a_terminal_that_is_told_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    assert Reporter("auto").mode == "auto"
+    monkeypatch.setenv("TERM", "dumb")
+    assert Reporter("auto").mode == "plain"
+
+
+def test_a_log_inside_a_log(tmp_path: Path) -> None:
+    reporter = Reporter("quiet")
+    with reporter.logging(tmp_path / "outer", []):
+        with reporter.logging(tmp_path / "inner", []):
+            reporter.say("within")
+        reporter.say("after")
+    assert "within" not in (tmp_path / "outer").read_text() and "after" in (tmp_path / "outer").read_text()
+    assert "within" in (tmp_path / "inner").read_text()
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PLAIN_EVERY", 0.01)
     reporter = Reporter("quiet")

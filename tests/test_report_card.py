@@ -15,6 +15,7 @@ from refusals import Line
 
 import trimoe
 from trimoe import card
+from trimoe.progress import LOG
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -94,6 +95,7 @@ def test_what_was_measured_is_saved_before_it_is_printed(
         monkeypatch.setattr(f"trimoe.tables.{'bench' if verb == 'bench' else 'evaluation'}", gone)
         code, _, err = line.run(verb, folder, "--against", family_folder("mixtral"), "-q", "--json", tmp_path / f"{verb}.json")
         assert code == 1 and "Input/output error" in err
+        assert f"trimoe {verb} " in (folder / LOG).read_text().splitlines()[-3], "in the folder's log, too"
         assert json.loads((tmp_path / f"{verb}.json").read_text()) == {"trimoe": trimoe.__version__, **found}
         kept = json.loads((folder / "trimoe.json").read_text())[part]
         assert kept["command" if verb == "bench" else "commands"] and found.items() <= {**kept, "commands": found.get("commands")}.items()

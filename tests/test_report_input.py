@@ -101,7 +101,8 @@ def test_on_the_command_line(
     line, naee, other = Line(monkeypatch, capsys), made("naee"), made("expert-drop")
     (naee / "README.md").write_text("old")
     code, printed, err = line.run("report", naee, "--figures", tmp_path / "figures")
-    assert (code, err) == (0, "") and str(naee / "report.html") in printed
+    assert code == 0 and err.startswith("Draw the figures: done in ") and err.count("\n") == 1 and str(naee / "report.html") in printed
+    assert line.run("report", naee, "--figures", tmp_path / "figures", "-q")[::2] == (0, "")
     assert (naee / "report.html").is_file() and "# " in (naee / "README.md").read_text(), "the card is refreshed"
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert {"importance.svg", "importance.png", "search-trace.svg", "kl.png"} <= set(names)

@@ -20,6 +20,7 @@ from trimoe import recipe as recipes
 from trimoe.alternatives import variants
 from trimoe.errors import UserError
 from trimoe.evaluate import Ends, texts
+from trimoe.progress import LOG
 from trimoe.stats import Stats
 
 Families = Callable[[str], Path]
@@ -66,7 +67,10 @@ def test_a_sweep_leaves_numbers_and_recipes_and_no_weights(swept: Path) -> None:
     sizes = [entry["bytes"] for entry in rows["variants"]]
     assert sizes[0] == sizes[1] > sizes[2] == sizes[3]
     assert all(entry["frontier"] == (line["frontier"] == "yes") for entry, line in zip(rows["variants"], table, strict=True))
-    assert {path.name for path in (swept / "ratio-0.5_score-reap").iterdir()} == {"trimoe.json"}
+    assert {path.name for path in (swept / "ratio-0.5_score-reap").iterdir()} == {"trimoe.json", LOG}
+    logs = [(folder / LOG).read_text() for folder in (swept, swept / "ratio-0.5_score-reap")]
+    assert all("trimoe.sweep of " in logs[0] and f"{name}: " in logs[0] for name in NAMES) and "GiB of memory" in logs[0].splitlines()[-1]
+    assert "Write: done in" in logs[1] and "Compare: done in" in logs[0], "what was made is in the variant's log, the rest in the sweep's"
     again = recipes.load(str(swept / "ratio-0.5_score-reap.yaml"))
     assert again.steps[0].ratio == 0.5 and again.steps[0].score == "reap" and again.calibration.samples == 8  # type: ignore[union-attr]
 
@@ -316,7 +320,7 @@ def test_the_command_of_a_variant_makes_it(
     command = shlex.split(json.loads((made / "trimoe.json").read_text())["command"])
     assert command[:3] == ["trimoe", "compress", "my model"] and command[-6:] == ["--seed", "3", "--device", "cpu", "--dtype", "bfloat16"]
     again = Path(command[command.index("--out") + 1])
-    assert list(made.iterdir()) == [made / "trimoe.json"], "the weights have gone, the record has stayed"
+    assert {path.name for path in made.iterdir()} == {"trimoe.json", LOG}, "the weights have gone, the record has stayed"
     result = CliRunner().invoke(cli.app, [*command[1:], "--quiet"])
     assert result.exit_code == 0, result.output
     assert again == Path("it's here/out-score-reap")

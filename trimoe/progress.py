@@ -71,11 +71,12 @@ class _Count:
 
 
 class Reporter:
-    """Announces stages. `mode` auto: live on a terminal, plain lines otherwise."""
+    """Announces stages. `mode` auto: live on a terminal, plain lines otherwise (and with TERM=dumb)."""
 
     def __init__(self, mode: Mode = "quiet"):
         self.console = Console(stderr=True)
-        self.mode: Mode = "plain" if mode == "auto" and not self.console.is_terminal else mode
+        live = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.mode: Mode = "plain" if mode == "auto" and not live else mode
         self.log: Path | None = None
         self.early: list[str] | None = None  # what one run said before it had a log
 
@@ -109,8 +110,9 @@ class Reporter:
 
     @contextmanager
     def logging(self, path: Path, head: Iterable[str]) -> Iterator[None]:
-        """Append to the file `path`, first `head` and what was said so far; at the end how long it took and the most memory."""
-        start = time.monotonic()
+        """Append to the file `path`, first `head` and what was said so far; at the end how long it took and the most memory. What was the
+        log before is so again afterwards."""
+        start, outer = time.monotonic(), self.log
         self.log, early, self.early = path, self.early or [], None  # what is said after it is in no log
         for line in head:
             self.note(line)
@@ -122,7 +124,7 @@ class Reporter:
             raise
         finally:
             self.note(f"{time.monotonic() - start:.1f} s in all, at most {peak() / 2**30:.2f} GiB of memory")
-            self.log = None
+            self.log = outer
 
     # ---- stages
 

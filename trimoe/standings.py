@@ -181,4 +181,4 @@ def plot(out: Path, rows: Sequence[Row], reporter: Reporter) -> None:
         Section(name="variants", title="Variants", text="No other variant is as small and as near as those on the line.", blocks=[drawn])
     ]
     write_text(out / "sweep.html", charts_page(f"Sweep: {out.resolve().name}", sections))
-    write_figures(out / "figures", sections)
+    write_figures(out / "figures", sections, reporter)

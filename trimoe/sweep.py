@@ -28,7 +28,7 @@ from trimoe.errors import UserError
 from trimoe.evaluate import Ends, evaluate, of_sources, taskset
 from trimoe.journal import Journal
 from trimoe.plan import Plan
-from trimoe.progress import QUIET, Reporter
+from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe import Recipe
 from trimoe.shared_statistics import Shared
 from trimoe.skeleton import Skeleton
@@ -93,7 +93,7 @@ def sweep(
     Killed and called again it goes on; called again with more values it makes only what is new.
     Raises UserError before anything is written if any variant is impossible, and at the end if one failed nevertheless.
     """
-    out, started = Path(out), time.monotonic()
+    out, started, reporter = Path(out), time.monotonic(), reporter.fresh()
     if keep not in KEEPS:
         raise UserError(f"keep is {keep!r}; {', '.join(KEEPS)} are known.")
     for name, value, least in (
@@ -161,7 +161,7 @@ def sweep(
     )
     disk.check(out, _room(todo, keep) + statistics, max(spill, evaluating), left=0)
     reporter.say(f"{len(entries)} variants, {len(todo)} of them to be made.")
-    with journal:
+    with journal, logged(reporter, out / LOG, command or f"trimoe.sweep of {model} into {out}"):
         for entry in entries:
             body = yaml.safe_dump(entry.job.run.recipe.to_json(), sort_keys=False)
             write_text(out / f"{entry.variant.name}.yaml", body)
@@ -192,12 +192,12 @@ class Entry:
         return self.record() is not None and (self.folder / "config.json").is_file()
 
     def discard(self) -> None:
-        """Delete all but the record, config.json first: without it no half-deleted folder looks finished."""
+        """Delete all but the record and the log, config.json first: without it no half-deleted folder looks finished."""
         (self.folder / "config.json").unlink(missing_ok=True)
         for path in sorted(self.folder.iterdir()):
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != RECORD:
+            elif path.name not in (RECORD, LOG):
                 path.unlink()
 
     def row(self) -> Row:

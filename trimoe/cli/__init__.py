@@ -50,5 +50,12 @@ def main() -> None:
             print("trimoe: stopped. The same compress, sweep or recover goes on where this one was.", file=sys.stderr)
         raise
     except OSError as failure:
-        print(f"trimoe: {failure}", file=sys.stderr)
+        print(f"trimoe: {_said(failure)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _said(failure: OSError) -> str:
+    """What the disk did not do, in a sentence; what else is an OSError (a connection, a library's own) says it itself."""
+    if failure.strerror is None or failure.filename is None:
+        return str(failure)
+    return f"{failure.filename} could not be read or written: {failure.strerror}. Run the same command again once that is mended."

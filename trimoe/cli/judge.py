@@ -33,6 +33,7 @@ def evaluate(
     from trimoe import UserError, card, distributed, tables
     from trimoe.evaluate import origin
     from trimoe.evaluate.cache import default_folder
+    from trimoe.progress import LOG, logged
     from trimoe.stream import compute_dtype
 
     check_writable(json_file)
@@ -47,12 +48,13 @@ def evaluate(
     kept = distributed.speaks() and card.is_original(Path(folder), against)
     if kept:
         card.check(Path(folder))
-    report = trimoe.evaluate(
-        folder, against=against, text=[] if text == ["none"] else text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens,
-        tasks=names_of(tasks), limit=limit, fewshot=fewshot, include=include, batch=batch,
-        stream=stream, generate=generate, device=device, dtype=compute_dtype(dtype), cache=default_folder() if cached else None,
-        reporter=reporter,
-    )  # fmt: skip
+    with logged(reporter, Path(folder) / LOG, command_line(), main=kept):
+        report = trimoe.evaluate(
+            folder, against=against, text=[] if text == ["none"] else text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens,
+            tasks=names_of(tasks), limit=limit, fewshot=fewshot, include=include, batch=batch,
+            stream=stream, generate=generate, device=device, dtype=compute_dtype(dtype), cache=default_folder() if cached else None,
+            reporter=reporter,
+        )  # fmt: skip
     write_json(json_file, report)
     if kept:
         card.add_evaluation(Path(folder), report, command_line())

@@ -88,15 +88,18 @@ def bench(
     folder, the numbers are kept in its trimoe.json."""
     import trimoe
     from trimoe import card, distributed, tables
+    from trimoe.progress import LOG, logged
 
     check_writable(json_file)
     kept = distributed.speaks() and card.is_original(Path(folder), against)
     if kept:
         card.check(Path(folder))
-    report = trimoe.bench(
-        folder, against, prompt=prompt, generate=generate, batch=batch, rounds=rounds, device=device, dtype=dtype, backend=backend,
-        reporter=reporter_of(quiet),
-    )  # fmt: skip
+    reporter = reporter_of(quiet)
+    with logged(reporter, Path(folder) / LOG, command_line(), main=kept):
+        report = trimoe.bench(
+            folder, against, prompt=prompt, generate=generate, batch=batch, rounds=rounds, device=device, dtype=dtype, backend=backend,
+            reporter=reporter,
+        )  # fmt: skip
     write_json(json_file, report)
     if kept:
         card.add_bench(Path(folder), report, command_line())

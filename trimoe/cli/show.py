@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from trimoe.cli.options import Quiet, reporter_of
+
 
 def report(
     folders: Annotated[list[str], typer.Argument(help="finished folders: one in full, several against each other", show_default=False)],
     html: Annotated[Path | None, typer.Option(help="the page to write; DIR/report.html by default")] = None,
     figures: Annotated[Path | None, typer.Option(help="also write every chart as SVG and PNG into this folder")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """One self-contained page of everything that is known of a result; refreshes its model card."""
     from trimoe import card
@@ -26,7 +29,7 @@ def report(
         html = opened[0].folder / "report.html"
     for finished in opened:
         card.check(finished.folder)
-    written = build(folders, html, figures)
+    written = build(folders, html, figures, reporter_of(quiet))
     for finished in opened:
         card.refresh(finished.folder)
     print(f"The report lies in {written[0].resolve()}.")

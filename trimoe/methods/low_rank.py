@@ -226,15 +226,17 @@ def factor(w_mn: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut:
 
 
 def leading(gram_NN: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest eigenvalues, largest first, and their eigenvectors [N, count]. On a CPU, LAPACK's relatively robust
-    representations find a few of the eigenvectors in less time than all of them take (LOG.md)."""
+    """The `count` largest eigenvalues, largest first, and their eigenvectors [N, count], each with its largest number positive: LAPACK's
+    signs turn with the last bits, so with the number of threads. On a CPU its relatively robust representations find a few of the
+    eigenvectors in less time than all of them take (LOG.md)."""
     size = len(gram_NN)
     if gram_NN.device.type == "cpu" and 0 < count <= size // 3:
         span = (size - count, size - 1)
         values, vectors = (torch.from_numpy(part) for part in eigh(gram_NN.numpy(), subset_by_index=span, driver="evr", check_finite=False))
     else:
         values, vectors = (part[..., size - count :] for part in torch.linalg.eigh(gram_NN))
-    return values.flip(0), vectors.flip(1)
+    vectors = vectors.flip(1)
+    return values.flip(0), vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
 
 
 def spectrum(w_mn: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from trimoe import disk
 from trimoe.compared import of_mean_kl
 from trimoe.errors import UserError, reading
+from trimoe.progress import QUIET, Reporter
 from trimoe.report import charts, chosen, measured, size
 from trimoe.report.page import charts_page, check_figures, is_ours, write_figures
 from trimoe.report.read import Finished, interval
@@ -16,14 +17,16 @@ from trimoe.report.section import Code, Figure, Section, Table
 from trimoe.write import write_text
 
 
-def report(folders: Sequence[str | Path], html: Path | None = None, figures: Path | None = None) -> list[Path]:
+def report(
+    folders: Sequence[str | Path], html: Path | None = None, figures: Path | None = None, reporter: Reporter = QUIET
+) -> list[Path]:  # fmt: skip
     """Write the page `html` on finished folders (one in full, several against each other) and, into the folder `figures`, its charts as SVG
     and PNG. Returns the files, the page first. Raises UserError for folders that are not finished or whose record
     does not make sense, and where `html` or `figures` cannot be written or is a file that is no page of trimoe's."""
     opened = [Finished.open(folder) for folder in folders]
     if html is not None:
         _check_page(html)
-    with reading(Path(", ".join(str(folder.folder / "trimoe.json") for folder in opened))):
+    with reporter.stage("Draw the page"), reading(Path(", ".join(str(folder.folder / "trimoe.json") for folder in opened))):
         made = full(opened[0]) if len(opened) == 1 else compared(opened)
         page = charts_page(title_of(opened), made, subtitle=subtitle_of(opened)) if html is not None else ""
     if figures is not None:
@@ -32,7 +35,7 @@ def report(folders: Sequence[str | Path], html: Path | None = None, figures: Pat
     if html is not None:
         write_text(html, page)
         files.append(html)
-    return files + (write_figures(figures, made) if figures is not None else [])
+    return files + (write_figures(figures, made, reporter) if figures is not None else [])
 
 
 def _check_page(html: Path) -> None:

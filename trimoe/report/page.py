@@ -17,6 +17,7 @@ from typing import Any
 
 from trimoe import disk
 from trimoe.errors import UserError
+from trimoe.progress import QUIET, Reporter
 from trimoe.report import theme
 from trimoe.report.section import Figure, Section
 from trimoe.version import VERSION
@@ -75,11 +76,11 @@ def check_figures(folder: Path, sections: Sequence[Section]) -> None:
     disk.probe(folder / "x", "The figures")
 
 
-def write_figures(folder: Path, sections: Sequence[Section]) -> list[Path]:
+def write_figures(folder: Path, sections: Sequence[Section], reporter: Reporter = QUIET) -> list[Path]:
     """Every chart as FOLDER/name.svg and name.png (light, twice the size). Returns the files."""
     folder.mkdir(exist_ok=True)
-    files = []
-    for figure in figures(sections):
+    files, drawn = [], list(figures(sections))
+    for figure in reporter.track(drawn, "Draw the figures", len(drawn)):
         spec = {**_spec(figure), "background": "white"}
         options: dict[str, Any] = {"vl_version": VEGA_LITE, "config": theme.LIGHT, "allowed_base_urls": []}
         svg, png = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
