@@ -279,6 +279,8 @@ def test_a_sweep_runs_tasks_too(family_folder: Callable[[str], Path], text_file:
         assert row.accuracy_before == pytest.approx((found["pair acc"]["against"]["value"] + found["blimp acc"]["against"]["value"]) / 2)
     table = list(csv.DictReader((out / "sweep.csv").open()))
     assert [float(line["accuracy"]) for line in table] == [float(line["pair acc"]) / 2 + float(line["blimp acc"]) / 2 for line in table]
+    with pytest.raises(UserError, match="limit is 0; at least 1"):
+        sweep(**{**of, "limit": 0})
     with pytest.raises(UserError, match="holds"):
         sweep(**{**of, "limit": 3})
 

@@ -22,7 +22,7 @@ from trimoe.write import write_text
 class Row:
     """A measured variant. `share`, `experts`, `active`: of the original's bytes, routed-expert and active parameters. `kl` in nats per
     token, mean over texts, with its interval where the evaluation gives one; `perplexity` is the geometric mean over texts. `tasks`: values of
-    lm-eval's tasks by "TASK METRIC" ({value, stderr, before, difference_stderr}), of those asked for and of a group's members; `accuracy`:
+    lm-eval's tasks by "TASK METRIC [FILTER]" ({value, stderr, before, difference_stderr}), of those asked for and of a group's members; `accuracy`:
     the mean `acc` of those asked for, None without any."""
 
     name: str
@@ -64,7 +64,7 @@ class Row:
             perplexity_before=_geometric([text["against"]["perplexity"] for text in texts]),
             texts={text["name"]: {"kl": text["kl"], "perplexity": text["perplexity"]} for text in texts},
             tasks={
-                f"{row['task']} {row['metric']}": {
+                " ".join([row["task"], row["metric"], *([row["filter"]] if "filter" in row else [])]): {
                     "value": row["value"], "stderr": row["stderr"], "before": row["against"]["value"], "difference_stderr": row["difference_stderr"],
                 } for row in shown
             },

@@ -100,7 +100,7 @@ def sweep(
         ("window", window, 2),
         ("stride", 1 if stride is None else stride, 1),
         ("tokens", tokens, 1),
-        ("limit", limit or 1, 1),
+        ("limit", 1 if limit is None else limit, 1),
     ):
         if value < least:
             raise UserError(f"The evaluation's {name} is {value}; at least {least} is needed.")

@@ -123,9 +123,7 @@ def run(given: argparse.Namespace, name: str, recipes: Recipes, own_calibration:
     found = trimoe.sweep(
         given.model, {row: wanted[row] for row in first.values()}, Path(given.out, folder(name, given.model)), **same, text=given.text,
         tokens=given.tokens, window=given.length, stride=given.length, tasks=[name for name in given.tasks.split(",") if name], limit=given.limit,
-        include=given.include,
-        cache=default_folder(),
-        device=given.device, dtype=given.dtype, reporter=Reporter("auto"),
+        include=given.include, cache=default_folder(), device=given.device, dtype=given.dtype, reporter=Reporter("auto"),
     )  # fmt: skip
     made = dict(zip(first.values(), found.rows, strict=True))
     return {row: made[alike[row]] for row in wanted}
