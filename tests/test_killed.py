@@ -213,6 +213,29 @@ def test_killed_before_the_first_half_of_a_recipe_was_tidied_up(
     both(line, tmp_path, words, fail)
 
 
+def test_killed_while_a_finished_recipe_was_tidied_up(
+    family_folder: Family, text_file: Path, tmp_path: Path, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal that is left is the training's, whose inputs are not those of the recipe."""
+    words = compressing(family_folder("mixtral"), text_file, tmp_path, TRAINED)
+    closed = Journal.close
+    line.monkeypatch.chdir(tmp_path)
+
+    def stop(journal: Journal) -> None:
+        if journal.out == Path("out"):
+            raise KeyError("power cut")
+        closed(journal)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "close", stop)
+        with pytest.raises(KeyError, match="power cut"):
+            line.run(*words)
+    assert (tmp_path / "out" / FOLDER / "inputs.json").is_file() and (tmp_path / "out" / "config.json").is_file()
+    made = {name: value for name, value in snapshot(tmp_path / "out").items() if not name.startswith(FOLDER)}
+    assert line.run(*words)[0] == 0
+    assert snapshot(tmp_path / "out") == made
+
+
 # ---- two at once, and the source
 
 

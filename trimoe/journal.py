@@ -50,6 +50,13 @@ class Journal:
         return self
 
     def _begin(self) -> None:
+        self._take()
+        if (self.folder / "inputs.json").is_file():  # of a run that came in between
+            self.refuse_other_content()
+        write_text(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
+
+    def _take(self) -> None:
+        """The folder is this run's, or nothing happens."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the run ends)
         try:
@@ -57,9 +64,6 @@ class Journal:
         except OSError:
             self._lock.close()
             raise UserError(f"Another run is writing to {self.out}; wait for it, or give another folder.") from None
-        if (self.folder / "inputs.json").is_file():  # of a run that came in between
-            self.refuse_other_content()
-        write_text(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
@@ -82,10 +86,13 @@ class Journal:
             stats.save(self.folder / f"{stage}.safetensors")
 
     def tidy(self) -> None:
-        """What a run leaves that was killed between its last file and `close`; nobody else may be at it."""
+        """What a run leaves that was killed between its last file and `close`, a recovery's in a recipe's folder too; nobody else may be at it."""
         if self.team.from_main(self.folder.exists):
-            with self:
+            self.team.from_main(self._take)
+            try:
                 self.close()
+            finally:
+                self.__exit__()
 
     def close(self) -> None:
         """The run is finished: nothing but the checkpoint stays."""
