@@ -71,7 +71,7 @@ def test_what_is_measured_stays_out_of_the_record(family_folder: Family, text_fi
 
 
 def test_without_time_nothing_is_measured(family_folder: Family, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.Speed, "busy", False)  # of a busy machine nothing is kept
+    monkeypatch.setattr(machine.Rates, "busy", False)  # of a busy machine nothing is kept
     code, text, _ = line.run("plan", str(family_folder("mixtral")), "--recipe", "expert-drop", "--no-time", "--json")
     assert code == 0 and json.loads(text)["time"] is None and not (tmp_path / "cache").exists()
     assert line.run("plan", str(family_folder("mixtral")), "--recipe", "expert-drop")[0] == 0
