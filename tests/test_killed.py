@@ -54,7 +54,7 @@ def test_ctrl_c_says_that_the_run_goes_on(
     def fail() -> None:
         with monkeypatch.context() as patch:
             patch.setattr(Writer, "put", stop)
-            assert line.run(*words) == (130, "", "trimoe: stopped. The same compress, sweep or recover goes on where this one was.\n")
+            assert line.run(*words) == (130, "", "trimoe: stopped. The same command goes on where this one was.\n")
 
     both(line, tmp_path, words, fail)
 
@@ -234,6 +234,30 @@ def test_killed_while_a_finished_recipe_was_tidied_up(
     made = {name: value for name, value in snapshot(tmp_path / "out").items() if not name.startswith(FOLDER)}
     assert line.run(*words)[0] == 0
     assert snapshot(tmp_path / "out") == made
+
+
+@pytest.mark.parametrize("lost", ["weights", "tokenizer", "configuration"])
+def test_a_finished_folder_that_lost_a_file_is_not_finished(
+    lost: str, family_folder: Family, text_file: Path, tmp_path: Path, line: Line
+) -> None:
+    words = compressing(family_folder("mixtral"), text_file, tmp_path, UNIFORM)
+    line.monkeypatch.chdir(tmp_path)
+    assert line.run(*words)[0] == line.run(*words)[0] == 0
+    training = ["recover", "out", "-o", "trained", "-q", *TRAIN]
+    assert line.run(*training)[0] == line.run(*training)[0] == 0
+    for name, again in (("out", words), ("trained", training)):
+        shutil.copytree(name, tmp_path / "kept")
+        folder = tmp_path / name
+        if lost == "weights":
+            next(folder.glob("*.safetensors")).unlink()
+        elif lost == "tokenizer":
+            for path in folder.glob("tokenizer*"):
+                path.unlink()
+        else:
+            (folder / "config.json").write_text((folder / "config.json").read_text() + "}")
+        line.refused(f"{name} was finished and is no longer whole: ", *again)
+        shutil.rmtree(folder)
+        (tmp_path / "kept").rename(folder)
 
 
 # ---- two at once, and the source

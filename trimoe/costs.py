@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from trimoe import depth, hf
+from trimoe.errors import FOREIGN
 from trimoe.headers import DTYPES
 from trimoe.layout import Layout
 from trimoe.methods.low_rank import rank_share
@@ -61,7 +62,7 @@ def caches(skeleton: Skeleton) -> list[Cache] | None:
     def found() -> list[Cache] | None:
         try:
             return list(_caches(skeleton))
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):  # whatever its own code raises
+        except FOREIGN:
             return None
 
     return skeleton.remembered("caches", found)

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What an architecture's own code raises on numbers that it was not made for. NotImplementedError is a RuntimeError.
+FOREIGN = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
+
 
 class UserError(ValueError):
     """A mistake in the input: what was given, where, and what is allowed."""

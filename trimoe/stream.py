@@ -32,7 +32,7 @@ def usable_device(device: str) -> torch.device:
     try:
         torch.ones(1, device=device, dtype=torch.float64).sum().item()  # double precision is needed, which not every device has
         return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"The device {device!r} cannot be used here ({first_line(error)}).") from None
 
 

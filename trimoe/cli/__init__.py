@@ -47,7 +47,8 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED and distributed.speaks():
-            print("trimoe: stopped. The same compress, sweep or recover goes on where this one was.", file=sys.stderr)
+            goes_on = sys.argv[1:2] and sys.argv[1] in ("compress", "sweep", "recover")
+            print("trimoe: stopped." + (" The same command goes on where this one was." if goes_on else ""), file=sys.stderr)
         raise
     except OSError as failure:
         print(f"trimoe: {_said(failure)}", file=sys.stderr)
