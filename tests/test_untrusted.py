@@ -16,6 +16,7 @@ from refusals import UNIFORM, snapshot
 from safetensors.torch import load_file, save_file
 
 import trimoe
+from trimoe import hf
 from trimoe.errors import UserError, first_line
 
 Family = Callable[[str], Path]
@@ -68,6 +69,20 @@ def test_one_line_of_others_exceptions(groups: int, family_folder: Family, tmp_p
     assert first_line(ValueError("\n one \n two")) == "one"
     assert first_line(KeyError()) == "KeyError"
     assert len(first_line(ValueError("x" * 5000))) == 160
+
+
+def test_ctrl_c_is_not_a_mistake_in_the_configuration(family_folder: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the middle of building, transformers' own tidying up fails with something else."""
+
+    def stopped(*_: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise UnboundLocalError("original_init_weights")
+
+    monkeypatch.setattr(hf, "build_bare", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trimoe.inspect(str(family_folder("mixtral")))
 
 
 # ---- headers

@@ -140,12 +140,20 @@ def with_calibration(recipe: Recipe, sources: Sequence[str], samples: int | None
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: a few lines of them stand for gigabytes."""
+    """Without aliases: a few lines of them stand for gigabytes. And without keys given twice, of which YAML's readers drop one."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias, written *name; write the value out")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"it has the key {key.value!r} twice in one place")
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
 
 
 def _yaml(source: str, where: str) -> Any:
