@@ -122,6 +122,24 @@ def test_recipe_files_that_mean_harm(line: Line, source: Path, text_file: Path, 
         refused(line, message, source, text_file, tmp_path, recipe=str(tmp_path / f"{name}.yaml"))
 
 
+def test_keys_given_twice(line: Line, source: Path, text_file: Path, tmp_path: Path) -> None:
+    """YAML's readers keep one of them and say nothing."""
+    twice = {
+        "steps": "steps: [{expert_drop: {ratio: 0.25}}]\nsteps: [{low_rank: {ratio: 0.3}}]\n",
+        "ratio": "steps: [{expert_drop: {ratio: 0.25, ratio: 0.5}}]\n",
+    }
+    for key, body in twice.items():
+        (tmp_path / "twice.yaml").write_text(body)
+        refused(line, f"it has the key '{key}' twice in one place", source, text_file, tmp_path, recipe=str(tmp_path / "twice.yaml"))
+
+
+def test_one_expert_in_a_stock_folder(line: Line, text_file: Path, tmp_path: Path) -> None:
+    """transformers' own configuration cannot say it; a native one can, where some layers keep more."""
+    families.save("mixtral", tmp_path / "top1", num_experts_per_tok=1)
+    drop = {"steps": [{"expert_drop": {"count": 7, "counts": "uniform", "score": "frequency", "search": "none"}}]}
+    refused(line, "leaves one expert in every layer", tmp_path / "top1", text_file, tmp_path, recipe=drop)
+
+
 def test_ratios_that_break_router_groups(line: Line, family_folder: Family, text_file: Path, tmp_path: Path) -> None:
     folder = family_folder("deepseek_v3")
     refused(line, "in 2 router groups", folder, text_file, tmp_path, recipe={"steps": [{"expert_drop": {"count": 1, "counts": "uniform"}}]})

@@ -37,11 +37,11 @@ def words(folder: Path, **recipe: Any) -> list[str]:
 def test_table_and_json_say_the_same(family_folder: Family, line: Line) -> None:
     folder = str(family_folder("deepseek_v2"))
     code, shown, _ = line.run(
-        "plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "8"
+        "plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "512"
     )
     assert code == 0 and all(len(row) <= 80 for row in shown.splitlines()) and "\x1b" not in shown
     code, text, _ = line.run(
-        "plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "8", "--json"
+        "plan", folder, "--recipe", "expert-drop-int4", "--set", "steps.1.group=8", "--processes", "4", "--samples", "512", "--json"
     )
     body = json.loads(text)
     assert code == 0 and f"{body['after']['file_bytes']:,}" in shown and f"{body['after']['active']:,}" in shown

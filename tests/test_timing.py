@@ -18,6 +18,7 @@ import torch
 from test_distributed import NEW, torchrun
 
 from trimoe import machine, recipe, timing, work
+from trimoe.errors import UserError
 from trimoe.machine import ROWS, Rates
 from trimoe.methods import LowRank
 from trimoe.skeleton import Skeleton
@@ -190,6 +191,9 @@ def test_sets_that_a_search_is_compared_with_are_counted(family_folder: Family) 
 
 def test_more_processes_take_less_time_and_send_more(family_folder: Family) -> None:
     skeleton, parsed = Skeleton.of(str(family_folder("mixtral"))), recipe.load(MOE_I2)
+    with pytest.raises(UserError, match="makes 4 batches, too few for 8 processes"):  # as compress says it
+        timing.estimate(skeleton, parsed, processes=8, speed=SPEED)
+    parsed = recipe.with_calibration(parsed, (), 512, None)
     found = [timing.estimate(skeleton, parsed, processes=count, speed=SPEED) for count in (1, 2, 8)]
     assert found[0]["seconds"] == found[2]["seconds"]
     assert found[0]["shared_seconds"] > found[1]["shared_seconds"] > found[2]["shared_seconds"] > found[0]["seconds"] / 8

@@ -45,9 +45,32 @@ class Calibration:
         return in_batches(self.samples_NL, device)
 
 
+def check_whole(out: Path) -> None:
+    """Raises UserError where a finished model folder has lost weights, tokenizer or configuration since."""
+    try:
+        load_tokenizer(Checkpoint.open(out))
+    except UserError as reason:
+        raise UserError(
+            f"{out} was finished and is no longer whole: {reason} Delete the folder to make it again, or give another."
+        ) from None
+
+
 def in_batches(samples_NL: torch.Tensor, device: str) -> list[torch.Tensor]:
     """Batches of about as many tokens as suit the device."""
-    return list(samples_NL.split(max(1, batch_tokens(device) // samples_NL.shape[1])))
+    return list(samples_NL.split(per_batch(samples_NL.shape[1], device)))
+
+
+def per_batch(length: int, device: str) -> int:
+    """Samples of so many tokens in one batch."""
+    return max(1, batch_tokens(device) // length)
+
+
+def check_shared_out(batches: int, processes: int) -> None:
+    """Raises UserError where some of the processes would have no batch."""
+    if batches < processes:
+        raise UserError(
+            f"The calibration text makes {batches} batches, too few for {processes} processes; start fewer, or take more --samples."
+        )
 
 
 def batch_tokens(device: str) -> int:

@@ -13,14 +13,14 @@ import torch
 
 from trimoe import card, disk, recorded
 from trimoe import recipe as recipes
-from trimoe.calibration import Calibration, calibrate
+from trimoe.calibration import Calibration, calibrate, check_shared_out, check_whole
 from trimoe.decide import Run, decide, rounded
 from trimoe.disk import human
 from trimoe.distributed import ALONE, Team, team
 from trimoe.errors import UserError, reading
 from trimoe.gather import statistics
 from trimoe.headers import DTYPES, read_json
-from trimoe.journal import FOLDER, Journal
+from trimoe.journal import FOLDER, STAGE, Journal
 from trimoe.layout import Layout
 from trimoe.linears import linears
 from trimoe.methods import ExpertDrop, LowRank, WeightPrune
@@ -144,7 +144,7 @@ class Job:
         given = main.from_main(lambda: _given_stats(stats, run.about, run.skeleton, run.recipe))
         if run.recipe.recover is None:
             return self.compressed(out, before, given, out)
-        stage = out / FOLDER / "compressed"
+        stage = out / FOLDER / STAGE
         if not stage.exists():
             Journal(out, self.inputs).refuse_other_content()
         made = _finished(stage, self.inputs, None)
@@ -255,10 +255,7 @@ def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, report
 def _batches(text: Calibration, device: str, processes: Team) -> list[torch.Tensor]:
     """The batches of one process, whatever the number of processes: each takes some whole."""
     batches = text.batches(device)
-    if len(batches) < processes.count:
-        raise UserError(
-            f"The calibration text makes {len(batches)} batches, too few for {processes.count} processes; start fewer, or take more --samples."
-        )
+    check_shared_out(len(batches), processes.count)
     return batches
 
 
@@ -310,6 +307,7 @@ def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None) -> Res
     record = record_of(out, inputs, recover) if (out / "config.json").is_file() else None
     if record is None:
         return None
+    check_whole(out)
     decisions = {int(i): LayerDecision.from_json(value) for i, value in record["decisions"].items()}
     metrics = record["metrics"]
     if record.get("recovered"):

@@ -110,11 +110,19 @@ def plan(
     smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
     native = layout.native or smaller.native or most.open_counts
     check_target(parsed, native, skeleton, least.decisions)
+    _refuse_lone_experts(native, skeleton, least.decisions)
     open_ = Open(
         slack=most.slack + _header_slack(layout) if most.open_bytes else 0, parameters=most.slack // WIDEST, least_bytes=smaller.nbytes,
         counts=most.open_counts, layers=most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
     )  # fmt: skip
     return describe(skeleton, layout, parsed, native=native, tokens=tokens, open_=open_, device=device)
+
+
+def _refuse_lone_experts(native: bool, skeleton: Skeleton, decisions: Decisions) -> None:
+    """A stock configuration that counts one expert is no MoE model to what loads it; native ones say it layer by layer."""
+    left = {len(decision.keep) for index, decision in decisions.items() if index in skeleton.sites and decision.gone is None}
+    if not native and left == {1} and skeleton.num_experts > 1:
+        raise UserError("The recipe leaves one expert in every layer, which a stock checkpoint cannot say; leave at least 2 of them.")
 
 
 @dataclass(frozen=True)

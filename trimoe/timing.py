@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from trimoe.calibration import check_shared_out, most_tokens, per_batch
 from trimoe.errors import UserError
 from trimoe.machine import Rates, rates
 from trimoe.recipe import Recipe
@@ -22,7 +24,9 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
     """Seconds and work of every stage, and with several `processes` (each as fast as this machine is now) their seconds and the bytes that
     they send to each other. Stages in the order of the run; of several statistics passes each is one. Where `device` cannot be used here and
     no `speed` is given, seconds are None."""
-    note = NOTE
+    spec, length, note = recipe.calibration, min(recipe.calibration.length, skeleton.context), NOTE
+    samples = most_tokens(spec.sources, spec.samples, length) // length
+    check_shared_out(math.ceil(samples / per_batch(length, device)), processes)
     if speed is None:
         check_device(device)
         try:
