@@ -244,6 +244,26 @@ def test_a_run_that_only_harms_gives_the_folder_back(finished: Finished, text_fi
 # ---- interrupted and repeated runs
 
 
+def test_the_advice_of_a_run_that_diverged_can_be_followed(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder, out, fields = finished("mixtral"), tmp_path / "out", section("lora", repetitive)
+    with pytest.raises(UserError, match=r"Training diverged at step \d+: .*give a rate below 1e\+30"):
+        trimoe.recover(folder, out, {**fields, "rate": 1e30})
+    assert trimoe.recover(folder, out, {**fields, "rate": 1e-4}).metrics["trained"] > 0 and not (out / ".trimoe").exists()
+    for name, value in (("rate", float("inf")), ("temperature", 1e-300)):
+        with pytest.raises(UserError, match=name):
+            trimoe.recover(folder, tmp_path / "no", {**section("logits", repetitive), name: value})
+    assert not (tmp_path / "no").exists()
+    recipe = {**SPARSE, "recover": {**fields, "rate": 1e30}}
+    source, options = (
+        json.loads((folder / "trimoe.json").read_text())["model"],
+        {"calibration": [str(repetitive)], "samples": 4, "length": 32},
+    )
+    with pytest.raises(UserError, match="Training diverged"):
+        trimoe.compress(source, recipe, tmp_path / "both", **options)
+    trimoe.compress(source, {**SPARSE, "recover": {**fields, "rate": 1e-4}}, tmp_path / "both", **options)
+    assert json.loads((tmp_path / "both" / "trimoe.json").read_text())["recovered"][0]["spec"]["rate"] == 1e-4
+
+
 def cut(patch: pytest.MonkeyPatch, step: int) -> None:
     optimise = loop.Training._optimise
 

@@ -15,6 +15,7 @@ from trimoe.stats import Stats
 from trimoe.write import write_text
 
 FOLDER = ".trimoe"  # inside the output folder until the run is finished
+STAGE = "compressed"  # in it: what a recipe with recover trains
 
 
 class Journal:
@@ -33,7 +34,7 @@ class Journal:
             return
         begun = self.folder / "inputs.json"
         if not begun.is_file() and FOLDER in (names := {path.name for path in self.out.iterdir()}) and names <= {FOLDER, LOG}:
-            return  # killed before it had begun
+            return  # killed before it had begun, or forgotten
         if not begun.is_file():
             raise UserError(f"The output folder {self.out} is not empty; give one that is empty or does not exist.")
         before = json.loads(begun.read_text(encoding="utf-8"))
@@ -84,6 +85,14 @@ class Journal:
     def put_stats(self, stage: str, stats: Stats) -> None:
         if self.team.main:
             stats.save(self.folder / f"{stage}.safetensors")
+
+    def forget(self) -> None:
+        """Nothing is kept of what this run has done, but the first half of a recipe: another may begin in the folder."""
+        for path in self.folder.iterdir():
+            if path.is_file():
+                path.unlink()
+            elif path.name != STAGE:
+                shutil.rmtree(path)
 
     def tidy(self) -> None:
         """What a run leaves that was killed between its last file and `close`, a recovery's in a recipe's folder too; nobody else may be at it."""

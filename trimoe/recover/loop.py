@@ -40,6 +40,10 @@ STATE = "training.pt"
 Loss = Callable[[nn.Module, torch.Tensor, Sequence[int]], torch.Tensor]  # (model, ids [B, L], their sample numbers) -> scalar
 
 
+class Diverged(UserError):
+    """Training left the numbers: the rate is too high."""
+
+
 @dataclass
 class Job:
     """What is trained, and by which loss. `goal`: the validation number that says which state is best. `constants`: what a loss fixed on
@@ -193,7 +197,7 @@ class Training:
             self.accelerator.backward(loss)
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise UserError(f"Training diverged at step {self.step + 1}: the loss is {total}; give a rate below {self.spec.peak:g}.")
+            raise Diverged(f"Training diverged at step {self.step + 1}: the loss is {total}; give a rate below {self.spec.peak:g}.")
         self.accelerator.clip_grad_norm_(list(self.job.trained.values()), self.spec.clip)
         self.optimizer.step()
         if self.job.held is not None:
@@ -229,7 +233,7 @@ class Training:
         if self.job.teacher is not None:
             entry["kl"] = kl
         if not math.isfinite(entry[self.job.goal]):
-            raise UserError(
+            raise Diverged(
                 f"Training diverged at step {self.step}: the loss on held-out text is {loss}; give a rate below {self.spec.peak:g}."
             )
         return entry

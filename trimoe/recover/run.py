@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trimoe import card, distributed, hf
-from trimoe.calibration import Calibration, in_batches
+from trimoe.calibration import Calibration, check_whole, in_batches
 from trimoe.errors import UserError
 from trimoe.headers import DTYPES
 from trimoe.journal import FOLDER, Journal
@@ -21,7 +21,7 @@ from trimoe.loading import load
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recover import adapters, experts
 from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for
-from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
+from trimoe.recover.loop import Diverged, Job, Training, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
 from trimoe.recover.rewrite import Rewriter
 from trimoe.recover.spec import Recover, parsed
@@ -119,7 +119,12 @@ def recover(
     with journal if main else contextlib.nullcontext(), logged(reporter, out / LOG, command or call, main=main):
         rewriter = Rewriter(student.checkpoint, out)
         by_layer = spec.method == "experts" and spec.stream
-        metrics, job, changed = (_by_layer(run, rewriter, journal), None, {}) if by_layer else _as_a_whole(run, processes)
+        try:
+            metrics, job, changed = (_by_layer(run, rewriter, journal), None, {}) if by_layer else _as_a_whole(run, processes)
+        except Diverged:  # its advice, another rate, can be followed in the same folder
+            if main:
+                journal.forget()
+            raise
         if processes.is_main_process:
             entry = {
                 "method": spec.method, "spec": spec.to_json(), "metrics": metrics, "teacher": original.name if original else None,
@@ -295,6 +300,11 @@ def _finished(out: Path, spec: Recover, inputs: dict[str, Any]) -> Recovered | N
     try:
         record = json.loads((out / names[0]).read_text(encoding="utf-8"))
         entry = record if spec.adapter else record["recovered"][-1]
-        return Recovered(out, entry["metrics"]) if entry["inputs"] == json.loads(json.dumps(inputs)) else None
+        if entry["inputs"] != json.loads(json.dumps(inputs)):
+            return None
+        found = Recovered(out, entry["metrics"])
     except (ValueError, KeyError, TypeError, IndexError):
         return None
+    if not spec.adapter:
+        check_whole(out)
+    return found

@@ -50,13 +50,13 @@ class Recover:
     epochs: Annotated[int, Field(ge=1)] = 1
     steps: Annotated[int, Field(ge=1)] | None = None
     batch: Annotated[int, Field(ge=1)] = 8
-    rate: Annotated[float, Field(gt=0)] | None = None
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     train: Literal["lora", "full"] = "lora"
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     top_k: Annotated[int, Field(ge=1)] = 64
     patience: Annotated[int, Field(ge=1)] = 8
     adapter: bool = False
