@@ -12,7 +12,9 @@ import pytest
 from pages import checked, everything
 from refusals import Line
 
-from trimoe import UserError
+import trimoe
+from trimoe import UserError, card
+from trimoe.evaluate import origin
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -114,6 +116,25 @@ def test_on_the_command_line(
     assert (code, err) == (0, "")
     read = checked((tmp_path / "both.html").read_text())
     assert {"frontier", "kl-by-text"} <= {attributes.get("data-chart") for attributes in read.all("div")}
+
+
+def test_a_comparison_says_what_was_trained_and_what_cannot_be_compared(
+    made: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    folder, trained = made("moe-pruner-2-4"), tmp_path / "trained"
+    command = "trimoe recover it"
+    trimoe.recover(folder, trained, {"method": "experts", "samples": 8, "length": 16, "steps": 1, "data": str(text_file)}, command=command)
+    folders = [everything(folder, tmp_path), trained]
+
+    def shown(tokens: int) -> str:
+        for one in folders:
+            count = tokens if one == trained else 64
+            card.add_evaluation(one, trimoe.evaluate(one, against=origin(one), text=[str(text_file)], length=16, tokens=count))
+        return build.report(folders, tmp_path / "both.html")[0].read_text()
+
+    alike = shown(64)
+    assert "weight_prune + recover (experts)" in alike and command in alike and "NOT evaluated alike" not in alike
+    assert "NOT evaluated alike" in shown(32)
 
 
 def test_pictures_of_others_are_not_replaced(made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,7 @@ def title_of(folders: Sequence[Finished]) -> str:
 def subtitle_of(folders: Sequence[Finished]) -> str:
     if len(folders) > 1:
         return ", ".join(folder.name for folder in folders)
-    steps = " + ".join(step.name for step in folders[0].steps)
-    return f"{folders[0].folder}: {steps} on {folders[0].model}"
+    return f"{folders[0].folder}: {folders[0].method} on {folders[0].model}"
 
 
 def full(folder: Finished) -> list[Section]:
@@ -78,7 +78,7 @@ def compared(folders: Sequence[Finished]) -> list[Section]:
     names = unique([folder.name for folder in folders])
     points = [point for folder, name in zip(folders, names, strict=True) if (point := point_of(folder, name)) is not None]
     rows = [
-        (name, " + ".join(step.name for step in folder.steps), f"{folder.after['file_bytes']:,}", f"{folder.share:.1%}",
+        (name, folder.method, f"{folder.after['file_bytes']:,}", f"{folder.share:.1%}",
          f"{folder.kl:.4f}" if folder.kl is not None else "not evaluated", folder.model)
         for folder, name in zip(folders, names, strict=True)
     ]  # fmt: skip
@@ -95,6 +95,9 @@ def compared(folders: Sequence[Finished]) -> list[Section]:
     text = "KL to the original on held-out text (the mean over the texts), by the share of the original's bytes."
     if len(models) > 1:
         text += f" These were made from {len(models)} different models: compare within a model."
+    asked = {json.dumps(folder.asked) for folder in folders if folder.kl is not None}
+    if len(asked) > 1:
+        text += " They were NOT evaluated alike (texts, their tokens, windows or stride differ): their KLs cannot be compared; run trimoe eval alike on each."
     missing = [name for folder, name in zip(folders, names, strict=True) if folder.kl is None]
     if missing:
         text += f" Not evaluated against the original yet (trimoe eval DIR): {', '.join(missing)}."
@@ -102,7 +105,7 @@ def compared(folders: Sequence[Finished]) -> list[Section]:
     kl = _by_text(folders, names)
     if kl:
         made.append(Section(name="texts", title="By text", blocks=kl))
-    commands = [Code(title=name, text=str(folder.record["command"])) for folder, name in zip(folders, names, strict=True)]
+    commands = [Code(title=name, text="\n".join(folder.commands)) for folder, name in zip(folders, names, strict=True)]
     made.append(Section(name="commands", title="Commands", text="trimoe report DIR shows one of them in full.", blocks=commands))
     return made
 
@@ -117,9 +120,8 @@ def point_of(folder: Finished, name: str) -> dict[str, Any] | None:
     if folder.kl is None:
         return None
     low, high = of_mean_kl(folder.texts)
-    method = " + ".join(step.name for step in folder.steps) + (" + recover" if folder.recovered else "")
     return {
-        "name": name, "method": method, "bytes": folder.after["file_bytes"], "share": folder.share, "kl": folder.kl, "kl_low": low, "kl_high": high,
+        "name": name, "method": folder.method, "bytes": folder.after["file_bytes"], "share": folder.share, "kl": folder.kl, "kl_low": low, "kl_high": high,
     }  # fmt: skip
 
 

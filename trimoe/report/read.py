@@ -102,6 +102,22 @@ class Finished:
         return self.record.get("recovered") or []
 
     @property
+    def method(self) -> str:
+        """What was done to it, in order."""
+        return " + ".join([step.name for step in self.steps] + [f"recover ({entry['method']})" for entry in self.recovered])
+
+    @property
+    def commands(self) -> list[str]:
+        """Those that made it, in order; a recipe's training has no command of its own."""
+        return list(dict.fromkeys([str(self.record["command"]), *(str(entry["command"]) for entry in self.recovered)]))
+
+    @property
+    def asked(self) -> list[Any]:
+        """What it was evaluated on."""
+        texts = [(row["name"], row["tokens"]) for row in self.texts]
+        return [self.evaluation.get("length"), self.evaluation.get("stride"), texts]
+
+    @property
     def share(self) -> float:
         """The result's safetensors bytes over the original's."""
         return self.after["file_bytes"] / self.before["file_bytes"]
