@@ -123,31 +123,32 @@ def _finite(value: Any) -> Any:
 
 
 def table(rows: Sequence[Row]) -> None:
-    """The rows on standard output, the smallest first; a star is on the frontier."""
-    from rich.table import Table
+    """The rows on standard output, the smallest first; a star is on the frontier. Where there is little room, without the columns that
+    matter least."""
+    from trimoe.plan_table import Fitting, show
 
-    from trimoe.plan_table import show
+    narrower = ((), ("95 %",), ("95 %", "agrees"), ("95 %", "agrees", "active"))
+    show(Fitting(tuple(lambda left_out=left_out: _table(rows, left_out) for left_out in narrower)))  # type: ignore[misc]
+    print("* no other variant is as small and as near to the original.\n  KL(original || variant) in nats/token, mean of texts")
 
-    best = frontier(rows)
-    shown = Table(
-        title="Sweep", caption="* no other variant is as small and as near to the original. KL(original || variant) in nats/token, mean of texts",
-    )  # fmt: skip
-    shown.add_column("")
-    shown.add_column("variant", overflow="fold", min_width=max([8, *(min(len(row.name), 40) for row in rows)]))
-    tasks = any(row.accuracy is not None for row in rows)
-    for name in ("bytes", "active", "KL", "agrees", "perplexity", *(["acc"] if tasks else [])):
-        shown.add_column(name, justify="right")
+
+def _table(rows: Sequence[Row], left_out: Sequence[str]) -> Any:
+    from trimoe import plan_table
+
+    names = ["", "variant", "bytes", "active", "KL", "95 %", "agrees", "perplexity"]
+    names += ["acc"] if any(row.accuracy is not None for row in rows) else []
+    shown, best = plan_table.table(*(name for name in names if name not in left_out), left=2), frontier(rows)
+
+    def add(*cells: str) -> None:
+        shown.add_row(*(cell for name, cell in zip(names, cells, strict=False) if name not in left_out))
+
     for row in sorted(rows, key=lambda row: (row.bytes, row.kl)):
-        between = f" ({row.kl_low:.4f}-{row.kl_high:.4f})" if row.kl_low is not None else ""
-        shown.add_row(
-            "*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}{between}",
-            f"{row.agreement:.1%}", f"{row.perplexity:.2f}",
-            *([_accuracy(row.accuracy)] if tasks else []),
-        )  # fmt: skip
+        between = f"{row.kl_low:.4f}-{row.kl_high:.4f}" if row.kl_low is not None else ""
+        add("*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}", between, f"{row.agreement:.1%}",
+            f"{row.perplexity:.2f}", _accuracy(row.accuracy))  # fmt: skip
     if rows:
-        shown.add_row("", "original", "100.0%", "100.0%", "0", "100.0%", f"{rows[0].perplexity_before:.2f}",
-                      *([_accuracy(rows[0].accuracy_before)] if tasks else []))  # fmt: skip
-    show(shown)
+        add("", "original", "100.0%", "100.0%", "0", "", "100.0%", f"{rows[0].perplexity_before:.2f}", _accuracy(rows[0].accuracy_before))
+    return shown
 
 
 def _accuracy(value: float | None) -> str:

@@ -38,11 +38,11 @@ def _texts(report: dict[str, Any], versus: bool) -> None:
         box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1),
     )  # fmt: skip
     table.add_column("text", overflow="fold")
-    columns = [("against_perplexity", "perplexity before", ".3f"), ("perplexity", "perplexity", ".3f"), ("kl", "KL, nats/token", ".4f"),
-               ("agreement", "top-1 agreement", ".1%")]  # fmt: skip
+    columns = [("against_perplexity", "perplexity\nbefore", ".3f"), ("perplexity", "perplexity", ".3f"), ("kl", "KL,\nnats/token", ".4f"),
+               ("agreement", "top-1\nagreement", ".1%")]  # fmt: skip
     shown = columns if versus else columns[1:2]
     for name in ("tokens", *(label for _, label, _ in shown)):
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", no_wrap=True)  # the text's name gives way: half a number is another number
     for row in report["texts"]:
         values = row | ({"against_perplexity": row["against"]["perplexity"]} if versus else {})
         cells = [row["name"], f"{row['tokens']:,}"]
