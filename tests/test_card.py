@@ -12,7 +12,6 @@ from trimoe import UserError, card, tables
 from trimoe.cli.options import check_writable, write_json
 from trimoe.evaluate import origin
 from trimoe.form import form_of
-from trimoe.standings import Row, frontier
 from trimoe.version import VERSION
 
 TEXTS: dict[str, Any] = {"model": "m", "against": "o", "length": 64, "stride": 32, "texts": [{"name": "a", "kl": 0.1}], "mean_kl": 0.1}
@@ -210,17 +209,6 @@ def test_a_saving_of_nothing_has_no_sign() -> None:
     assert tables.traffic_cells([one, one | {"bytes_per_token": 103_000.0}])[2] == "-3.0%"
 
 
-def test_numbers_that_are_none_are_on_no_frontier() -> None:
-    def row(name: str, size: int, kl: float) -> Row:
-        return Row(
-            name=name, varied={}, method="m", bytes=size, share=0.5, experts=0.5, active=0.5, kl=kl, kl_low=None, kl_high=None, agreement=0.9,
-            perplexity=9.0, perplexity_before=8.0, texts={}, kept=True,
-        )  # fmt: skip
-
-    rows = [row("a", 1, 0.3), row("b", 2, 0.1), row("c", 3, 0.2), row("nan", 1, float("nan")), row("inf", 0, float("inf"))]
-    assert frontier(rows) == {"a", "b"}
-
-
 def test_names_in_tables_are_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     ends = {"kl": [0.04781, 0.08123], "perplexity": [68.9123, 101.2345], "against_perplexity": [60.1, 70.2], "agreement": [0.8, 0.9]}
@@ -229,6 +217,7 @@ def test_names_in_tables_are_text(capsys: pytest.CaptureFixture[str], monkeypatc
     tables.evaluation({"model": "m[v2]", "against": "o", "length": 64, "stride": 32, "texts": [row]})
     shown = capsys.readouterr().out
     assert "m[v2]" in shown and "[/x]" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines()), "and no number is broken"
     assert "0.0478-0.0812" in shown and "68.912-101.234" in shown and "80.0-90.0%" in shown
 
 

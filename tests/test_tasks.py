@@ -279,6 +279,15 @@ def test_a_sweep_runs_tasks_too(family_folder: Callable[[str], Path], text_file:
         assert row.accuracy_before == pytest.approx((found["pair acc"]["against"]["value"] + found["blimp acc"]["against"]["value"]) / 2)
     table = list(csv.DictReader((out / "sweep.csv").open()))
     assert [float(line["accuracy"]) for line in table] == [float(line["pair acc"]) / 2 + float(line["blimp acc"]) / 2 for line in table]
+    other = shutil.copytree(files.yaml, tmp_path / "yaml")
+    (other / "again.yaml").write_text((other / "again.yaml").read_text().replace("doc_to_target: 0", "doc_to_target: 1"))
+    with pytest.raises(UserError, match="another evaluation"):
+        sweep(**{**of, "include": [other]})  # a task of the same name
+    for asked in ({"limit": 4}, {"include": [files.yaml]}):
+        with pytest.raises(UserError, match=f"{next(iter(asked))} is about tasks"):
+            trimoe.sweep(model, drop, out, **asked)
+        with pytest.raises(UserError, match=f"{next(iter(asked))} is about tasks"):
+            trimoe.evaluate(model, **asked)
     with pytest.raises(UserError, match="limit is 0; at least 1"):
         sweep(**{**of, "limit": 0})
     with pytest.raises(UserError, match="holds"):

@@ -25,7 +25,7 @@ from trimoe.alternatives import Variant, variants
 from trimoe.calibration import Calibration, load_tokenizer, read_text
 from trimoe.compress import Job, calibration_for, job_of, possible, record_of, with_calibration
 from trimoe.errors import UserError
-from trimoe.evaluate import Ends, evaluate, of_sources, taskset
+from trimoe.evaluate import Ends, evaluate, harness, of_sources, taskset
 from trimoe.journal import Journal
 from trimoe.plan import Plan
 from trimoe.progress import LOG, QUIET, Reporter, logged
@@ -104,6 +104,7 @@ def sweep(
     ):
         if value < least:
             raise UserError(f"The evaluation's {name} is {value}; at least {least} is needed.")
+    taskset.check_asked(tasks, limit=limit, include=include)
     if distributed.launched():
         raise UserError("trimoe sweep runs in one process; start it without torchrun, or compress the variants one by one.")
     if not text:
@@ -119,8 +120,7 @@ def sweep(
     plans = _all(found, planned)
     tokenizer = load_tokenizer(skeleton.checkpoint)
     held = Ends.nbytes(skeleton, of_sources(skeleton, tokenizer, text, window, stride, tokens))  # what cannot be evaluated on is said now
-    if tasks:
-        taskset.find(tasks, include, None, reporter)  # a name or data that are not there, too
+    asked = taskset.find(tasks, include, None, reporter).tasks if tasks else {}  # a name or data that are not there, too
     read: dict[str, Calibration] = {}
 
     def ready(variant: Variant) -> Job:
@@ -133,7 +133,7 @@ def sweep(
 
     jobs = _all(found, ready)
     settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
-    settings |= {"tasks": list(tasks), "limit": limit} if tasks else {}
+    settings |= {"tasks": {name: harness.task_identity(task, limit) for name, task in asked.items()}} if tasks else {}
     inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": dtype, "evaluation": settings, "version": VERSION}
 
     entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]

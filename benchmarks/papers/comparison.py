@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 import trimoe
+from trimoe.cli.options import names_of
 from trimoe.evaluate.cache import default_folder
 from trimoe.progress import Reporter
 from trimoe.standings import Row
@@ -122,7 +123,7 @@ def run(given: argparse.Namespace, name: str, recipes: Recipes, own_calibration:
     same = {} if own_calibration else {"calibration": given.calibration, "samples": given.samples, "length": given.length}
     found = trimoe.sweep(
         given.model, {row: wanted[row] for row in first.values()}, Path(given.out, folder(name, given.model)), **same, text=given.text,
-        tokens=given.tokens, window=given.length, stride=given.length, tasks=[name for name in given.tasks.split(",") if name], limit=given.limit,
+        tokens=given.tokens, window=given.length, stride=given.length, tasks=names_of(given.tasks), limit=given.limit,
         include=given.include, cache=default_folder(), device=given.device, dtype=given.dtype, reporter=Reporter("auto"),
     )  # fmt: skip
     made = dict(zip(first.values(), found.rows, strict=True))

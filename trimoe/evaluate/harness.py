@@ -84,7 +84,7 @@ def _measured(
     who = identity(skeleton.checkpoint)
     depends = {
         name: {
-            "kind": "task", "model": who, "task": _identity(task, how.limit), "limit": how.limit, "lm_eval": lm_eval.__version__,
+            "kind": "task", "model": who, "task": task_identity(task, how.limit), "limit": how.limit, "lm_eval": lm_eval.__version__,
             "dtype": str(skeleton.dtype), "device": torch.device(how.device).type, "context": skeleton.context,
         }
         for name, task in found.tasks.items()
@@ -118,7 +118,7 @@ def _lm(skeleton: Skeleton, how: How, stream: bool, reporter: Reporter) -> Any:
     return InMemory(skeleton, tokenizer, device=how.device, batch=how.batch, bars=reporter.mode == "auto")
 
 
-def _identity(task: Any, limit: int | None) -> str:
+def task_identity(task: Any, limit: int | None) -> str:
     """Of a task's settings (its functions as source text) and documents, those of its examples included."""
     examples = task.fewshot_docs() if task.get_config("num_fewshot") else []
     documents = (document for _, document in task.doc_iterator(limit=limit))

@@ -44,6 +44,13 @@ def require() -> None:
         raise UserError("Tasks need lm-eval, which is not installed; pip install 'trimoe[eval]'") from None
 
 
+def check_asked(tasks: Sequence[str], **options: Any) -> None:
+    """Raises UserError where something is asked of tasks and there are none."""
+    given = [name for name, value in options.items() if value]
+    if given and not tasks:
+        raise UserError(f"{given[0]} is about tasks, and none are given; name some (--tasks) or leave it out.")
+
+
 def find(names: Sequence[str], include: Sequence[str | os.PathLike[str]], fewshot: int | None, reporter: Reporter) -> TaskSet:
     """The tasks, their data loaded. Raises UserError where a name, a file or its data cannot be had."""
     require()
