@@ -25,8 +25,12 @@ def test_missing_and_wrong_folders(line: Line, text_file: Path, tmp_path: Path) 
     (tmp_path / "empty").mkdir()
     refused(line, "has no config.json", tmp_path / "empty", text_file, tmp_path)
     refused(line, "is a file; give the folder", text_file, text_file, tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for command in ("inspect", "eval"):
         line.refused("There is no folder", command, tmp_path / "absent")
+        line.refused("holds an adapter, no model: load it onto its base with peft", command, tmp_path / "adapter")
+    line.refused("no finished trimoe folder but an adapter's", "report", tmp_path / "adapter")
     line.refused("There is no built-in model 'builtin:big'", "inspect", "builtin:big")
     line.refused("There is no folder", "plan", tmp_path / "absent", "--recipe", "moe-i2")
 
@@ -112,7 +116,7 @@ def test_recipe_files_that_mean_harm(line: Line, source: Path, text_file: Path, 
     )
     bodies = {
         "laughs": (laughs, "it has an alias"),
-        "large": ("steps: [expert_drop]\n" + "#" * 70_000, "at most 65,536 are read"),
+        "large": ("steps: [expert_drop]\n" + "#" * 70_000, "has more than 65,536 bytes, the most that are read"),
         "deep": ("steps: " + "[" * 20_000, "is not valid YAML"),
         "object": ("steps: !!python/object/apply:os.system [ls]", "is not valid YAML"),
         "number": ("steps: " + "9" * 10_000, "is not valid YAML"),
@@ -166,6 +170,9 @@ def test_texts_that_cannot_be(line: Line, source: Path, tmp_path: Path, monkeypa
         (tmp_path / name).write_bytes(data)
         refused(line, message, source, tmp_path / name, tmp_path)
     line.refused("is not UTF-8 text", "eval", source, "--text", tmp_path / "binary.txt", "--quiet")
+    twice = ("--text", "builtin:mixed", "--text", "builtin:code")
+    line.refused("Two texts to evaluate on are called 'code'", "eval", "builtin:mini-mixtral", *twice, "-q")
+    line.refused("--json - cannot be written: give a file", "eval", source, "--json", "-")
     (tmp_path / "folder.txt").mkdir()
     refused(line, "is not a file; a .txt or .jsonl file", source, tmp_path / "folder.txt", tmp_path)
     monkeypatch.setattr(calibration, "MAX_LINE", 1000)

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import trimoe
 from trimoe import disk
 from trimoe.aside import aside, disk_errors
 from trimoe.journal import FOLDER, Journal
+from trimoe.progress import LOG
 from trimoe.recover.rewrite import Rewriter
 from trimoe.write import Writer
 
@@ -43,20 +45,38 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bytes(seed: str) -> None:
     assert name == "all" and int(kills) >= 25 and wrong == "0"
 
 
-def test_ctrl_c_says_that_the_run_goes_on(
-    line: Line, text_file: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_that_it_goes_on(
+    number: int, code: int, line: Line, text_file: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = compressing(source, text_file, tmp_path, UNIFORM)
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+    words, log = compressing(source, text_file, tmp_path, UNIFORM), tmp_path / "cut" / "out" / LOG
 
     def fail() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Writer, "put", stop)
-            assert line.run(*words) == (130, "", "trimoe: stopped. The same command goes on where this one was.\n")
+            patch.setattr(Writer, "put", lambda *_: os.kill(os.getpid(), number))
+            assert line.run(*words) == (code, "", "trimoe: stopped. The same command goes on where this one was.\n")
+        assert "  Stopped: " in log.read_text()
 
     both(line, tmp_path, words, fail)
+
+
+@pytest.mark.parametrize("name", ["trimoe", "-m"])
+def test_ctrl_c_while_the_libraries_load(name: str) -> None:
+    stopping = f"""
+import os, signal, sys
+sys.argv = [{name!r}, "inspect", "builtin:mini-mixtral"]
+
+class Stop:
+    def find_spec(self, module, *_):
+        if module == "trimoe.benchmark":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Stop())
+import trimoe
+"""
+    done = subprocess.run([sys.executable, "-c", stopping], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 # ---- the disk

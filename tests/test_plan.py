@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -59,6 +60,15 @@ def test_table_and_json_say_the_same(family_folder: Family, line: Line) -> None:
     assert Plan.from_json({name: value for name, value in body.items() if name not in ("time", "traffic")}).to_json() | {"time": 0, "traffic": 0} == {
         **body, "time": 0, "traffic": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 60, 50, 40])
+def test_numbers_are_whole_where_there_is_little_room(width: int) -> None:
+    plan = trimoe.plan("builtin:mini-mixtral", "expert-drop").to_json()
+    file = io.StringIO()
+    plan_table.console(file, width=width).print(plan_table.of_plan(plan))
+    assert f"{plan['after']['file_bytes']:,}" in file.getvalue()
+    assert (f"{plan['before']['file_bytes']:,}" in file.getvalue()) == (width > 40)
 
 
 def test_what_is_measured_stays_out_of_the_record(family_folder: Family, text_file: Path, tmp_path: Path) -> None:
@@ -149,6 +159,8 @@ def test_warnings_each(family_folder: Family) -> None:
     folder = family_folder("mixtral")
     quiet = {"expert_drop": {"count": 1, "counts": "uniform"}}
     assert words(folder, steps=[quiet]) == []
+    idle = words(folder, steps=[{"expert_drop": {"ratio": 0.001, "counts": "uniform"}}])
+    assert idle[0].startswith("expert_drop drops nothing: 0.001 of ") and idle[0].endswith(" routed experts is rounded to none.")
     half = words(folder, steps=[{"expert_drop": {"ratio": 0.5, "counts": "uniform"}}])
     assert [part.split(":")[0] for part in half] == ["expert_drop of 50% is beyond the usual 0.25", "perplexity flatters here"]
     assert words(folder, steps=[{"expert_drop": {"ratio": 0.5, "counts": "uniform"}}], recover={"method": "logits"})[0].startswith(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from trimoe import recipe
 from trimoe.errors import UserError
 from trimoe.methods import ExpertDrop, LowRank
 from trimoe.methods.expert_drop import Exhaustive, Genetic, Greedy, Random, ReceptiveField
-from trimoe.recipe import CalibrationSpec, Recipe, load
+from trimoe.recipe import CalibrationSpec, Recipe, load, recovery, text_of
 
 DROP: dict[str, Any] = {"steps": [{"expert_drop": {"ratio": 0.25}}]}
 
@@ -207,6 +208,24 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         load("moe-i3")
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match=r"is 3; a built-in name, a YAML file or a mapping is expected"):
+        load(3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="is a folder"):
+        load(tmp_path)
+
+
+def test_a_recipe_may_come_through_a_pipe() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as pipe:
+        pipe.write(text_of("naee"))
+    assert load(f"/dev/fd/{reading}") == load("naee")
+    os.close(reading)
+
+
+def test_an_option_and_a_change_of_one_field() -> None:
+    assert recovery({"method": "lora"}, ["rate=1e-4"]).rate == 1e-4
+    with pytest.raises(UserError, match="--set method=lora and the option for method say two things"):
+        recovery({"method": "logits"}, ["method=lora"])
 
 
 def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from refusals import FACTORED, UNIFORM, snapshot
 from safetensors.torch import load_file
 
 import trimoe
-from trimoe import UserError
+from trimoe import UserError, card
 from trimoe.checkpoint import Checkpoint
 from trimoe.progress import Reporter
 from trimoe.recover import adapters, loop, recover
@@ -239,6 +239,11 @@ def test_a_run_that_only_harms_gives_the_folder_back(finished: Finished, text_fi
     result = recover(folder, tmp_path / "out", section("logits", text_file, rate=0.1, warmup=0.0, patience=1), teacher=folder)
     assert result.metrics["curve"][1]["kl"] > 1e-3 and result.metrics["best"] == 0 and result.metrics["after"] == result.metrics["before"]
     assert changed(folder, tmp_path / "out") == set()
+    assert "Nothing that training tried was better on held-out text" in (tmp_path / "out" / "README.md").read_text()
+    told = {"layers": {"0": {"before": 1.0, "after": 0.5}, "1": {"before": 0.0, "after": 0.0}, "2": {"before": 1.0, "after": 1.0}}}
+    assert card.unimproved(told) == "Training made no better experts in layers 1, 2: they are as they were."
+    told["layers"] = {"0": {"before": 1.0, "after": 0.5}}
+    assert card.unimproved(told) is None is card.unimproved({"best": 3})
 
 
 # ---- interrupted and repeated runs
@@ -372,7 +377,7 @@ def test_mistakes_are_refused_before_anything_is_written(finished: Finished, rep
         ("is not empty", folder, "full", lora, {}),
         ("leave the teacher out", folder, "out", lora, {"teacher": folder}),
         ("train: full goes with", folder, "out", {**lora, "train": "full"}, {}),
-        ("adapter: true keeps", folder, "out", {**lora, "method": "router", "adapter": True}, {}),
+        ("adapter: true .--adapter. keeps", folder, "out", {**lora, "method": "router", "adapter": True}, {}),
         ("recover.rank: .*greater than 0|recover.rank", folder, "out", {**lora, "rank": 0}, {}),
         ("cannot be used here", folder, "out", lora, {"device": "cuda:99"}),
     ]  # fmt: skip

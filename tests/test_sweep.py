@@ -20,7 +20,8 @@ from trimoe import recipe as recipes
 from trimoe.alternatives import variants
 from trimoe.errors import UserError
 from trimoe.evaluate import Ends, texts
-from trimoe.progress import LOG
+from trimoe.progress import LOG, Reporter
+from trimoe.report import read
 from trimoe.stats import Stats
 
 Families = Callable[[str], Path]
@@ -193,8 +194,14 @@ def test_a_sweep_goes_on_and_grows(
     other = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "score": ["gate", "reap"], "counts": "importance"}}]}
     with pytest.raises(UserError, match="holds a result of the same name and another recipe"):
         run(model, out, text_file, other)
-    with pytest.raises(UserError, match="another evaluation"):
+    with pytest.raises(UserError, match="holds a sweep with another evaluation; repeat its command"):
         run(model, out, text_file, tokens=65)
+    said: list[str] = []
+    monkeypatch.setattr(Reporter, "say", lambda _, message: said.append(message))
+    assert len(run(model, out, text_file, reporter=Reporter("quiet")).rows) == 4
+    assert any("holds 2 variants of other lists, too" in line and "(ratio-0.25_score-frequency, " in line for line in said), said
+    with pytest.raises(UserError, match=r"no finished trimoe folder but a sweep's: .*sweep\.html compares"):
+        read.Finished.open(out)
 
 
 def test_what_is_kept_can_be_changed_afterwards(

@@ -11,32 +11,54 @@ trimoe.bench(out, against=model)                # speed and memory, in turns
 """
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from trimoe.version import VERSION as __version__
+
+NAME, *WORDS = getattr(sys, "argv", None) or [""]
+COMMAND = os.path.basename(NAME) in ("trimoe", "trimoe.exe", "-m")  # the process is ours
 
 
 def _words_only() -> bool:
     """Whether `trimoe` was started for its help, or by a shell that completes a line: both want words, and would wait seconds for torch."""
-    command, *rest = getattr(sys, "argv", None) or [""]
-    told = not rest or (len(rest) <= 2 and rest[-1] in ("--help", "--show-completion", "--install-completion"))
-    return "_TRIMOE_COMPLETE" in os.environ or (os.path.basename(command) in ("trimoe", "trimoe.exe") and told)
+    told = not WORDS or (len(WORDS) <= 2 and WORDS[-1] in ("--help", "--show-completion", "--install-completion"))
+    return "_TRIMOE_COMPLETE" in os.environ or (COMMAND and NAME != "-m" and told)
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """While the command's libraries load, Ctrl-C ends the process as it does any other: an import that is interrupted may make another error
+    of it, or go on. Nothing has begun yet."""
+    ours = COMMAND and threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 WORDS_ONLY = _words_only()
 
 if not WORDS_ONLY:
-    from trimoe.benchmark import bench
-    from trimoe.compress import Result, compress, gather_statistics
-    from trimoe.errors import UserError
-    from trimoe.evaluate import evaluate
-    from trimoe.inspection import inspect
-    from trimoe.loading import load, register
-    from trimoe.plan import Plan, plan
-    from trimoe.recover import Recovered, recover
-    from trimoe.sweep import Sweep, sweep
+    with _ended_at_once():
+        from trimoe.benchmark import bench
+        from trimoe.compress import Result, compress, gather_statistics
+        from trimoe.errors import UserError
+        from trimoe.evaluate import evaluate
+        from trimoe.inspection import inspect
+        from trimoe.loading import load, register
+        from trimoe.plan import Plan, plan
+        from trimoe.recover import Recovered, recover
+        from trimoe.sweep import Sweep, sweep
 
-    register()
+        register()
 
 __all__ = [
     "Plan",

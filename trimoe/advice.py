@@ -45,6 +45,10 @@ def advice(skeleton: Skeleton, recipe: Recipe, share: float, *, tokens: int, nat
         found.append(
             f"{len(skeleton.ignored_keys)} tensors that transformers does not use (such as {skeleton.ignored_keys[0]}) are left out."
         )
+    for step in recipe.steps:
+        if isinstance(step, ExpertDrop) and step.total(skeleton.sites) == 0:
+            experts = sum(site.num_experts for site in skeleton.sites.values())
+            found.append(f"expert_drop drops nothing: {step.share(skeleton.sites):.3g} of {experts:,} routed experts is rounded to none.")
     found += _beyond(recipe, share)
     if any(isinstance(step, WeightPrune) and step.form == "dense" for step in recipe.steps):
         found.append("zeros are stored like other numbers: weight_prune makes nothing smaller (but with form: bitmask) and nothing faster.")

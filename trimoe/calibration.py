@@ -13,6 +13,7 @@ import torch
 
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError, first_line
+from trimoe.words import counted
 
 TEXTS = Path(__file__).parent / "builtin" / "texts"
 BUILTIN_DOMAINS = ("english", "docs", "code")
@@ -69,7 +70,7 @@ def check_shared_out(batches: int, processes: int) -> None:
     """Raises UserError where some of the processes would have no batch."""
     if batches < processes:
         raise UserError(
-            f"The calibration text makes {batches} batches, too few for {processes} processes; start fewer, or take more --samples."
+            f"The calibration text makes {counted(batches, 'batch', 'batches')}, too few for {processes} processes; start fewer, or take more --samples."
         )
 
 

@@ -16,7 +16,7 @@ from trimoe.checkpoint import CARD
 from trimoe.errors import UserError, reading
 from trimoe.headers import read_json
 from trimoe.tables import traffic_cells
-from trimoe.words import GONE, three
+from trimoe.words import GONE, runs, three
 from trimoe.write import write_text
 
 NATIVE = """Stock code does not know the form of this checkpoint. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
@@ -109,7 +109,17 @@ def recovered(entry: dict[str, Any]) -> str:
     lines += [f"| {name.replace('_', ' ')} | {metrics['before'][name]:.4g} | {metrics['after'][name]:.4g} |" for name in names]
     text = f"{data['samples']} samples of {data['length']} tokens ({_escaped(', '.join(data['domains']))}), {data['held']} more held out"
     what = f"Trained by `{entry['method']}`" + (f" from {_code(entry['teacher'])}" if entry["teacher"] else "") + f" on {text}."
+    if (kept := unimproved(metrics)) is not None:
+        what += f" {kept}"
     return "## Recovered\n\n" + what + "\n\n" + "\n".join(lines) + f"\n\n{_fenced(entry['command'])}\n"
+
+
+def unimproved(metrics: dict[str, Any]) -> str | None:
+    """A sentence on what training left as it was, since nothing that it tried was better on held-out text; None where all has changed."""
+    if "layers" not in metrics:
+        return "Nothing that training tried was better on held-out text, so the weights are as they were." if metrics["best"] == 0 else None
+    same = [int(index) for index, layer in metrics["layers"].items() if not layer["after"] < layer["before"]]
+    return f"Training made no better experts in layers {runs(same)}: they are as they were." if same else None
 
 
 def made_from(folder: Path) -> str | None:

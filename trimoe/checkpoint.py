@@ -25,6 +25,7 @@ SINGLE = "model.safetensors"
 BUILTIN = Path(__file__).parent / "builtin" / "models"
 # Everything beside the weights that makes a checkpoint usable: read by us, or carried over unchanged.
 # (On the hub, names with a folder in them are other formats of the same model.)
+ADAPTER = "adapter_config.json"  # what peft calls its own
 SMALL = 1 << 20  # bytes of a tensor that the fingerprint takes whole
 SAMPLE, SAMPLES = 1 << 14, 16  # bytes of a piece of a shard, and how many of them, for the fingerprint
 PIECE = 4 << 20  # bytes of a tensor that are read before they are looked at and converted
@@ -254,6 +255,10 @@ def _expanded_view(name: str, stored: dict[str, TensorInfo], masks: list[str]) -
 
 
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter, no model: load it onto its base with peft, or make the model by trimoe recover without --adapter."
+        )
     read_json(folder / "config.json")
     _refuse_links(folder)
     weight_map = weight_map_of(folder)

@@ -22,8 +22,8 @@ class Journal:
     """Stage results kept in `OUT/.trimoe`, valid for one set of inputs (model, recipe, calibration, seed, version). Of a team only the main
     process touches the folder; what it reads all get."""
 
-    def __init__(self, out: Path, inputs: dict[str, Any], team: Team = ALONE):
-        self.out, self.folder, self.inputs, self.team = out, out / FOLDER, inputs, team
+    def __init__(self, out: Path, inputs: dict[str, Any], team: Team = ALONE, *, of: str = "an unfinished run"):
+        self.out, self.folder, self.inputs, self.team, self.of = out, out / FOLDER, inputs, team, of
         self._lock: Any = None
 
     def refuse_other_content(self) -> None:
@@ -42,8 +42,8 @@ class Journal:
         changed = [key for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
-                f"The output folder {self.out} holds an unfinished run with another {changed[0]}; "
-                "repeat that run's command to resume it, or give another folder."
+                f"The output folder {self.out} holds {self.of} with another {changed[0]}; "
+                "repeat its command to go on with it, or give another folder."
             )
 
     def __enter__(self) -> Journal:

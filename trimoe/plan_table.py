@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -59,11 +59,12 @@ def _apart(*parts: RenderableType) -> Group:
 
 
 def table(*columns: str, left: int = 1) -> Table:
-    """An open table; the first `left` columns are words, the others numbers. Headings break between words alone."""
+    """An open table; the first `left` columns are words, the others numbers, which stay whole. Headings break between words alone."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     for number, name in enumerate(columns):
         longest = max((len(word) for word in name.split()), default=0)
-        made.add_column(Text(name), justify="left" if number < left else "right", overflow="fold", min_width=longest or None)
+        words = number < left
+        made.add_column(Text(name), justify="left" if words else "right", overflow="fold", no_wrap=not words, min_width=longest or None)
     return made
 
 
@@ -81,38 +82,42 @@ class Fitting:
         yield self.tables[-1]()
 
 
-def _totals(plan: dict[str, Any]) -> Table:
+def _totals(plan: dict[str, Any]) -> Fitting:
+    """Where there is little room, without the shares, or with what comes out alone."""
+    rows = list(_total_rows(plan))
+
+    def made(places: tuple[int, ...]) -> Table:
+        columns = ("", "before", "after", "share")
+        shown = table(*(columns[place] for place in places))
+        for row in rows:
+            shown.add_row(*(row[place] for place in places))
+        return shown
+
+    return Fitting(tuple(lambda places=places: made(places) for places in ((0, 1, 2, 3), (0, 1, 2), (0, 2))))  # type: ignore[misc]
+
+
+def _total_rows(plan: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     before, after = plan["before"], plan["after"]
     exact, known = after["file_bytes"] == after["least_bytes"], all(row["kept"] is not None for row in plan["layers"])
-    made = table("", "before", "after", "share")
-    size = bounds(after["least_bytes"], after["file_bytes"])
     for name, label in (("layers", "decoder layers"), ("moe_layers", "MoE layers")):
         was, low, high = plan["depth"][name]
         if was != low:
-            made.add_row(label, f"{was}", f"{bounds(low, high)} of {was}", f"{high / was:.1%}")
-    made.add_row("bytes of the files", f"{before['file_bytes']:,}", size, f"{after['file_bytes'] / before['file_bytes']:.1%}")
+            yield label, f"{was}", f"{bounds(low, high)} of {was}", f"{high / was:.1%}"
+    size = bounds(after["least_bytes"], after["file_bytes"])
+    yield "bytes of the files", f"{before['file_bytes']:,}", size, f"{after['file_bytes'] / before['file_bytes']:.1%}"
     sign = "" if exact or known else "at most "
     for label, key in (("parameters", "parameters"), ("  active per token", "active"), ("  in routed experts", "experts")):
         how = "about " if sign and key == "active" else sign  # a stand-in's: which experts a token meets is open
-        made.add_row(label, f"{before[key]:,}", f"{how}{after[key]:,}", _share(before[key], after[key]))
-    made.add_row(
-        f"FLOPs per token at {plan['context']:,}",
-        short(before["flops"]),
-        ("about " if sign else "") + short(after["flops"]),
-        _share(before["flops"], after["flops"]),
-    )
-    if before["cache_bytes"] is None:
-        made.add_row(f"cache of {PER:,} tokens", "not known", "not known", "")
-        return made
-    made.add_row(
-        f"cache of {PER:,} tokens",
-        human(before["cache_bytes"]),
-        human(after["cache_bytes"]),
-        _share(before["cache_bytes"], after["cache_bytes"]),
-    )
+        yield label, f"{before[key]:,}", f"{how}{after[key]:,}", _share(before[key], after[key])
+    flops, about = f"FLOPs per token at {plan['context']:,}", "about " if sign else ""
+    yield flops, short(before["flops"]), about + short(after["flops"]), _share(before["flops"], after["flops"])
+    cache, key = f"cache of {PER:,} tokens", "cache_bytes"
+    if before[key] is None:
+        yield cache, "not known", "not known", ""
+        return
+    yield cache, human(before[key]), human(after[key]), _share(before[key], after[key])
     if before["state_bytes"]:
-        made.add_row("  of fixed size", human(before["state_bytes"]), human(after["state_bytes"]), "")
-    return made
+        yield "  of fixed size", human(before["state_bytes"]), human(after["state_bytes"]), ""
 
 
 def _share(before: float, after: float) -> str:

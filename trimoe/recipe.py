@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from trimoe.errors import UserError, first_line
 from trimoe.methods import METHODS, Step
 from trimoe.recover.spec import Recover
+from trimoe.words import listed
 
 BUILTIN = Path(__file__).parent / "recipes"
 STRICT = ConfigDict(extra="forbid")
@@ -109,21 +111,11 @@ def read(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
     if isinstance(recipe, dict):
         raw: Any = recipe
         where = "the recipe"
-    else:
-        path = Path(recipe)
+    elif isinstance(recipe, str | os.PathLike):
         where = f"recipe {recipe}"
-        if path.suffix in (".yaml", ".yml") and path.is_dir():
-            raise UserError(f"{where} is a folder; a YAML file is expected.")
-        given = path.suffix in (".yaml", ".yml") and path.is_file()
-        if given and path.stat().st_size > LARGEST:
-            raise UserError(f"{where} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read.")
-        try:
-            source = path.read_text(encoding="utf-8") if given else text_of(str(recipe))
-        except UnicodeDecodeError:
-            raise UserError(f"{where} is not UTF-8 text.") from None
-        except OSError as error:
-            raise UserError(f"{where} cannot be read ({error.strerror}).") from None
-        raw = _yaml(source, where)
+        raw = _yaml(_source(Path(recipe), where), where)
+    else:
+        raise UserError(f"The recipe is {recipe!r}; a built-in name, a YAML file or a mapping is expected.")
     if not isinstance(raw, dict):
         raise UserError(f"{where} {'is empty' if raw is None else f'holds {_kind(raw)}'}; a mapping with steps is expected.")
     for change in changes:
@@ -131,9 +123,27 @@ def read(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
     return raw, where
 
 
-def with_calibration(recipe: Recipe, sources: Sequence[str], samples: int | None, length: int | None) -> Recipe:
+def _source(path: Path, where: str) -> str:
+    """The text of a built-in recipe, else of a file, which may be a pipe."""
+    if str(path) in names() or not path.exists():
+        return text_of(str(path))
+    if path.is_dir():
+        raise UserError(f"{where} is a folder; a YAML file is expected.")
+    try:
+        with open(path, "rb") as file:
+            source = file.read(LARGEST + 1)
+        if len(source) > LARGEST:
+            raise UserError(f"{where} has more than {LARGEST:,} bytes, the most that are read.")
+        return source.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is not UTF-8 text.") from None
+    except OSError as error:
+        raise UserError(f"{where} cannot be read ({error.strerror}).") from None
+
+
+def with_calibration(recipe: Recipe, sources: str | Sequence[str], samples: int | None, length: int | None) -> Recipe:
     """The recipe with other text, or another amount of it."""
-    changes = {"data": list(sources) or None, "samples": samples, "length": length}
+    changes = {"data": listed(sources) or None, "samples": samples, "length": length}
     body = recipe.to_json()
     body["calibration"] |= {key: value for key, value in changes.items() if value is not None}
     return load(body)
@@ -229,7 +239,10 @@ def parse(raw: dict[str, Any], where: str) -> Recipe:
 
 
 def recovery(body: dict[str, Any], changes: Sequence[str] = ()) -> Recover:
-    """The `recover` section alone; `changes` are "field=value" overrides."""
+    """The `recover` section alone; `changes` are "field=value" overrides of what `body` leaves open."""
+    for change in changes:
+        if (key := change.partition("=")[0].strip()) in body:
+            raise UserError(f"--set {change} and the option for {key} say two things; leave one of them out.")
     for change in changes:
         body = _changed(body, change)
     return _validated(Recover, body, "recover")

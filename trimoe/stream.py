@@ -21,6 +21,7 @@ from torch import nn
 from trimoe import hf
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError, first_line
+from trimoe.progress import Reporter
 from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import Carried
 
@@ -187,8 +188,18 @@ class LayerWalk:
         for batch in range(len(self.batches)):
             self.hidden[batch] = self.step(index, layer, self.hidden[batch], batch)
 
+    def run(self, label: str, reporter: Reporter) -> None:
+        """All batches through all layers."""
+        for index in reporter.track(range(len(self)), label, len(self), tokens=self.tokens):
+            with self.layer(index) as layer:
+                self.advance(index, layer)
+
     def __len__(self) -> int:
         return len(self.skeleton.layers)
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.numel() for batch in self.batches)
 
     # ---- the end of the model
 

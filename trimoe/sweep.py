@@ -36,7 +36,7 @@ from trimoe.spill import BUDGET
 from trimoe.standings import Row, frontier, plot, write_tables
 from trimoe.stream import compute_dtype
 from trimoe.version import VERSION
-from trimoe.words import duration
+from trimoe.words import counted, duration, listed
 from trimoe.write import write_text
 
 KEEPS = ("none", "frontier", "all")
@@ -63,15 +63,15 @@ def sweep(
     recipe: Any,
     out: str | os.PathLike[str],
     *,
-    changes: Sequence[str] = (),
-    calibration: Sequence[str] = (),
+    changes: str | Sequence[str] = (),
+    calibration: str | Sequence[str] = (),
     samples: int | None = None,
     length: int | None = None,
-    text: Sequence[str] = ("builtin:mixed",),
+    text: str | Sequence[str] = ("builtin:mixed",),
     tokens: int = 32768,
     window: int = 2048,
     stride: int | None = None,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     limit: int | None = None,
     include: Sequence[str | os.PathLike[str]] = (),
     keep: str = "none",
@@ -94,6 +94,7 @@ def sweep(
     Raises UserError before anything is written if any variant is impossible, and at the end if one failed nevertheless.
     """
     out, started, reporter = Path(out), time.monotonic(), reporter.fresh()
+    changes, text, tasks = listed(changes), listed(text), listed(tasks)
     if keep not in KEEPS:
         raise UserError(f"keep is {keep!r}; {', '.join(KEEPS)} are known.")
     for name, value, least in (
@@ -146,7 +147,7 @@ def sweep(
             dtype=compute_dtype(dtype), cache=cache, ends=ends, reporter=reporter,
         )  # fmt: skip
 
-    journal = Journal(out, inputs)
+    journal = Journal(out, inputs, of="a sweep")
     journal.refuse_other_content()
     for entry in entries:
         entry.refuse_other()
@@ -160,7 +161,12 @@ def sweep(
         shared.nbytes({entry.variant.name: entry.plan.disk_split.get(disk.STATISTICS, 0) for entry in entries}) if unmeasured else 0
     )
     disk.check(out, _room(todo, keep) + statistics, max(spill, evaluating), left=0)
-    reporter.say(f"{len(entries)} variants, {len(todo)} of them to be made.")
+    reporter.say(f"{counted(len(entries), 'variant')}, {len(todo)} of them to be made.")
+    if others := _of_other_lists(out, {entry.variant.name for entry in entries}):
+        reporter.say(
+            f"{out} holds {counted(len(others), 'variant')} of other lists, too, which this sweep's tables leave out ({', '.join(others)}); "
+            "delete their folders if they are no longer wanted."
+        )
     with journal, logged(reporter, out / LOG, command or f"trimoe.sweep of {model} into {out}"):
         for entry in entries:
             body = yaml.safe_dump(entry.job.run.recipe.to_json(), sort_keys=False)
@@ -283,6 +289,11 @@ class _Race:
             if entry.measured() and entry.variant.name not in kept:
                 entry.discard()
         write_tables(self.out, self._rows(), [entry.variant.name for entry in self.entries if not entry.measured()], self.command)
+
+
+def _of_other_lists(out: Path, asked: set[str]) -> list[str]:
+    """Variants that an earlier sweep in the folder made and that are not asked for now."""
+    return sorted(path.stem for path in out.glob("*.yaml") if path.stem not in asked and (out / path.stem / RECORD).is_file())
 
 
 def _all(found: Sequence[Variant], work: Callable[[Variant], Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from trimoe.plan_table import show
-from trimoe.words import three
+from trimoe.words import counted, three
 
 
 def evaluation(report: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def bench(report: dict[str, Any]) -> None:
     models, ratio = report["models"], report["ratio"]
     table = Table(
         title=f"{report['batch']} x {report['prompt']} tokens, {report['generate']} new, {report['device']}, threads: {report['threads']}",
-        caption=f"medians (quartiles) of {report['rounds']} rounds in turns; {report['machine']}",
+        caption=f"medians (quartiles) of {counted(report['rounds'], 'round')} in turns; {report['machine']}",
     )
     table.add_column("")
     for model in models:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 STEPS = ("", "K", "M", "G", "T", "P")
 COUNTS = ("", "K", "M", "B", "T")  # as models are spoken of
@@ -31,6 +34,16 @@ def short(value: float, steps: Sequence[str] = STEPS) -> str:
     while abs(value) >= 999.5 and power < len(steps) - 1:
         value, power = value / 1000, power + 1
     return f"{three(value)}{steps[power]}" if power else f"{value:.0f}"
+
+
+def counted(number: int, thing: str, several: str | None = None) -> str:
+    """'1 round', '5 rounds'; `several` where the plural is another."""
+    return f"{number:,} {thing if number == 1 else several or thing + 's'}"
+
+
+def listed(given: str | Iterable[T]) -> list[Any]:
+    """One or several of something, as they are given in Python."""
+    return [given] if isinstance(given, str) else list(given)
 
 
 def duration(seconds: float) -> str:

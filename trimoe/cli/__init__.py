@@ -1,9 +1,11 @@
-"""The command line. Exit code 0: done; 2: the user's mistake, one sentence; 130: stopped by Ctrl-C; 1: anything else."""
+"""The command line. Exit code 0: done; 2: the user's mistake, one sentence; 130: stopped by Ctrl-C; 143: by SIGTERM; 1: anything else."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import Any
 
 import typer
 
@@ -11,6 +13,7 @@ from trimoe import WORDS_ONLY
 from trimoe.cli import judge, look, make, show
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C
+TERMINATED = 143  # after SIGTERM, which a queue or a container sends first
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Make Mixture-of-Experts models smaller.")
 app.command()(look.inspect)
@@ -39,6 +42,8 @@ def main() -> None:
     logging.set_verbosity_error()  # this process is ours: warnings about configurations are not the user's business here
     if not distributed.speaks():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+    if not distributed.launched():  # torchrun's processes are ended by torchrun
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except UserError as mistake:
@@ -46,13 +51,18 @@ def main() -> None:
             print(f"trimoe: {mistake}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
-        if end.code == INTERRUPTED and distributed.speaks():
+        if end.code in (INTERRUPTED, TERMINATED) and distributed.speaks():
             goes_on = sys.argv[1:2] and sys.argv[1] in ("compress", "sweep", "recover")
             print("trimoe: stopped." + (" The same command goes on where this one was." if goes_on else ""), file=sys.stderr)
         raise
     except OSError as failure:
         print(f"trimoe: {_said(failure)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _terminated(*_: Any) -> None:
+    """As Ctrl-C does it: what is temporary goes, and the log says so."""
+    raise SystemExit(TERMINATED)
 
 
 def _said(failure: OSError) -> str:

@@ -17,7 +17,7 @@ def evaluate(
     text: Annotated[list[str], typer.Option(help="text or jsonl file, name=path, wikitext2, ptb, datasets id, builtin:mixed, none; repeatable")] = [],
     length: Annotated[int, typer.Option(help="window, in tokens (cut to the model's context)")] = 2048,
     stride: Annotated[int | None, typer.Option(help="how far windows advance; half the window by default")] = None,
-    tokens: Annotated[int, typer.Option(help="scored tokens of each text, at most about")] = 32768,
+    tokens: Annotated[int, typer.Option(help="scored tokens of each text, to the end of a window")] = 32768,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma between: names, groups, moe-i2-nine, blimp=FILE.jsonl, rte3=FILE.jsonl")] = "",
     limit: Annotated[int | None, typer.Option(help="documents of each task, at most")] = None,
     fewshot: Annotated[int | None, typer.Option(help="examples in a task's prompt; the task's own number by default")] = None,

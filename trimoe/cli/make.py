@@ -75,7 +75,7 @@ def sweep(
     changes: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="recipe fields, e.g. 'steps.0.ratio=[0.1,0.25]'")] = [],
     calibration: Texts = [], samples: Samples = None, length: Length = None,
     text: Annotated[list[str], typer.Option(help="held-out text to evaluate on, as for trimoe eval; repeatable")] = [],
-    tokens: Annotated[int, typer.Option(help="scored tokens of each text, at most about")] = 32768,
+    tokens: Annotated[int, typer.Option(help="scored tokens of each text, to the end of a window")] = 32768,
     window: Annotated[int, typer.Option(help="evaluated windows, in tokens (cut to the model's context)")] = 2048,
     stride: Annotated[int | None, typer.Option(help="how far windows advance; half the window by default")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma between, as for trimoe eval")] = "",

@@ -55,7 +55,7 @@ def check_writable(path: Path | None) -> None:
 
     if path is None:
         return
-    if (path.exists() and not path.is_file()) or not path.resolve().parent.is_dir():
+    if str(path) == "-" or (path.exists() and not path.is_file()) or not path.resolve().parent.is_dir():
         raise UserError(f"--json {path} cannot be written: give a file in a folder that exists.")
     own = path.name in OWN or path.name.startswith("tokenizer") or (path.suffix != ".json" and path.exists())
     if own and (path.resolve().parent / "config.json").is_file():

@@ -148,9 +148,7 @@ class Streamed(Counting):
         greedy_R: torch.Tensor, label: str,
     ) -> None:  # fmt: skip
         walk = LayerWalk(self.skeleton, [torch.tensor(batch) for batch in batches], device=self._device)
-        for index in self.reporter.track(range(len(walk)), label, len(walk)):
-            with walk.layer(index) as layer:
-                walk.advance(index, layer)
+        walk.run(label, self.reporter)
         with walk.head() as head:
             for number, batch in enumerate(batches):
                 scored = [

@@ -19,17 +19,18 @@ from trimoe.evaluate.texts import Ends
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Skeleton
 from trimoe.stream import usable_device
+from trimoe.words import listed
 
 
 def evaluate(
     model: str | os.PathLike[str],
     *,
     against: str | os.PathLike[str] | None = None,
-    text: Sequence[str] = ("builtin:mixed",),
+    text: str | Sequence[str] = ("builtin:mixed",),
     length: int = 2048,
     stride: int | None = None,
     tokens: int = 32768,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     limit: int | None = None,
     fewshot: int | None = None,
     include: Sequence[str | os.PathLike[str]] = (),
@@ -45,12 +46,14 @@ def evaluate(
     """Perplexity of `model` on each text and, with `against`, mean KL(against || model) in nats per token and top-1 agreement, all with
     95 % intervals; lm-eval tasks; what both write.
 
-    `length` is cut to the model's context; `stride` (default half of it) is stated in the result; at most about `tokens` tokens of
-    each text are scored. `tasks` are lm-eval's, `moe-i2-nine`, or `FORM=FILE` (taskset.py), `limit` documents of each, with task files
-    from the folders `include`; `stream` runs them layer by layer (None: where a model does not fit in memory). `generate`: whether prompts
-    from the texts are continued (None: if the models are small). `cache`: a folder of earlier results. `ends`: keeps what the original
-    computed for the next call (texts.py). Returns the JSON that `trimoe eval --json` writes. Raises UserError for what is not there or not allowed.
+    `length` is cut to the model's context; `stride` (default half of it) is stated in the result; `tokens` tokens of each text are scored,
+    and those that are left of the last window. `tasks` are lm-eval's, `moe-i2-nine`, or `FORM=FILE` (taskset.py), `limit` documents of
+    each, with task files from the folders `include`; `stream` runs them layer by layer (None: where a model does not fit in memory).
+    `generate`: whether prompts from the texts are continued (None: if the models are small). `cache`: a folder of earlier results. `ends`:
+    keeps what the original computed for the next call (texts.py). Returns the JSON that `trimoe eval --json` writes. Raises UserError for
+    what is not there or not allowed.
     """
+    text, tasks = listed(text), listed(tasks)
     least = {
         "length": (length, 2),
         "stride": (stride, 1),

@@ -64,10 +64,11 @@ def of_sources(skeleton: Skeleton, tokenizer: Any, sources: Sequence[str], lengt
     """Windows over every text of `sources`, as this model reads them. Raises UserError for a text that is not there, or too short."""
     length, stride = sizes(skeleton, length, stride)
     vocabulary = skeleton.config.get_text_config().vocab_size
-    return [
-        windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens)
-        for source in sources for part in read_text(source, "eval")
-    ]  # fmt: skip
+    parts = [part for source in sources for part in read_text(source, "eval")]
+    names = [part.domain for part in parts]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"Two texts to evaluate on are called {twice!r}; give each once, and files of one name others (name=path).")
+    return [windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens) for part in parts]
 
 
 def sizes(skeleton: Skeleton, length: int, stride: int | None) -> tuple[int, int]:
@@ -147,7 +148,7 @@ def _final_hidden(skeleton: Skeleton, batches: list[torch.Tensor], scored_NL: to
     """A walk at its end, and what its routers decided for the scored positions: each token once, and never padding."""
     walk, traffic = LayerWalk(skeleton, batches, device=device), Traffic()
     counted = scored_NL.to(walk.device).split([len(batch) for batch in batches])
-    for index in reporter.track(range(len(walk)), f"Run {skeleton.name}", len(walk)):
+    for index in reporter.track(range(len(walk)), f"Run {skeleton.name}", len(walk), tokens=walk.tokens):
         with walk.layer(index) as layer, traffic.watching(layer, skeleton.sites.get(index), counted):
             walk.advance(index, layer)
     return walk, traffic

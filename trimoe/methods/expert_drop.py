@@ -100,7 +100,7 @@ class ExpertDrop:
     """Remove experts.
 
     ratio           share of all routed experts that goes; or
-    count           how many go in each layer, on average where `counts` is not uniform
+    count           how many go in each layer, with `counts: uniform`
     score           which number says that an expert matters; used where there is no search, and for `counts: global`
     counts          how many each layer loses: `uniform`; `importance` (inversely to the mean leave-one-out loss); `optimal` (least
                     sum of measured sensitivity x squared layer loss, exact knapsack); `global` (the lowest scores anywhere)

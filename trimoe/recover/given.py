@@ -57,7 +57,7 @@ def refuse_packed(spec: Recover, student: Skeleton) -> None:
     if student.checkpoint.scheme is not None and not spec.adapter:
         raise UserError(
             f"{student.name} has packed experts, which training cannot change; "
-            "give adapter: true with method lora or logits, or recover first and quantise then."
+            "give --adapter (adapter=True) with method lora or logits, or recover first and quantise then."
         )
 
 

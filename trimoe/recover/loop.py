@@ -32,6 +32,7 @@ from trimoe.recover.spec import Recover, schedule
 from trimoe.recover.teacher import Teacher, distillation, save_aside
 from trimoe.recover.zeros import Held
 from trimoe.skeleton import LOGITS, Skeleton
+from trimoe.words import counted
 
 VALIDATIONS = 10  # over a whole run, beside the one at the start
 SAVE_EVERY = 60.0  # seconds between two states on disk
@@ -148,7 +149,7 @@ class Training:
         self.each = count // self.batch
         self.steps = min(spec.steps or 1 << 60, spec.epochs * self.each)
         if spec.steps is not None and self.steps < spec.steps:
-            text = f"{_counted(spec.epochs, 'epoch')} of {_counted(count, 'sample')} in batches of {self.batch}"
+            text = f"{counted(spec.epochs, 'epoch')} of {counted(count, 'sample')} in batches of {self.batch}"
             reporter.say(f"There is room for only {self.steps} of the {spec.steps} steps asked for in {text}; give more epochs.")
         self.every = max(1, -(-self.steps // VALIDATIONS))
         self.step, self.bad, self.curve = 0, 0, list[dict[str, Any]]()
@@ -296,7 +297,3 @@ def launcher() -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # the others wait while the main process runs the original
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True), patient]  # unused: experts that no token chose
     return Accelerator(device_placement=False, mixed_precision="no", kwargs_handlers=handlers)
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}" + "s" * (number != 1)

@@ -138,6 +138,8 @@ def recover(
             journal.close()
     processes.wait_for_everyone()
     reporter.say(f"Wrote {out}: {_sentence(metrics)}.")
+    if (kept := card.unimproved(metrics)) is not None:
+        reporter.say(kept)
     return Recovered(out, metrics)
 
 

@@ -66,7 +66,7 @@ class Recover:
         if self.train == "full" and self.method != "logits":
             raise ValueError(f"train: full goes with method logits, not with {self.method}.")
         if self.adapter and (self.method not in ("lora", "logits") or self.train == "full"):
-            raise ValueError("adapter: true keeps adapters, which only method lora and method logits with train: lora have.")
+            raise ValueError("adapter: true (--adapter) keeps adapters, which only method lora and method logits with train: lora have.")
         if not self.stream and self.method != "experts":
             raise ValueError("stream: false is for method experts; the other methods always hold the trained model in memory.")
 

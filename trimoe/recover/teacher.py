@@ -82,9 +82,7 @@ class Teacher:
         for start in range(0, len(missing), share):
             numbers = missing[start : start + share]
             walk = LayerWalk(skeleton, [batches[number] for number in numbers], device=device)
-            for index in reporter.track(range(len(walk)), f"Run {skeleton.name}", len(walk)):
-                with walk.layer(index) as layer:
-                    walk.advance(index, layer)
+            walk.run(f"Run {skeleton.name}", reporter)
             with walk.head() as head:
                 for place, number in enumerate(reporter.track(numbers, "Keep its distributions", len(numbers))):
                     parts = [keep(head(walk.hidden[place], place, at), temperature, top_k) for at in walk.pieces(place)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimoe.checkpoint import ADAPTER
 from trimoe.errors import UserError, first_line, reading
 from trimoe.journal import FOLDER
 
@@ -35,10 +36,7 @@ class Finished:
         folder = Path(folder)
         path = folder / "trimoe.json"
         if not path.is_file() or not (folder / "config.json").is_file():
-            running = (folder / FOLDER).is_dir()
-            raise UserError(
-                f"{folder} is no finished trimoe folder" + (": a run in it was not finished; start it again." if running else ".")
-            )
+            raise UserError(f"{folder} is no finished trimoe folder{_why_not(folder)}")
         try:
             record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
         except (ValueError, RecursionError) as error:
@@ -137,3 +135,12 @@ def interval(row: dict[str, Any], name: str) -> tuple[float | None, float | None
 def layer_rows(step: Step) -> dict[int, dict[str, Any]]:
     """What a step recorded of each layer."""
     return {int(index): row for index, row in (step.metrics.get("layers") or {}).items()}
+
+
+def _why_not(folder: Path) -> str:
+    """What else it is, as the end of a sentence."""
+    if (folder / "sweep.json").is_file():
+        return f" but a sweep's: {folder / 'sweep.html'} compares its variants, and those whose weights were kept are folders in it."
+    if (folder / ADAPTER).is_file():
+        return " but an adapter's: report on the folder that it was trained for."
+    return ": a run in it was not finished; start it again." if (folder / FOLDER).is_dir() else "."
