@@ -92,7 +92,7 @@ def _trace(layers: dict[int, dict[str, Any]], how: str, population: int | None) 
         name="search-trace", title="Best loss so far, mean over the layers",
         chart=charts.lines(rows, x="evaluations", y="loss", x_title="sets of experts evaluated", y_title="loss / best found by any way",
                            series="way", log_x=True, log_y=True, step=True, order=order),
-        note=note + (f" A generation of the search is {population} of them." if population else ""),
+        note=note + (f" A generation of the search draws {population} sets; one that was seen before is not evaluated again." if population else ""),
         table=Table(
             caption="Best loss so far", head=("way", "evaluations", "loss / best found"),
             rows=[(row["way"], f"{row['evaluations']:,}", f"{row['loss']:.4f}") for row in rows],
