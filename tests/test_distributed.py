@@ -241,7 +241,7 @@ def test_the_command_line_says_a_mistake_once(family_folder: Family, letters: Pa
     command = ["-m", "trimoe.cli", "compress", source, "-r", recipe, "-o", out, "-c", letters, "--length", str(LENGTH)]
     ran = torchrun(2, *command, "--samples", "4")
     said = [line for line in ran.stderr.splitlines() if line.startswith("trimoe: ")]
-    assert ran.returncode != 0 and len(said) == 1 and "makes 1 batches, too few for 2 processes" in said[0], ran.stderr
+    assert ran.returncode != 0 and len(said) == 1 and "makes 1 batch, too few for 2 processes" in said[0], ran.stderr
     assert not out.exists()
     ran = torchrun(2, *command, "--samples", str(SAMPLES))
     assert ran.returncode == 0, ran.stderr[-3000:]

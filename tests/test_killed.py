@@ -50,6 +50,9 @@ def test_a_stopped_run_says_that_it_goes_on(
     number: int, code: int, line: Line, text_file: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, log = compressing(source, text_file, tmp_path, UNIFORM), tmp_path / "cut" / "out" / LOG
+    before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)} | {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
+    }
 
     def fail() -> None:
         with monkeypatch.context() as patch:
@@ -57,7 +60,11 @@ def test_a_stopped_run_says_that_it_goes_on(
             assert line.run(*words) == (code, "", "trimoe: stopped. The same command goes on where this one was.\n")
         assert "  Stopped: " in log.read_text()
 
-    both(line, tmp_path, words, fail)
+    try:
+        both(line, tmp_path, words, fail)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @pytest.mark.parametrize("name", ["trimoe", "-m"])

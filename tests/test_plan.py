@@ -64,11 +64,13 @@ def test_table_and_json_say_the_same(family_folder: Family, line: Line) -> None:
 
 @pytest.mark.parametrize("width", [80, 60, 50, 40])
 def test_numbers_are_whole_where_there_is_little_room(width: int) -> None:
-    plan = trimoe.plan("builtin:mini-mixtral", "expert-drop").to_json()
+    plan = trimoe.plan("builtin:mini-mixtral", "moe-i2").to_json()
     file = io.StringIO()
     plan_table.console(file, width=width).print(plan_table.of_plan(plan))
-    assert f"{plan['after']['file_bytes']:,}" in file.getvalue()
-    assert (f"{plan['before']['file_bytes']:,}" in file.getvalue()) == (width > 40)
+    shown, (low, high) = file.getvalue(), (f"{plan['after'][key]:,}" for key in ("least_bytes", "file_bytes"))
+    assert f"{low} to {high}" in shown and "tensor bytes" in " ".join(shown.split())
+    assert (f"{plan['before']['file_bytes']:,}" in shown) == (width > 40)
+    assert ("params" in shown) == (" pa" in shown) == (width > 40)  # a column is there or not
 
 
 def test_what_is_measured_stays_out_of_the_record(family_folder: Family, text_file: Path, tmp_path: Path) -> None:

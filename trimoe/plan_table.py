@@ -58,25 +58,60 @@ def _apart(*parts: RenderableType) -> Group:
     return Group(*(piece for part in parts for piece in ((Text(""), part) if isinstance(part, Table | Fitting) else (part,))))
 
 
-def table(*columns: str, left: int = 1) -> Table:
+def table(*columns: str, left: int = 1) -> Whole:
     """An open table; the first `left` columns are words, the others numbers, which stay whole. Headings break between words alone."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    made = Whole(left)
     for number, name in enumerate(columns):
-        longest = max((len(word) for word in name.split()), default=0)
-        words = number < left
-        made.add_column(Text(name), justify="left" if words else "right", overflow="fold", no_wrap=not words, min_width=longest or None)
+        made.add_column(Text(name), justify="left" if number < left else "right", overflow="fold", min_width=_longest([name]) or None)
     return made
+
+
+class Whole(Table):
+    """The first `left` columns are words. Where there is little room, headings wrap, then words; numbers never do."""
+
+    def __init__(self, left: int):
+        super().__init__(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+        self.left = left
+
+    def __rich_console__(self, shown: Console, options: ConsoleOptions) -> RenderResult:
+        if _widest(shown, options, self) > options.max_width:
+            self.squeeze()
+        yield from super().__rich_console__(shown, options)
+
+    def squeeze(self) -> None:
+        """No column of numbers is wider than it must be."""
+        for column, width in zip(self.columns[self.left :], self._numbers(), strict=True):
+            column.width = width
+
+    def least(self) -> int:
+        """Characters of a line below which a word or number breaks."""
+        words = [_longest([column.header, *column._cells]) for column in self.columns[: self.left]]
+        return sum(words) + sum(self._numbers()) + 3 * (len(self.columns) - 1)
+
+    def _numbers(self) -> list[int]:
+        return [max([column.min_width or 0, *(len(str(cell)) for cell in column._cells)]) for column in self.columns[self.left :]]
+
+
+def _longest(cells: Iterable[Any]) -> int:
+    return max((len(word) for cell in cells for word in str(cell).split()), default=0)
+
+
+def _widest(shown: Console, options: ConsoleOptions, made: Table) -> int:
+    """How wide a table is with all the room there could be."""
+    return Measurement.get(shown, options.update(width=1000, max_width=1000), made).maximum
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """The first of several tables, the widest first, that is as wide as there is room for; else the last."""
+    """The first of several tables, the widest first, that there is room for (with `wraps`, once its words are wrapped); else the last."""
 
-    tables: tuple[Callable[[], Table], ...]
+    tables: tuple[Callable[[], Whole], ...]
+    wraps: bool = False
 
     def __rich_console__(self, shown: Console, options: ConsoleOptions) -> RenderResult:
         for make in self.tables[:-1]:
-            if Measurement.get(shown, options.update(width=1000, max_width=1000), made := make()).maximum <= options.max_width:
+            made = make()
+            if (made.least() if self.wraps else _widest(shown, options, made)) <= options.max_width:
                 yield made
                 return
         yield self.tables[-1]()
@@ -86,14 +121,14 @@ def _totals(plan: dict[str, Any]) -> Fitting:
     """Where there is little room, without the shares, or with what comes out alone."""
     rows = list(_total_rows(plan))
 
-    def made(places: tuple[int, ...]) -> Table:
+    def made(places: tuple[int, ...]) -> Whole:
         columns = ("", "before", "after", "share")
         shown = table(*(columns[place] for place in places))
         for row in rows:
             shown.add_row(*(row[place] for place in places))
         return shown
 
-    return Fitting(tuple(lambda places=places: made(places) for places in ((0, 1, 2, 3), (0, 1, 2), (0, 2))))  # type: ignore[misc]
+    return Fitting(tuple(lambda places=places: made(places) for places in ((0, 1, 2, 3), (0, 1, 2), (0, 2))), wraps=True)  # type: ignore[misc]
 
 
 def _total_rows(plan: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -126,10 +161,10 @@ def _share(before: float, after: float) -> str:
 
 def _layers(plan: dict[str, Any]) -> Fitting:
     """A line for every run of layers that are alike; where there is little room, without what the totals say as well."""
-    return Fitting(tuple(lambda left_out=left_out: _by_layer(plan, left_out) for left_out in ((), (7,), (6, 7), (5, 6, 7))))  # type: ignore[misc]
+    return Fitting(tuple(lambda left_out=left_out: _by_layer(plan, left_out) for left_out in ((), (7,), (6, 7), (5, 6, 7), (4, 5, 6, 7))))  # type: ignore[misc]
 
 
-def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Table:
+def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Whole:
     """Without some of the columns."""
     columns = ("layer", "experts", "form", "tensor bytes", "params", "active", "FLOPs", f"cache/{PER // 1000}K")
     made = table(*(name for place, name in enumerate(columns) if place not in left_out), left=3)
