@@ -242,6 +242,8 @@ def test_a_run_that_only_harms_gives_the_folder_back(finished: Finished, text_fi
     assert "Nothing that training tried was better on held-out text" in (tmp_path / "out" / "README.md").read_text()
     told = {"layers": {"0": {"before": 1.0, "after": 0.5}, "1": {"before": 0.0, "after": 0.0}, "2": {"before": 1.0, "after": 1.0}}}
     assert card.unimproved(told) == "Training made no better experts in layers 1, 2: they are as they were."
+    told["layers"] = {"0": {"before": 0.0, "after": 0.0}}
+    assert "nothing to learn" in str(card.unimproved(told))
     told["layers"] = {"0": {"before": 1.0, "after": 0.5}}
     assert card.unimproved(told) is None is card.unimproved({"best": 3})
 

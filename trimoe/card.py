@@ -118,6 +118,8 @@ def unimproved(metrics: dict[str, Any]) -> str | None:
     """A sentence on what training left as it was, since nothing that it tried was better on held-out text; None where all has changed."""
     if "layers" not in metrics:
         return "Nothing that training tried was better on held-out text, so the weights are as they were." if metrics["best"] == 0 else None
+    if all(layer["before"] == 0 for layer in metrics["layers"].values()):
+        return "Its experts give what the original's give already, so there was nothing to learn."
     same = [int(index) for index, layer in metrics["layers"].items() if not layer["after"] < layer["before"]]
     return f"Training made no better experts in layers {runs(same)}: they are as they were." if same else None
 
