@@ -134,7 +134,20 @@ def test_keys_given_twice(line: Line, source: Path, text_file: Path, tmp_path: P
     }
     for key, body in twice.items():
         (tmp_path / "twice.yaml").write_text(body)
-        refused(line, f"it has the key '{key}' twice in one place", source, text_file, tmp_path, recipe=str(tmp_path / "twice.yaml"))
+        said = f"line {2 if key == 'steps' else 1} gives the key '{key}' again"
+        refused(line, said, source, text_file, tmp_path, recipe=str(tmp_path / "twice.yaml"))
+    for body, message in (
+        ("steps: [{expert_drop: {<<: {ratio: 0.25}, ratio: 0.5}}]\n", "merges with <<"),
+        ("steps: !!map [a, b]\n", "is not valid YAML"),
+        ("steps: !!set [a]\n", "is not valid YAML"),
+    ):
+        (tmp_path / "twice.yaml").write_text(body)
+        refused(line, message, source, text_file, tmp_path, recipe=str(tmp_path / "twice.yaml"))
+    change = ("--set", "steps.0.ratio=0.5", "--set", "steps.0.ratio=0.75")
+    line.refused("--set gives steps.0.ratio twice", "plan", source, "-r", "expert-drop", *change)
+    line.refused(
+        "--set gives rate twice", "recover", source, "--method", "lora", "-o", tmp_path / "x", "--set", "rate=1", "--set", "rate=2"
+    )
 
 
 def test_one_expert_in_a_stock_folder(line: Line, text_file: Path, tmp_path: Path) -> None:
@@ -142,6 +155,9 @@ def test_one_expert_in_a_stock_folder(line: Line, text_file: Path, tmp_path: Pat
     families.save("mixtral", tmp_path / "top1", num_experts_per_tok=1)
     drop = {"steps": [{"expert_drop": {"count": 7, "counts": "uniform", "score": "frequency", "search": "none"}}]}
     refused(line, "leaves one expert in every layer", tmp_path / "top1", text_file, tmp_path, recipe=drop)
+    for counts in ("importance", "global"):
+        most = {"steps": [{"expert_drop": {"ratio": 0.875, "counts": counts, "score": "frequency", "search": "none"}}]}
+        refused(line, "leaves one expert in every layer", tmp_path / "top1", text_file, tmp_path, recipe=most)
 
 
 def test_ratios_that_break_router_groups(line: Line, family_folder: Family, text_file: Path, tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_killed_while_a_finished_recipe_was_tidied_up(
     assert snapshot(tmp_path / "out") == made
 
 
-@pytest.mark.parametrize("lost", ["weights", "tokenizer", "configuration"])
+@pytest.mark.parametrize("lost", ["weights", "tokenizer", "config.json", "generation_config.json", "damaged configuration"])
 def test_a_finished_folder_that_lost_a_file_is_not_finished(
     lost: str, family_folder: Family, text_file: Path, tmp_path: Path, line: Line
 ) -> None:
@@ -280,11 +280,17 @@ def test_a_finished_folder_that_lost_a_file_is_not_finished(
         elif lost == "tokenizer":
             for path in folder.glob("tokenizer*"):
                 path.unlink()
-        else:
+        elif lost.startswith("damaged"):
             (folder / "config.json").write_text((folder / "config.json").read_text() + "}")
+        else:
+            (folder / lost).unlink()
         line.refused(f"{name} was finished and is no longer whole: ", *again)
         shutil.rmtree(folder)
         (tmp_path / "kept").rename(folder)
+    adapter = ["recover", "out", "-o", "adapter", "-q", "--adapter", *TRAIN]
+    assert line.run(*adapter)[0] == line.run(*adapter)[0] == 0
+    (tmp_path / "adapter" / ("adapter_config.json" if lost == "config.json" else "adapter_model.safetensors")).unlink()
+    line.refused("adapter was finished and is no longer whole: it has no adapter_", *adapter)
 
 
 # ---- two at once, and the source

@@ -268,7 +268,18 @@ def test_the_advice_of_a_run_that_diverged_can_be_followed(finished: Finished, r
     with pytest.raises(UserError, match="Training diverged"):
         trimoe.compress(source, recipe, tmp_path / "both", **options)
     trimoe.compress(source, {**SPARSE, "recover": {**fields, "rate": 1e-4}}, tmp_path / "both", **options)
-    assert json.loads((tmp_path / "both" / "trimoe.json").read_text())["recovered"][0]["spec"]["rate"] == 1e-4
+    record = json.loads((tmp_path / "both" / "trimoe.json").read_text())
+    assert record["recovered"][0]["spec"]["rate"] == record["recipe"]["recover"]["rate"] == 1e-4
+    assert "rate': 0.0001" in record["command"] and "1e+30" not in (tmp_path / "both" / "README.md").read_text()
+
+
+def test_the_original_is_not_run_again_for_another_rate(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    folder, out, fields = finished("mixtral"), tmp_path / "out", section("logits", repetitive)
+    with pytest.raises(UserError, match="Training diverged"):
+        trimoe.recover(folder, out, {**fields, "rate": 1e30})
+    assert {path.name.split("-")[0] for path in (out / ".trimoe").iterdir()} == {"lock", "teacher"}
+    trimoe.recover(folder, out, {**fields, "rate": 1e-4})
+    assert (out / "trimoe.log").read_text().count("Keep its distributions: begins") == 1
 
 
 def cut(patch: pytest.MonkeyPatch, step: int) -> None:

@@ -126,14 +126,19 @@ def test_a_comparison_says_what_was_trained_and_what_cannot_be_compared(
     trimoe.recover(folder, trained, {"method": "experts", "samples": 8, "length": 16, "steps": 1, "data": str(text_file)}, command=command)
     folders = [everything(folder, tmp_path), trained]
 
-    def shown(tokens: int) -> str:
-        for one in folders:
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+
+    def shown(tokens: int = 64, texts: tuple[str, ...] = (f"a={text_file}", f"b={other}")) -> str:
+        for one, names in zip(folders, ((f"a={text_file}", f"b={other}"), texts), strict=True):
             count = tokens if one == trained else 64
-            card.add_evaluation(one, trimoe.evaluate(one, against=origin(one), text=[str(text_file)], length=16, tokens=count))
+            card.add_evaluation(one, trimoe.evaluate(one, against=origin(one), text=names, length=16, tokens=count))
         return build.report(folders, tmp_path / "both.html")[0].read_text()
 
-    alike = shown(64)
+    alike = shown()
     assert "weight_prune + recover (experts)" in alike and command in alike and "NOT evaluated alike" not in alike
+    assert "NOT evaluated alike" not in shown(texts=(f"b={other}", f"a={text_file}"))
+    assert "NOT evaluated alike" in shown(texts=(f"a={other}", f"b={text_file}")), "texts of the same names and lengths"
     assert "NOT evaluated alike" in shown(32)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from trimoe.checkpoint import Checkpoint
 from trimoe.recover import rewrite
 from trimoe.recover.rewrite import Rewriter
+from trimoe.recover.spec import Diverged
 
 Family = Callable[[str], Path]
 
@@ -142,7 +143,7 @@ def test_numbers_that_are_not_finite_are_refused_before_anything_is_written(wron
     rewriter.begin()
     before, key = snapshot(tmp_path / "out"), list(values)[-1]
     values[key].view(-1)[3] = wrong
-    with pytest.raises(RuntimeError, match=key.replace(".", r"\.")):
+    with pytest.raises(Diverged, match=key.replace(".", r"\.")):
         rewriter.put(values)
     assert snapshot(tmp_path / "out") == before
 

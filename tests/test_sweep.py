@@ -217,6 +217,8 @@ def test_what_is_kept_can_be_changed_afterwards(
     assert {path.parent.name for path in out.glob("*/*.safetensors")} == set(NAMES)
     assert [row.kl for row in everything.rows] == [row.kl for row in first.rows] and calls.seen.count("evaluate") == 4
     assert "| letters |" in (out / first.rows[0].name / "README.md").read_text()
+    next((out / NAMES[0]).glob("*.safetensors")).unlink()
+    assert all(row.kept for row in run(model, out, text_file, keep="all").rows) and list((out / NAMES[0]).glob("*.safetensors"))
     run(model, out, text_file, keep="none")
     assert not list(out.glob("*/*.safetensors"))
 

@@ -283,6 +283,11 @@ def test_a_sweep_runs_tasks_too(family_folder: Callable[[str], Path], text_file:
     (other / "again.yaml").write_text((other / "again.yaml").read_text().replace("doc_to_target: 0", "doc_to_target: 1"))
     with pytest.raises(UserError, match="another evaluation"):
         sweep(**{**of, "include": [other]})  # a task of the same name
+    with pytest.raises(UserError, match="another evaluation"):
+        sweep(**{**of, "tasks": ["quiz", "again", files.blimp]})  # the same tasks, averaged otherwise
+    for asked in ({"stream": True}, {"fewshot": 0}):
+        with pytest.raises(UserError, match=f"{next(iter(asked))} is about tasks"):
+            trimoe.evaluate(model, **asked)
     for asked in ({"limit": 4}, {"include": [files.yaml]}):
         with pytest.raises(UserError, match=f"{next(iter(asked))} is about tasks"):
             trimoe.sweep(model, drop, out, **asked)

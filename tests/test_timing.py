@@ -193,6 +193,8 @@ def test_more_processes_take_less_time_and_send_more(family_folder: Family) -> N
     skeleton, parsed = Skeleton.of(str(family_folder("mixtral"))), recipe.load(MOE_I2)
     with pytest.raises(UserError, match="makes 4 batches, too few for 8 processes"):  # as compress says it
         timing.estimate(skeleton, parsed, processes=8, speed=SPEED)
+    with pytest.raises(UserError, match="device 'gpu' is not known"):
+        timing.estimate(skeleton, parsed, device="gpu")
     parsed = recipe.with_calibration(parsed, (), 512, None)
     found = [timing.estimate(skeleton, parsed, processes=count, speed=SPEED) for count in (1, 2, 8)]
     assert found[0]["seconds"] == found[2]["seconds"]

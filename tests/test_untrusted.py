@@ -74,15 +74,20 @@ def test_one_line_of_others_exceptions(groups: int, family_folder: Family, tmp_p
 def test_ctrl_c_is_not_a_mistake_in_the_configuration(family_folder: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of building, transformers' own tidying up fails with something else."""
 
-    def stopped(*_: Any) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
         try:
-            raise KeyboardInterrupt
-        finally:
-            raise UnboundLocalError("original_init_weights")
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise UnboundLocalError("original_init_weights")
+        except UnboundLocalError as error:
+            raise ValueError("a validator's own words") from error
 
-    monkeypatch.setattr(hf, "build_bare", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        trimoe.inspect(str(family_folder("mixtral")))
+    for where, name in ((hf, "build_bare"), (hf.AutoConfig, "from_pretrained")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                trimoe.inspect(str(family_folder("mixtral")))
 
 
 # ---- headers

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trimoe.checkpoint import Checkpoint
-from trimoe.errors import UserError, first_line
+from trimoe.errors import UserError, first_line, stop_if_told
 from trimoe.words import counted
 
 TEXTS = Path(__file__).parent / "builtin" / "texts"
@@ -46,16 +46,6 @@ class Calibration:
         return in_batches(self.samples_NL, device)
 
 
-def check_whole(out: Path) -> None:
-    """Raises UserError where a finished model folder has lost weights, tokenizer or configuration since."""
-    try:
-        load_tokenizer(Checkpoint.open(out))
-    except UserError as reason:
-        raise UserError(
-            f"{out} was finished and is no longer whole: {reason} Delete the folder to make it again, or give another."
-        ) from None
-
-
 def in_batches(samples_NL: torch.Tensor, device: str) -> list[torch.Tensor]:
     """Batches of about as many tokens as suit the device."""
     return list(samples_NL.split(per_batch(samples_NL.shape[1], device)))
@@ -69,8 +59,9 @@ def per_batch(length: int, device: str) -> int:
 def check_shared_out(batches: int, processes: int) -> None:
     """Raises UserError where some of the processes would have no batch."""
     if batches < processes:
+        made = counted(batches, "batch", "batches")
         raise UserError(
-            f"The calibration text makes {counted(batches, 'batch', 'batches')}, too few for {processes} processes; start fewer, or take more --samples."
+            f"The calibration text makes {made}, too few for {processes} processes; start fewer, or take more --samples or text."
         )
 
 
@@ -161,6 +152,7 @@ def _known_text(name: str, split: str) -> Text:
         rows = datasets.load_dataset("parquet", data_files={split: pattern.format(split)}, split=split)
         return Text(name, (between.join(rows[column]),))
     except Exception as error:  # datasets raises anything from OSError to its own types
+        stop_if_told(error)
         raise UserError(f"The text {name!r} could not be read from the Hugging Face hub ({first_line(error)[:120]}); {instead}.") from None
 
 
@@ -208,6 +200,7 @@ def _from_hub(path: str, label: str) -> Text:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
         documents = tuple(str(row["text"]) for row, _ in zip(rows, range(20_000), strict=False) if row.get("text"))
     except Exception as error:  # datasets raises anything from OSError to its own types
+        stop_if_told(error)
         raise UserError(f"There is no file {path!r}, and the dataset of that name could not be read ({first_line(error)}).") from None
     return Text(label or name.rpartition("/")[2], documents)
 
@@ -218,6 +211,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
+        stop_if_told(error)
         raise UserError(f"{checkpoint.name} has no tokenizer that transformers can load ({first_line(error)}).") from None
 
 
@@ -226,6 +220,7 @@ def encode(tokenizer: Any, text: Text, vocabulary: int) -> list[torch.Tensor]:
     try:
         ids = tokenizer(list(text.documents), add_special_tokens=False, verbose=False)["input_ids"] if text.documents else []
     except Exception as error:  # a tokenizer that loads may still hold settings that cannot be
+        stop_if_told(error)
         raise UserError(f"The model's tokenizer cannot read the text {text.domain!r} ({first_line(error)}).") from None
     tensors = [torch.tensor(row, dtype=torch.int64) for row in ids if len(row)]
     top = max((int(row.max()) for row in tensors), default=0)

@@ -13,11 +13,13 @@ import torch
 
 from trimoe import card, disk, recorded
 from trimoe import recipe as recipes
-from trimoe.calibration import Calibration, calibrate, check_shared_out, check_whole
+from trimoe.calibration import Calibration, calibrate, check_shared_out
+from trimoe.checkpoint import Checkpoint
 from trimoe.decide import Run, decide, rounded
 from trimoe.disk import human
 from trimoe.distributed import ALONE, Team, team
 from trimoe.errors import UserError, reading
+from trimoe.finished import lost, refuse_lost
 from trimoe.gather import statistics
 from trimoe.headers import DTYPES, read_json
 from trimoe.journal import FOLDER, STAGE, Journal
@@ -36,7 +38,7 @@ from trimoe.stats import Stats
 from trimoe.stream import compute_dtype, usable_device
 from trimoe.transform import transform
 from trimoe.version import VERSION, versions
-from trimoe.write import Writer
+from trimoe.write import Writer, write_text
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class Job:
     def done(self, out: Path, before: Plan, stats: str | os.PathLike[str] | None) -> Result:
         """The result in `out`: found there, or made, and trained where the recipe says so."""
         run, main = self.run, self.run.team
-        finished = main.from_main(lambda: _finished(out, self.inputs, run.recipe.recover))
+        source = run.skeleton.checkpoint
+        finished = main.from_main(lambda: _finished(out, self.inputs, run.recipe.recover, source))
         if finished is not None:
             Journal(out, self.inputs, main).tidy()
             run.reporter.say(f"{out} holds the finished result of this very command already.")
@@ -147,12 +150,22 @@ class Job:
         stage = out / FOLDER / STAGE
         if not stage.exists():
             Journal(out, self.inputs).refuse_other_content()
-        made = _finished(stage, self.inputs, None)
+        made = _finished(stage, self.inputs, None, source)
         if made is None:
             made = self.compressed(stage, before, given, out)
         Journal(stage, self.inputs).tidy()
+        self._adopt(stage)
         trained = recover(stage, out, run.recipe.recover, seed=run.seed, device=run.device, command=self.command, reporter=run.reporter)
         return replace(made, out=out, metrics={**made.metrics, "recover": trained.metrics})
+
+    def _adopt(self, stage: Path) -> None:
+        """The first half of a recipe may be that of one whose training diverged: what is recorded is this one's recipe and command."""
+        record = read_json(stage / "trimoe.json")
+        mine = {"recipe": self.run.recipe.to_json(), "command": self.command}
+        if {name: record[name] for name in mine} != mine:
+            record |= mine
+            write_text(stage / "README.md", card.text(record))
+            write_text(stage / "trimoe.json", json.dumps(record, indent=1) + "\n")
 
     def compressed(self, out: Path, before: Plan, given: Stats | None, final_out: Path) -> Result:
         """Decide, transform, write; what a killed run has done already is taken from `out`. The log lies in `final_out`."""
@@ -302,12 +315,14 @@ def _refuse_other_result(out: Path, inputs: dict[str, Any]) -> None:
         raise UserError(f"The output folder {out} holds a finished result made with {what}; give another folder.")
 
 
-def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None) -> Result | None:
-    """The result that `out` holds, if it is the finished one of the same inputs, trained in the same way."""
-    record = record_of(out, inputs, recover) if (out / "config.json").is_file() else None
+def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None, source: Checkpoint) -> Result | None:
+    """The result that `out` holds, if it is the finished one of the same inputs, trained in the same way. Raises UserError where it is no
+    longer whole."""
+    unfinished = (out / FOLDER).is_dir() and not (out / "config.json").is_file()
+    record = None if unfinished else record_of(out, inputs, recover)
     if record is None:
         return None
-    check_whole(out)
+    refuse_lost(out, lost(out, source))
     decisions = {int(i): LayerDecision.from_json(value) for i, value in record["decisions"].items()}
     metrics = record["metrics"]
     if record.get("recovered"):

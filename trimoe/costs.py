@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from trimoe import depth, hf
-from trimoe.errors import FOREIGN
+from trimoe.errors import FOREIGN, stop_if_told
 from trimoe.headers import DTYPES
 from trimoe.layout import Layout
 from trimoe.methods.low_rank import rank_share
@@ -62,7 +62,8 @@ def caches(skeleton: Skeleton) -> list[Cache] | None:
     def found() -> list[Cache] | None:
         try:
             return list(_caches(skeleton))
-        except FOREIGN:
+        except FOREIGN as error:
+            stop_if_told(error)
             return None
 
     return skeleton.remembered("caches", found)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trimoe import hf, modeling_trimoe, parts
-from trimoe.errors import UserError, first_line
+from trimoe.errors import UserError, first_line, stop_if_told
 from trimoe.methods.method import Decisions
 from trimoe.skeleton import Skeleton
 
@@ -73,6 +73,7 @@ def difference(skeleton: Skeleton, config: Mapping[str, Any], kept: Sequence[int
     try:
         _, layers = hf.decoder_layers(hf.build_meta(hf.config_from(config, skeleton.config), skeleton.dtype))
     except Exception as error:  # validators and constructors of every family raise types of their own
+        stop_if_told(error)
         return f"transformers cannot build it ({first_line(error)})"
     kinds = [
         set(getattr(of.get_text_config(), "layer_types", None) or ()) for of in (skeleton.config, hf.config_from(config, skeleton.config))

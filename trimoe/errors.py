@@ -9,9 +9,21 @@ from pathlib import Path
 # What an architecture's own code raises on numbers that it was not made for. NotImplementedError is a RuntimeError.
 FOREIGN = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
 
+TERMINATED = 143  # the exit code after SIGTERM, which a queue or a container sends first
+
 
 class UserError(ValueError):
     """A mistake in the input: what was given, where, and what is allowed."""
+
+
+def stop_if_told(error: BaseException) -> None:
+    """Re-raises Ctrl-C or SIGTERM where `error` came of it: a library's tidying up may fail while it is being stopped, and raise its own.
+    Called wherever anything that foreign code raises is made a sentence."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt) or (isinstance(cause, SystemExit) and cause.code == TERMINATED):
+            raise cause from None
+        cause = cause.__context__
 
 
 def first_line(error: BaseException) -> str:

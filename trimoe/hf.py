@@ -32,7 +32,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from trimoe import modeling_trimoe
-from trimoe.errors import UserError, first_line
+from trimoe.errors import UserError, first_line, stop_if_told
 
 # The names under which configurations keep the number of routed experts and of experts per token.
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -45,6 +45,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and its validators raise types of their own
+        stop_if_told(error)
         raise UserError(f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {first_line(error)}") from None
     for part in (config, config.get_text_config()):  # names with a slash are hub repositories whose code would be fetched and run
         if any("/" in str(getattr(part, field, "")) for field in ("_attn_implementation", "_experts_implementation")):

@@ -16,6 +16,7 @@ from trimoe.write import write_text
 
 FOLDER = ".trimoe"  # inside the output folder until the run is finished
 STAGE = "compressed"  # in it: what a recipe with recover trains
+ANSWERS = "teacher-"  # in it: the original's distributions, in folders that are named after what they depend on
 
 
 class Journal:
@@ -86,13 +87,14 @@ class Journal:
         if self.team.main:
             stats.save(self.folder / f"{stage}.safetensors")
 
-    def forget(self) -> None:
-        """Nothing is kept of what this run has done, but the first half of a recipe: another may begin in the folder."""
+    def forget_training(self) -> None:
+        """Another run may begin in the folder. What does not depend on how it trains stays: the first half of a recipe, the original's
+        answers; and the lock, which this run still holds."""
         for path in self.folder.iterdir():
-            if path.is_file():
-                path.unlink()
-            elif path.name != STAGE:
+            if path.is_dir() and path.name != STAGE and not path.name.startswith(ANSWERS):
                 shutil.rmtree(path)
+            elif path.is_file() and path.name != "lock":
+                path.unlink()
 
     def tidy(self) -> None:
         """What a run leaves that was killed between its last file and `close`, a recovery's in a recipe's folder too; nobody else may be at it."""

@@ -110,7 +110,7 @@ def plan(
     smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
     native = layout.native or smaller.native or most.open_counts
     check_target(parsed, native, skeleton, least.decisions)
-    _refuse_lone_experts(native, skeleton, least.decisions)
+    _refuse_lone_experts(layout.native or smaller.native, skeleton, least.decisions)
     open_ = Open(
         slack=most.slack + _header_slack(layout) if most.open_bytes else 0, parameters=most.slack // WIDEST, least_bytes=smaller.nbytes,
         counts=most.open_counts, layers=most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
@@ -119,10 +119,11 @@ def plan(
 
 
 def _refuse_lone_experts(native: bool, skeleton: Skeleton, decisions: Decisions) -> None:
-    """A stock configuration that counts one expert is no MoE model to what loads it; native ones say it layer by layer."""
+    """A stock configuration that counts one expert is no MoE model to what loads it; native ones say it layer by layer. Where counts are
+    open, those of the decisions add up to what they will be: all are one, or none of them need be."""
     left = {len(decision.keep) for index, decision in decisions.items() if index in skeleton.sites and decision.gone is None}
     if not native and left == {1} and skeleton.num_experts > 1:
-        raise UserError("The recipe leaves one expert in every layer, which a stock checkpoint cannot say; leave at least 2 of them.")
+        raise UserError("The recipe leaves one expert in every layer, which a stock checkpoint cannot say; let more of them stay.")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens:
     """After all decisions: exact."""
     layout = Layout(skeleton, decisions)
     check_target(recipe, layout.native, skeleton, decisions)
+    _refuse_lone_experts(layout.native, skeleton, decisions)
     blocks = len(skeleton.layers) - len(layout.place)
     moe = sum(decisions[index].gone is not None for index in skeleton.sites)
     decided = Open(0, 0, layout.nbytes, counts=False, layers=False, ranks=False, gone={"block": (blocks, blocks), "moe": (moe, moe)})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +19,8 @@ from trimoe.costs import PER
 from trimoe.disk import human
 from trimoe.form import form_of
 from trimoe.words import COUNTS, GONE, bounds, duration, runs, short
+
+CACHE = f"cache/{PER // 1000}K"
 
 
 def plain(plan: dict[str, Any]) -> str:
@@ -58,20 +61,34 @@ def _apart(*parts: RenderableType) -> Group:
     return Group(*(piece for part in parts for piece in ((Text(""), part) if isinstance(part, Table | Fitting) else (part,))))
 
 
-def table(*columns: str, left: int = 1) -> Whole:
-    """An open table; the first `left` columns are words, the others numbers, which stay whole. Headings break between words alone."""
-    made = Whole(left)
+def table(*columns: str, left: int = 1, left_out: Collection[str] = (), fold: bool = False, gap: int = 3) -> Whole:
+    """An open table; the first `left` columns are words, the others numbers, which stay whole. Headings break between words alone (with
+    `fold` anywhere: long names). Columns that are `left_out` stay out of every row, too. `gap`: spaces between columns, 2 or 3."""
+    made = Whole([name not in left_out for name in columns], gap)
     for number, name in enumerate(columns):
-        made.add_column(Text(name), justify="left" if number < left else "right", overflow="fold", min_width=_longest([name]) or None)
+        if name not in left_out:
+            least = None if fold else _longest([name]) or None
+            made.add_column(Text(name), justify="left" if number < left else "right", overflow="fold", min_width=least)
+            made.left += number < left
     return made
 
 
-class Whole(Table):
-    """The first `left` columns are words. Where there is little room, headings wrap, then words; numbers never do."""
+def fitting(make: Callable[[Collection[str]], Whole], *without: Collection[str], wraps: bool = False) -> Fitting:
+    """make(columns to be left out), with as few left out as there is room for: none, or those of the first in `without` that fits."""
+    return Fitting(tuple(partial(make, left_out) for left_out in ((), *without)), wraps)
 
-    def __init__(self, left: int):
-        super().__init__(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-        self.left = left
+
+class Whole(Table):
+    """The first `left` columns are words. Where there is little room, headings wrap, then words; numbers never do. `shown`: which cells of
+    a row are columns of it."""
+
+    def __init__(self, shown: list[bool], gap: int):
+        super().__init__(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 2, 0, 1), show_edge=False)
+        self.shown, self.left, self.gap = shown, 0, gap
+
+    def add(self, *cells: str) -> None:
+        """A row, columns that are left out included."""
+        self.add_row(*(cell for cell, there in zip(cells, self.shown, strict=True) if there))
 
     def __rich_console__(self, shown: Console, options: ConsoleOptions) -> RenderResult:
         if _widest(shown, options, self) > options.max_width:
@@ -86,10 +103,11 @@ class Whole(Table):
     def least(self) -> int:
         """Characters of a line below which a word or number breaks."""
         words = [_longest([column.header, *column._cells]) for column in self.columns[: self.left]]
-        return sum(words) + sum(self._numbers()) + 3 * (len(self.columns) - 1)
+        return sum(words) + sum(self._numbers()) + self.gap * (len(self.columns) - 1)
 
     def _numbers(self) -> list[int]:
-        return [max([column.min_width or 0, *(len(str(cell)) for cell in column._cells)]) for column in self.columns[self.left :]]
+        columns = [(column.min_width or 0, column._cells) for column in self.columns[self.left :]]
+        return [max([least, *(len(line) for cell in cells for line in str(cell).splitlines())]) for least, cells in columns]
 
 
 def _longest(cells: Iterable[Any]) -> int:
@@ -121,14 +139,13 @@ def _totals(plan: dict[str, Any]) -> Fitting:
     """Where there is little room, without the shares, or with what comes out alone."""
     rows = list(_total_rows(plan))
 
-    def made(places: tuple[int, ...]) -> Whole:
-        columns = ("", "before", "after", "share")
-        shown = table(*(columns[place] for place in places))
+    def made(left_out: Collection[str]) -> Whole:
+        shown = table("", "before", "after", "share", left_out=left_out)
         for row in rows:
-            shown.add_row(*(row[place] for place in places))
+            shown.add(*row)
         return shown
 
-    return Fitting(tuple(lambda places=places: made(places) for places in ((0, 1, 2, 3), (0, 1, 2), (0, 2))), wraps=True)  # type: ignore[misc]
+    return fitting(made, ["share"], ["before", "share"], wraps=True)
 
 
 def _total_rows(plan: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -161,16 +178,13 @@ def _share(before: float, after: float) -> str:
 
 def _layers(plan: dict[str, Any]) -> Fitting:
     """A line for every run of layers that are alike; where there is little room, without what the totals say as well."""
-    return Fitting(tuple(lambda left_out=left_out: _by_layer(plan, left_out) for left_out in ((), (7,), (6, 7), (5, 6, 7), (4, 5, 6, 7))))  # type: ignore[misc]
+    last = ["params", "active", "FLOPs", CACHE]
+    return fitting(partial(_by_layer, plan), *(last[place:] for place in (3, 2, 1, 0)))
 
 
-def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Whole:
+def _by_layer(plan: dict[str, Any], left_out: Collection[str]) -> Whole:
     """Without some of the columns."""
-    columns = ("layer", "experts", "form", "tensor bytes", "params", "active", "FLOPs", f"cache/{PER // 1000}K")
-    made = table(*(name for place, name in enumerate(columns) if place not in left_out), left=3)
-
-    def add(*row: str) -> None:
-        made.add_row(*(cell for place, cell in enumerate(row) if place not in left_out))
+    made = table("layer", "experts", "form", "tensor bytes", "params", "active", "FLOPs", CACHE, left=3, left_out=left_out)
 
     def cells(row: dict[str, Any]) -> tuple[str, ...]:
         after = row["after"]
@@ -182,22 +196,14 @@ def _by_layer(plan: dict[str, Any], left_out: tuple[int, ...]) -> Whole:
 
     for same, run in groupby(plan["layers"], cells):
         numbers = [row["layer"] for row in run]
-        add(runs(numbers), *same)
+        made.add(runs(numbers), *same)
     open_ = any(row["kept"] is None for row in plan["layers"])
     if open_ and any(name in ("layer_drop", "block_drop") for step in plan["recipe"]["steps"] for name in step):
         made.caption = "each layer as it is if it stays: which ones go is decided on the calibration text"
     rest = plan["dense_layers"]
     if rest["count"]:
-        add(
-            "others",
-            f"{rest['count']} dense",
-            "",
-            human(rest["bytes"][1]),
-            short(rest["parameters"][1], COUNTS),
-            "",
-            short(rest["flops"][1]),
-            "",
-        )
+        parameters, flops = short(rest["parameters"][1], COUNTS), short(rest["flops"][1])
+        made.add("others", f"{rest['count']} dense", "", human(rest["bytes"][1]), parameters, "", flops, "")
     return made
 
 

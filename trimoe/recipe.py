@@ -118,9 +118,17 @@ def read(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
         raise UserError(f"The recipe is {recipe!r}; a built-in name, a YAML file or a mapping is expected.")
     if not isinstance(raw, dict):
         raise UserError(f"{where} {'is empty' if raw is None else f'holds {_kind(raw)}'}; a mapping with steps is expected.")
+    _refuse_repeated(changes)
     for change in changes:
         raw = _changed(raw, change)
     return raw, where
+
+
+def _refuse_repeated(changes: Sequence[str]) -> None:
+    keys = [change.partition("=")[0].strip() for change in changes]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise UserError(f"--set gives {twice} twice; leave one of them out.")
 
 
 def _source(path: Path, where: str) -> str:
@@ -159,10 +167,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.YAMLError(f"it has the key {key.value!r} twice in one place")
-            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name, line = (key.value if isinstance(key, yaml.ScalarNode) else None), key.start_mark.line + 1
+            if name == "<<":
+                raise yaml.YAMLError(f"line {line} merges with <<; write the values out")
+            if name in seen:
+                raise yaml.YAMLError(f"line {line} gives the key {name!r} again, which stands in the same mapping already")
+            seen |= {name} if name is not None else set()
         return super().construct_mapping(node, deep)
 
 
@@ -240,6 +251,7 @@ def parse(raw: dict[str, Any], where: str) -> Recipe:
 
 def recovery(body: dict[str, Any], changes: Sequence[str] = ()) -> Recover:
     """The `recover` section alone; `changes` are "field=value" overrides of what `body` leaves open."""
+    _refuse_repeated(changes)
     for change in changes:
         if (key := change.partition("=")[0].strip()) in body:
             raise UserError(f"--set {change} and the option for {key} say two things; leave one of them out.")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe.errors import FOREIGN, UserError
+from trimoe.errors import FOREIGN, UserError, stop_if_told
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 
@@ -96,7 +96,8 @@ def _try(pristine: nn.Module, site: Site, pair: bool, way: str) -> tuple[str | N
     }
     try:
         out = layer(hidden_states=x, **arguments)
-    except FOREIGN:
+    except FOREIGN as error:
+        stop_if_told(error)
         return None
     out = out[0] if isinstance(out, tuple) else out
     if not isinstance(out, torch.Tensor) or out.shape != x.shape:

@@ -18,7 +18,7 @@ from torch import nn
 
 from trimoe import hf, modeling_trimoe, routing
 from trimoe.checkpoint import Checkpoint
-from trimoe.errors import FOREIGN, UserError, first_line
+from trimoe.errors import FOREIGN, UserError, first_line, stop_if_told
 from trimoe.headers import DTYPES
 from trimoe.routing import RoutingRule
 from trimoe.site import Site, keep_experts, tensor_at
@@ -125,8 +125,7 @@ class Skeleton:
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
         except Exception as error:  # whatever absurd sizes make the architecture's own code raise
-            if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C, in the middle of which transformers' tidying up failed
-                raise KeyboardInterrupt from None
+            stop_if_told(error)
             raise UserError(
                 f"{self.name}: config.json describes a {self.config.model_type} that cannot be built ({first_line(error)})."
             ) from None
@@ -245,6 +244,7 @@ class Skeleton:
             bias = tensor_at(shell, site.bias).reshape(-1) if site.bias else None
             rule = routing.identify(_call(shell, light), pruned, x_TH, bias, hints)
         except FOREIGN as error:
+            stop_if_told(error)
             raise UserError(f"{where}: its router cannot be run by itself ({first_line(error)}); not supported yet.") from None
         if rule is None:
             raise UserError(f"{where}: none of the known routing rules reproduces what its router computes; not supported yet.")

@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,29 +126,26 @@ def _finite(value: Any) -> Any:
 def table(rows: Sequence[Row]) -> None:
     """The rows on standard output, the smallest first; a star is on the frontier. Where there is little room, without the columns that
     matter least."""
-    from trimoe.plan_table import Fitting, show
+    from trimoe.plan_table import fitting, show
 
-    narrower = ((), ("95 %",), ("95 %", "agrees"), ("95 %", "agrees", "active"))
-    show(Fitting(tuple(lambda left_out=left_out: _table(rows, left_out) for left_out in narrower)))  # type: ignore[misc]
+    show(fitting(partial(_table, rows), ["95 %"], ["95 %", "agrees"], ["95 %", "agrees", "active"]))
     print("* no other variant is as small and as near to the original.\n  KL(original || variant) in nats/token, mean of texts")
 
 
-def _table(rows: Sequence[Row], left_out: Sequence[str]) -> Any:
+def _table(rows: Sequence[Row], left_out: Collection[str]) -> Any:
     from trimoe import plan_table
 
-    names = ["", "variant", "bytes", "active", "KL", "95 %", "agrees", "perplexity"]
-    names += ["acc"] if any(row.accuracy is not None for row in rows) else []
-    shown, best = plan_table.table(*(name for name in names if name not in left_out), left=2), frontier(rows)
-
-    def add(*cells: str) -> None:
-        shown.add_row(*(cell for name, cell in zip(names, cells, strict=False) if name not in left_out))
-
+    left_out = [*left_out, *(() if any(row.accuracy is not None for row in rows) else ("acc",))]
+    names = ("", "variant", "bytes", "active", "KL", "95 %", "agrees", "perplexity", "acc")
+    shown, best = plan_table.table(*names, left=2, left_out=left_out), frontier(rows)
     for row in sorted(rows, key=lambda row: (row.bytes, row.kl)):
         between = f"{row.kl_low:.4f}-{row.kl_high:.4f}" if row.kl_low is not None else ""
-        add("*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}", between, f"{row.agreement:.1%}",
+        shown.add("*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}", between, f"{row.agreement:.1%}",
             f"{row.perplexity:.2f}", _accuracy(row.accuracy))  # fmt: skip
     if rows:
-        add("", "original", "100.0%", "100.0%", "0", "", "100.0%", f"{rows[0].perplexity_before:.2f}", _accuracy(rows[0].accuracy_before))
+        shown.add(
+            "", "original", "100.0%", "100.0%", "0", "", "100.0%", f"{rows[0].perplexity_before:.2f}", _accuracy(rows[0].accuracy_before)
+        )
     return shown
 
 

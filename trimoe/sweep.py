@@ -26,6 +26,7 @@ from trimoe.calibration import Calibration, load_tokenizer, read_text
 from trimoe.compress import Job, calibration_for, job_of, possible, record_of, with_calibration
 from trimoe.errors import UserError
 from trimoe.evaluate import Ends, evaluate, harness, of_sources, taskset
+from trimoe.finished import lost
 from trimoe.journal import Journal
 from trimoe.plan import Plan
 from trimoe.progress import LOG, QUIET, Reporter, logged
@@ -121,7 +122,7 @@ def sweep(
     plans = _all(found, planned)
     tokenizer = load_tokenizer(skeleton.checkpoint)
     held = Ends.nbytes(skeleton, of_sources(skeleton, tokenizer, text, window, stride, tokens))  # what cannot be evaluated on is said now
-    asked = taskset.find(tasks, include, None, reporter).tasks if tasks else {}  # a name or data that are not there, too
+    asked = taskset.find(tasks, include, None, reporter) if tasks else None  # a name or data that are not there, too
     read: dict[str, Calibration] = {}
 
     def ready(variant: Variant) -> Job:
@@ -134,7 +135,7 @@ def sweep(
 
     jobs = _all(found, ready)
     settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
-    settings |= {"tasks": {name: harness.task_identity(task, limit) for name, task in asked.items()}} if tasks else {}
+    settings |= {"tasks": harness.task_settings(asked, limit)} if asked is not None else {}
     inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": dtype, "evaluation": settings, "version": VERSION}
 
     entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
@@ -194,8 +195,8 @@ class Entry:
         return bool((self.record() or {}).get("evaluation", {}).get("texts"))
 
     def complete(self) -> bool:
-        """Whether the weights are there."""
-        return self.record() is not None and (self.folder / "config.json").is_file()
+        """Whether the weights are there, and whole."""
+        return self.record() is not None and lost(self.folder, self.job.run.skeleton.checkpoint) is None
 
     def discard(self) -> None:
         """Delete all but the record and the log, config.json first: without it no half-deleted folder looks finished."""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
-from trimoe.plan_table import show
+from trimoe.plan_table import Fitting, Whole, show, table
 from trimoe.words import counted, three
 
 
@@ -31,26 +28,24 @@ def _title(report: dict[str, Any], versus: bool) -> str:
 def _texts(report: dict[str, Any], versus: bool) -> None:
     """Perplexity, KL and agreement per text, with their 95 % intervals."""
     drawn = sorted({row["resampled"] for row in report["texts"] if row["intervals"]})
-    table = Table(
-        title=_title(report, versus),
-        caption=f"windows of {report['length']} tokens, stride {report['stride']}"
-        + (f"; 95 % intervals: paired bootstrap over {' or '.join(drawn)}" if drawn else ""),
-        box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1),
-    )  # fmt: skip
-    table.add_column("text", overflow="fold")
-    columns = [("against_perplexity", "perplexity\nbefore", ".3f"), ("perplexity", "perplexity", ".3f"), ("kl", "KL,\nnats/token", ".4f"),
-               ("agreement", "top-1\nagreement", ".1%")]  # fmt: skip
-    shown = columns if versus else columns[1:2]
-    for name in ("tokens", *(label for _, label, _ in shown)):
-        table.add_column(name, justify="right", no_wrap=True)  # the text's name gives way: half a number is another number
-    for row in report["texts"]:
-        values = row | ({"against_perplexity": row["against"]["perplexity"]} if versus else {})
-        cells = [row["name"], f"{row['tokens']:,}"]
-        for key, _, form in shown:
-            ends = (row["intervals"] or {}).get(key)
-            cells.append(f"{values[key]:{form}}" + (f"\n{_range(ends, form)}" if ends else ""))
-        table.add_row(*cells)
-    show(table)
+    columns = [("against_perplexity", "perplexity before", ".3f"), ("perplexity", "perplexity", ".3f"), ("kl", "KL, nats/token", ".4f"),
+               ("agreement", "top-1 agreement", ".1%")]  # fmt: skip
+    columns = columns if versus else columns[1:2]
+
+    def made(intervals: bool) -> Whole:
+        shown = table("text", "tokens", *(label for _, label, _ in columns), gap=2)
+        for row in report["texts"]:
+            values = row | ({"against_perplexity": row["against"]["perplexity"]} if versus else {})
+            cells = [row["name"], f"{row['tokens']:,}"]
+            for key, _, form in columns:
+                ends = (row["intervals"] or {}).get(key) if intervals else None
+                cells.append(f"{values[key]:{form}}" + (f"\n{_range(ends, form)}" if ends else ""))
+            shown.add(*cells)
+        shown.title, shown.caption = _title(report, versus), f"windows of {report['length']} tokens, stride {report['stride']}"
+        shown.caption += f"; 95 % intervals: paired bootstrap over {' or '.join(drawn)}" if drawn and intervals else ""
+        return shown
+
+    show(Fitting((lambda: made(True), lambda: made(False)), wraps=True))
 
 
 def _range(ends: list[float], form: str) -> str:
@@ -73,14 +68,11 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
             f"requests longer than the context of {settings['context']} tokens lost their beginning: "
             + ", ".join(f"{name} {count:,}" for name, count in cut.items())
         )
-    table = Table(title=_title(report, versus), caption="; ".join(notes), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.add_column("task", overflow="fold")
-    table.add_column("metric", overflow="fold")
-    for name in ("n", *(["before", "after", "difference"] if versus else ["value"])):
-        table.add_column(name, justify="right", overflow="fold")
+    made = table("task", "metric", "n", *(["before", "after", "difference"] if versus else ["value"]), left=2)
+    made.title, made.caption = _title(report, versus), "; ".join(notes)
     for row in shown:
         if row["kind"] == "average":
-            table.add_section()
+            made.add_section()
         cells = [row["task"], f"{row['metric']}, {row['filter']}" if "filter" in row else row["metric"], f"{row['n']:,}"]
         if versus:
             sure = row["difference_stderr"] is not None and abs(row["difference"]) > 2 * row["difference_stderr"]
@@ -88,8 +80,8 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
             cells.append(_with_error(row["difference"], row["difference_stderr"], "+") + ("*" if sure else " "))
         else:
             cells.append(_with_error(row["value"], row["stderr"]))
-        table.add_row(*cells)
-    show(table)
+        made.add(*cells)
+    show(made)
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
@@ -97,41 +89,32 @@ def _with_error(value: float, error: float | None, sign: str = "") -> str:
 
 
 def _generation(found: dict[str, Any], versus: bool) -> None:
-    table = Table(
-        title="Generation",
-        caption=f"{found['prompts']} prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones; loops: ends in a repeated n-gram; "
-        "distinct: share of 3-grams that differ",
+    made = table("", "loops", "empty", "distinct")
+    made.title = "Generation"
+    made.caption = (
+        f"{found['prompts']} prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones; loops: ends in a repeated n-gram; "
+        "distinct: share of 3-grams that differ"
     )
-    table.add_column("")
-    for name in ("loops", "empty", "distinct"):
-        table.add_column(name, justify="right")
     for key, label in (("against", "before"), ("model", "after")) if versus else (("model", ""),):
         for how in ("greedy", "sampled"):
             seen = found[key][how]
             share = f"{seen['distinct']:.1%}" if seen["distinct"] is not None else "-"
-            table.add_row(f"{label} {how}".strip(), f"{seen['loops']:.0%}", f"{seen['empty']:.0%}", share)
-    show(table)
+            made.add(f"{label} {how}".strip(), f"{seen['loops']:.0%}", f"{seen['empty']:.0%}", share)
+    show(made)
 
 
 def _traffic(ways: dict[str, Any], versus: bool) -> None:
     """All-to-all traffic per expert-parallel degree; "-" where a layer has fewer experts than ranks."""
-    table = Table(
-        title="Expert parallelism",
-        caption="bf16 hidden states that all-to-all dispatch and combine would send; imbalance: busiest rank / mean, mean / worst layer",
-    )
     columns = [("model", "")] if not versus else [("against", " before"), ("model", " after")]
-    table.add_column("ranks")
-    for name in (
-        *(f"bytes/token{when}" for _, when in columns),
-        *(["saving"] if versus else []),
-        *(f"imbalance{when}" for _, when in columns),
-    ):
-        table.add_column(name, justify="right")
+    names = [f"{what}{when}" for what in ("bytes/token", "imbalance") for _, when in columns]
+    made = table("ranks", *names[: len(columns)], *(["saving"] if versus else []), *names[len(columns) :])
+    made.title = "Expert parallelism"
+    made.caption = "bf16 hidden states that all-to-all dispatch and combine would send; imbalance: busiest rank / mean, mean / worst layer"
     for number, seen in ways.items():
         found = [seen[model] for model, _ in columns]
         if any(found):
-            table.add_row(number, *traffic_cells(found))
-    show(table)
+            made.add(number, *traffic_cells(found))
+    show(made)
 
 
 def traffic_cells(found: list[dict[str, Any] | None]) -> list[str]:
@@ -150,24 +133,20 @@ def bench(report: dict[str, Any]) -> None:
     from trimoe.disk import human
 
     models, ratio = report["models"], report["ratio"]
-    table = Table(
-        title=f"{report['batch']} x {report['prompt']} tokens, {report['generate']} new, {report['device']}, threads: {report['threads']}",
-        caption=f"medians (quartiles) of {counted(report['rounds'], 'round')} in turns; {report['machine']}",
+    names = [f"{model['model']}\n{', '.join([model['dtype'], *(model['backends'] or {})])}" for model in models]
+    made = table("", *names, *(["ratio"] if ratio else []), fold=True)
+    made.title = (
+        f"{report['batch']} x {report['prompt']} tokens, {report['generate']} new, {report['device']}, threads: {report['threads']}"
     )
-    table.add_column("")
-    for model in models:
-        how = [model["dtype"], *(model["backends"] or {})]
-        table.add_column(f"{model['model']}\n{', '.join(how)}", justify="right", overflow="fold")
-    if ratio:
-        table.add_column("ratio", justify="right")
+    made.caption = f"medians (quartiles) of {counted(report['rounds'], 'round')} in turns; {report['machine']}"
     for name, label in (
         ("prefill_tokens_s", "prefill, tokens/s"),
         ("decode_tokens_s", "decode, tokens/s"),
         ("first_token_s", "first token, s"),
     ):
         spreads = [model[name] for model in models] + ([ratio[name]] if ratio else [])
-        table.add_row(label, *(f"{three(s['median'])} ({three(s['low'])}-{three(s['high'])})" for s in spreads))
-    table.add_row("loading, s", *(f"{model['load_s']:.1f}" for model in models), *([f"{ratio['load_s']:.2f}"] if ratio else []))
+        made.add(label, *(f"{three(s['median'])} ({three(s['low'])}-{three(s['high'])})" for s in spreads))
+    made.add("loading, s", *(f"{model['load_s']:.1f}" for model in models), *([f"{ratio['load_s']:.2f}"] if ratio else []))
     for name, label in (
         ("before_bytes", "memory before loading"),
         ("resident_bytes", "memory at the end"),
@@ -175,5 +154,5 @@ def bench(report: dict[str, Any]) -> None:
         ("disk_bytes", "on disk"),
     ):
         share = [f"{ratio[name]:.2f}" if name in ratio else ""] if ratio else []
-        table.add_row(label, *(human(model[name]) for model in models), *share)
-    show(table)
+        made.add(label, *(human(model[name]) for model in models), *share)
+    show(made)

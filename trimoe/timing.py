@@ -24,11 +24,9 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
     """Seconds and work of every stage, and with several `processes` (each as fast as this machine is now) their seconds and the bytes that
     they send to each other. Stages in the order of the run; of several statistics passes each is one. Where `device` cannot be used here and
     no `speed` is given, seconds are None."""
-    spec, length, note = recipe.calibration, min(recipe.calibration.length, skeleton.context), NOTE
-    samples = most_tokens(spec.sources, spec.samples, length) // length
-    check_shared_out(math.ceil(samples / per_batch(length, device)), processes)
+    check_processes(skeleton, recipe, processes, device)
+    note = NOTE
     if speed is None:
-        check_device(device)
         try:
             speed = rates(str(usable_device(device)), skeleton.dtype)
         except UserError:
@@ -46,6 +44,14 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
     amounts = [name for name in rows[0] if name != "stage"] if rows else []
     total: dict[str, Any] = {name: None if rows[0][name] is None else sum(row[name] for row in rows) for name in amounts}
     return {"device": device, "processes": processes, "stages": rows, **total, "note": note}
+
+
+def check_processes(skeleton: Skeleton, recipe: Recipe, processes: int, device: str) -> None:
+    """Raises UserError for a word that names no device, and where some of the processes would have nothing to do."""
+    check_device(device)
+    spec, length = recipe.calibration, min(recipe.calibration.length, skeleton.context)
+    samples = most_tokens(spec.sources, spec.samples, length) // length
+    check_shared_out(math.ceil(samples / per_batch(length, device)), processes)
 
 
 def check_device(device: str) -> None:

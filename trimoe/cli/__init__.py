@@ -13,7 +13,6 @@ from trimoe import WORDS_ONLY
 from trimoe.cli import judge, look, make, show
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C
-TERMINATED = 143  # after SIGTERM, which a queue or a container sends first
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Make Mixture-of-Experts models smaller.")
 app.command()(look.inspect)
@@ -37,7 +36,7 @@ def main() -> None:
     from transformers.utils import logging
 
     from trimoe import distributed
-    from trimoe.errors import UserError
+    from trimoe.errors import TERMINATED, UserError
 
     logging.set_verbosity_error()  # this process is ours: warnings about configurations are not the user's business here
     if not distributed.speaks():
@@ -62,6 +61,8 @@ def main() -> None:
 
 def _terminated(*_: Any) -> None:
     """As Ctrl-C does it: what is temporary goes, and the log says so."""
+    from trimoe.errors import TERMINATED
+
     raise SystemExit(TERMINATED)
 
 

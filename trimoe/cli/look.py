@@ -55,7 +55,7 @@ def plan(
     from trimoe.recipe import load, with_calibration
     from trimoe.skeleton import Skeleton
     from trimoe.stream import compute_dtype
-    from trimoe.timing import check_device, estimate
+    from trimoe.timing import check_device, check_processes, estimate
 
     check_device(device)
     parsed = with_calibration(load(recipe, changes), calibration, samples, length)
@@ -63,6 +63,7 @@ def plan(
         check_here(source)
     skeleton = Skeleton.of(model, compute_dtype(dtype), weights=False)
     made, traffic = trimoe.plan(skeleton, parsed, device=device), None
+    check_processes(skeleton, parsed, processes, device)
     if stats is not None:
         warnings, traffic = known(skeleton, parsed, stats, reporter_of(False))
         made = replace(made, warnings=[*made.warnings, *warnings])

@@ -19,6 +19,7 @@ def report(
     """One self-contained page of everything that is known of a result; refreshes its model card."""
     from trimoe import card
     from trimoe.errors import UserError
+    from trimoe.finished import PAGE
     from trimoe.report import read
     from trimoe.report.build import report as build
 
@@ -26,7 +27,7 @@ def report(
     if html is None:
         if len(folders) > 1:
             raise UserError("Several folders are compared on a page of their own; say where to write it: --html FILE.")
-        html = opened[0].folder / "report.html"
+        html = opened[0].folder / PAGE
     for finished in opened:
         card.check(finished.folder)
     written = build(folders, html, figures, reporter_of(quiet))

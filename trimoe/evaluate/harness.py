@@ -126,6 +126,24 @@ def task_identity(task: Any, limit: int | None) -> str:
     return digest(parts)
 
 
+def task_settings(found: TaskSet, limit: int | None) -> dict[str, Any]:
+    """What numbers of tasks depend on beside the model: the tasks, how they are grouped and averaged, lm-eval's version."""
+    import lm_eval
+
+    def outline(item: Any) -> Any:
+        if hasattr(item, "task_name"):
+            return item.task_name
+        return {
+            "group": item.name,
+            "averages": str(item.aggregate_metric_list),
+            "about": str(item.metadata),
+            "of": [outline(one) for one in item],
+        }
+
+    tasks = {name: task_identity(task, limit) for name, task in found.tasks.items()}
+    return {"asked": [outline(item) for item in found.top], "tasks": tasks, "lm_eval": lm_eval.__version__}
+
+
 def _kept(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What a task's samples say, without texts. JSON, so that it is the same from the cache."""
     metrics: dict[str, dict[str, Any]] = {}

@@ -67,7 +67,7 @@ def evaluate(
             raise UserError(f"The evaluation's {name} is {value}; at least {smallest} is needed.")
     if not text and not tasks:
         raise UserError("There is nothing to evaluate on; give a text (builtin:mixed is one) or tasks.")
-    taskset.check_asked(tasks, limit=limit, fewshot=fewshot, include=include)
+    taskset.check_asked(tasks, limit=limit, fewshot=fewshot, include=include, stream=stream)
     usable_device(device)
     checkpoint = Checkpoint.open(model)
     skeleton = Skeleton(checkpoint, dtype)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from trimoe.errors import UserError, first_line
+from trimoe.errors import UserError, first_line, stop_if_told
 from trimoe.evaluate.quiet import quiet
 from trimoe.evaluate.seeded import FEWSHOT_SEED, seeded
 from trimoe.progress import Reporter
@@ -46,7 +46,7 @@ def require() -> None:
 
 def check_asked(tasks: Sequence[str], **options: Any) -> None:
     """Raises UserError where something is asked of tasks and there are none."""
-    given = [name for name, value in options.items() if value]
+    given = [name for name, value in options.items() if value is not None and value != [] and value != ()]
     if given and not tasks:
         raise UserError(f"{given[0]} is about tasks, and none are given; name some (--tasks) or leave it out.")
 
@@ -121,6 +121,7 @@ def _load(index: Any, name: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # datasets, huggingface_hub, fsspec, jinja2 and task files raise anything
+        stop_if_told(error)
         raise UserError(
             f"The task {name!r} or its data could not be loaded ({first_line(error)}). Tasks read their data from the Hugging Face hub; without a network give "
             "task files that read local ones (--include FOLDER; benchmarks/eval_offline.py makes such a folder) or FORM=FILE.jsonl."

@@ -109,7 +109,7 @@ def measure(
     scored_NL = torch.cat([entry.scored_NL for entry in sets])
     depends = {
         "kind": "texts", "model": identity(skeleton.checkpoint), "against": identity(other.checkpoint) if other else None,
-        "windows": digest([ids.numpy().tobytes(), scored_NL.numpy().tobytes(), str(tuple(ids.shape)).encode()]),
+        "windows": _digest(ids, scored_NL),
         "dtype": str(skeleton.dtype), "device": torch.device(device).type,
     }  # fmt: skip
     if (known := cache.get(depends)) is not None:
@@ -132,6 +132,10 @@ def measure(
     }  # fmt: skip
     cache.put(depends, made)
     return made
+
+
+def _digest(ids_NL: torch.Tensor, scored_NL: torch.Tensor) -> str:
+    return digest([ids_NL.numpy().tobytes(), scored_NL.numpy().tobytes(), str(tuple(ids_NL.shape)).encode()])
 
 
 def rows(sets: Sequence[Windows], sums: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -193,7 +197,7 @@ def _summary(entry: Windows, sums: dict[str, torch.Tensor]) -> dict[str, Any]:
     tokens = float(sums["tokens"].sum())
     row: dict[str, Any] = {
         "name": entry.name, "documents": int(entry.document_N.unique().numel()), "tokens": int(tokens),
-        "perplexity": math.exp(float(sums["nll"].sum()) / tokens),
+        "perplexity": math.exp(float(sums["nll"].sum()) / tokens), "windows": _digest(entry.ids_NL, entry.scored_NL),
     }  # fmt: skip
     if "kl" in sums:
         row["against"] = {"perplexity": math.exp(float(sums["against_nll"].sum()) / tokens)}

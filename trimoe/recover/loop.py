@@ -28,7 +28,7 @@ from trimoe.errors import UserError
 from trimoe.progress import Reporter
 from trimoe.recover.experts import expert_loss
 from trimoe.recover.pairs import Pair
-from trimoe.recover.spec import Recover, schedule
+from trimoe.recover.spec import Diverged, Recover, schedule
 from trimoe.recover.teacher import Teacher, distillation, save_aside
 from trimoe.recover.zeros import Held
 from trimoe.skeleton import LOGITS, Skeleton
@@ -39,10 +39,6 @@ SAVE_EVERY = 60.0  # seconds between two states on disk
 STATE = "training.pt"
 
 Loss = Callable[[nn.Module, torch.Tensor, Sequence[int]], torch.Tensor]  # (model, ids [B, L], their sample numbers) -> scalar
-
-
-class Diverged(UserError):
-    """Training left the numbers: the rate is too high."""
 
 
 @dataclass
@@ -197,13 +193,19 @@ class Training:
             loss = self.job.loss(self.model, ids_BL, part) * (len(part) / len(mine))
             self.accelerator.backward(loss)
             total += float(loss.detach())
-        if not math.isfinite(total):
+        if not math.isfinite(self._of_all(total)):  # of any process: they stop together
             raise Diverged(f"Training diverged at step {self.step + 1}: the loss is {total}; give a rate below {self.spec.peak:g}.")
         self.accelerator.clip_grad_norm_(list(self.job.trained.values()), self.spec.clip)
         self.optimizer.step()
         if self.job.held is not None:
             self.job.held.hold()
         return total
+
+    def _of_all(self, value: float) -> float:
+        """The sum over the processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.device), reduction="sum"))
 
     def _order(self, epoch: int) -> list[int]:
         """The training samples in this epoch's order; what does not fill a batch at its end is left for other epochs."""

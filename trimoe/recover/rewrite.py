@@ -13,7 +13,10 @@ import torch
 
 from trimoe.aside import disk_errors
 from trimoe.checkpoint import Checkpoint
+from trimoe.finished import PAGE
 from trimoe.headers import DTYPES, TensorInfo
+from trimoe.progress import LOG
+from trimoe.recover.spec import Diverged
 from trimoe.write import copy_file, write_text
 
 CONFIG = "config.json"
@@ -62,12 +65,13 @@ class Rewriter:
         return torch.frombuffer(raw, dtype=dtype).view(info.shape) if raw else torch.empty(info.shape, dtype=dtype)
 
     def finish(self, side: Mapping[str, str]) -> None:
-        """Rename the shards, carry over whatever else lies in the source folder, and write `side` files (name -> text); config.json last."""
+        """Rename the shards, carry over whatever else lies in the source folder but what was said of it, and write `side` files (name ->
+        text); config.json last."""
         for name in self.source.files():
             if not (self.out / name).is_file():
                 os.replace(self.out / f"{name}.part", self.out / name)
         for path in sorted(self.source.folder.iterdir()):
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in (CONFIG, *side):
+            if path.is_file() and path.suffix != ".safetensors" and path.name not in (CONFIG, LOG, PAGE, *side):
                 copy_file(path, self.out / path.name)
         for name, text in side.items():
             if name != CONFIG:
@@ -93,5 +97,5 @@ class Rewriter:
         assert tuple(tensor.shape) == info.shape, f"{key} has shape {list(info.shape)}, not {list(tensor.shape)}"
         cast = tensor.detach().to("cpu", DTYPES[info.dtype]).contiguous()
         if cast.is_floating_point() and not bool(cast.float().isfinite().all()):
-            raise RuntimeError(f"Training diverged: {key} is not finite in {DTYPES[info.dtype]}.")
+            raise Diverged(f"Training diverged: {key} is not finite in {DTYPES[info.dtype]}; give a lower rate.")
         return cast

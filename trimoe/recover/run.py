@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,18 +14,19 @@ from typing import Any
 import torch
 
 from trimoe import card, distributed, hf
-from trimoe.calibration import Calibration, check_whole, in_batches
+from trimoe.calibration import Calibration, in_batches
 from trimoe.errors import UserError
+from trimoe.finished import lost, lost_adapter, refuse_lost
 from trimoe.headers import DTYPES
-from trimoe.journal import FOLDER, Journal
+from trimoe.journal import ANSWERS, FOLDER, Journal
 from trimoe.loading import load
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recover import adapters, experts
 from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for
-from trimoe.recover.loop import Diverged, Job, Training, WithExperts, distilled, launcher, numbers, text_loss
+from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
 from trimoe.recover.rewrite import Rewriter
-from trimoe.recover.spec import Recover, parsed
+from trimoe.recover.spec import Diverged, Recover, parsed
 from trimoe.recover.teacher import Teacher
 from trimoe.recover.zeros import Held, zero_masks
 from trimoe.skeleton import Skeleton
@@ -106,7 +108,7 @@ def recover(
         "teacher": original.checkpoint.fingerprint if original else None, "recover": spec.to_json(), "seed": seed,
         "text": text.fingerprint, "version": VERSION, "batch": len(in_batches(text.samples_NL, device)[0]),
     }  # fmt: skip
-    finished = _finished(out, spec, inputs)
+    finished = _finished(out, spec, inputs, student)
     if finished is not None:
         if processes.is_main_process:
             Journal(out, inputs).tidy()
@@ -121,21 +123,22 @@ def recover(
         by_layer = spec.method == "experts" and spec.stream
         try:
             metrics, job, changed = (_by_layer(run, rewriter, journal), None, {}) if by_layer else _as_a_whole(run, processes)
+            if main:
+                entry = {
+                    "method": spec.method, "spec": spec.to_json(), "metrics": metrics, "teacher": original.name if original else None,
+                    "data": {"samples": count, "held": len(text.samples_NL) - count, "length": text.samples_NL.shape[1],
+                             "domains": sorted(set(text.domains))},
+                    "base": student.checkpoint.fingerprint, "command": command or call, "seed": seed, "versions": versions(), "inputs": inputs,
+                }  # fmt: skip
+                if spec.adapter and job is not None:
+                    _keep_adapter(run, job, entry)
+                else:
+                    _rewrite(run, rewriter, changed, entry)
+                journal.close()
         except Diverged:  # its advice, another rate, can be followed in the same folder
             if main:
-                journal.forget()
+                journal.forget_training()
             raise
-        if processes.is_main_process:
-            entry = {
-                "method": spec.method, "spec": spec.to_json(), "metrics": metrics, "teacher": original.name if original else None,
-                "data": {"samples": count, "held": len(text.samples_NL) - count, "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
-                "base": student.checkpoint.fingerprint, "command": command or call, "seed": seed, "versions": versions(), "inputs": inputs,
-            }  # fmt: skip
-            if spec.adapter and job is not None:
-                _keep_adapter(run, job, entry)
-            else:
-                _rewrite(run, rewriter, changed, entry)
-            journal.close()
     processes.wait_for_everyone()
     reporter.say(f"Wrote {out}: {_sentence(metrics)}.")
     if (kept := card.unimproved(metrics)) is not None:
@@ -212,13 +215,16 @@ def _answers(run: Run, processes: Any) -> Teacher:
     """The original's distributions for all samples, computed by the main process."""
     assert run.teacher is not None
     spec, samples_NL = run.spec, run.text.samples_NL
+    of = json.dumps([run.teacher.checkpoint.fingerprint, run.text.fingerprint, spec.temperature, spec.top_k])
+    folder = run.folder / f"{ANSWERS}{hashlib.sha256(of.encode()).hexdigest()[:16]}"  # another rate may take them over
     if processes.is_main_process:
+        folder.mkdir(exist_ok=True)
         Teacher.of(
-            run.teacher, samples_NL, run.folder, temperature=spec.temperature, top_k=spec.top_k, device=run.device, reporter=run.reporter
+            run.teacher, samples_NL, folder, temperature=spec.temperature, top_k=spec.top_k, device=run.device, reporter=run.reporter
         )
     processes.wait_for_everyone()
     give_back()
-    return Teacher(run.folder, in_batches(samples_NL, run.device), spec.temperature)
+    return Teacher(folder, in_batches(samples_NL, run.device), spec.temperature)
 
 
 def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job, dict[str, Any]]:
@@ -294,19 +300,18 @@ def _sentence(metrics: dict[str, Any]) -> str:
     return ", ".join(found) + " on held-out text"
 
 
-def _finished(out: Path, spec: Recover, inputs: dict[str, Any]) -> Recovered | None:
-    """The result that `out` holds, if it is the finished one of the same inputs."""
-    names = (ADAPTER_RECORD, adapters.FILES[-1]) if spec.adapter else ("trimoe.json", "config.json")
-    if not all((out / name).is_file() for name in names):
+def _finished(out: Path, spec: Recover, inputs: dict[str, Any], student: Skeleton) -> Recovered | None:
+    """The result that `out` holds, if it is the finished one of the same inputs. Raises UserError where it is no longer whole."""
+    record_name, last = (ADAPTER_RECORD, adapters.FILES[-1]) if spec.adapter else ("trimoe.json", "config.json")
+    if not (out / record_name).is_file() or ((out / FOLDER).is_dir() and not (out / last).is_file()):
         return None
     try:
-        record = json.loads((out / names[0]).read_text(encoding="utf-8"))
+        record = json.loads((out / record_name).read_text(encoding="utf-8"))
         entry = record if spec.adapter else record["recovered"][-1]
         if entry["inputs"] != json.loads(json.dumps(inputs)):
             return None
         found = Recovered(out, entry["metrics"])
     except (ValueError, KeyError, TypeError, IndexError):
         return None
-    if not spec.adapter:
-        check_whole(out)
+    refuse_lost(out, lost_adapter(out, adapters.FILES) if spec.adapter else lost(out, student.checkpoint))
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,9 +94,12 @@ def compared(folders: Sequence[Finished]) -> list[Section]:
     text = "KL to the original on held-out text (the mean over the texts), by the share of the original's bytes."
     if len(models) > 1:
         text += f" These were made from {len(models)} different models: compare within a model."
-    asked = {json.dumps(folder.asked) for folder in folders if folder.kl is not None}
-    if len(asked) > 1:
-        text += " They were NOT evaluated alike (texts, their tokens, windows or stride differ): their KLs cannot be compared; run trimoe eval alike on each."
+    asked = {model: {folder.asked for folder in folders if folder.model == model and folder.kl is not None} for model in models}
+    if any(len(ways) > 1 for ways in asked.values()):
+        text += (
+            " Results of one model were NOT evaluated alike (texts, tokens, windows or stride differ): their KLs cannot be compared; "
+            "run trimoe eval alike on each."
+        )
     missing = [name for folder, name in zip(folders, names, strict=True) if folder.kl is None]
     if missing:
         text += f" Not evaluated against the original yet (trimoe eval DIR): {', '.join(missing)}."

@@ -110,10 +110,10 @@ class Finished:
         return list(dict.fromkeys([str(self.record["command"]), *(str(entry["command"]) for entry in self.recovered)]))
 
     @property
-    def asked(self) -> list[Any]:
-        """What it was evaluated on."""
-        texts = [(row["name"], row["tokens"]) for row in self.texts]
-        return [self.evaluation.get("length"), self.evaluation.get("stride"), texts]
+    def asked(self) -> tuple[Any, ...]:
+        """On what its mean KL was measured, in no order."""
+        texts = sorted((str(row["name"]), str(row.get("windows")), int(row["tokens"])) for row in self.texts)
+        return (self.evaluation.get("length"), self.evaluation.get("stride"), *texts)
 
     @property
     def share(self) -> float:
