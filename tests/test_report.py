@@ -108,7 +108,10 @@ def test_greedy_and_sampled_are_told_apart(made: Callable[[str], Path], tmp_path
 
 def test_warnings_are_a_list(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = made("naee")
-    warnings = json.loads((folder / "trimoe.json").read_text())["plan"]["warnings"]
+    record = json.loads((folder / "trimoe.json").read_text())
+    found = record["metrics"]["0.expert_drop"]["warnings"]  # what only the run itself knows
+    assert len(found) == 2 and "experts saw fewer than 128 calibration tokens" in found[0]
+    warnings = record["plan"]["warnings"] + found
     page = build.report([folder], tmp_path / "page.html")[0].read_text()
     assert len(warnings) > 1 and checked(page)
     listed = re.findall(r"<li>([^<]*)</li>", page.partition('class="warnings"')[2].partition("</div>")[0])
@@ -217,6 +220,10 @@ def test_the_frontier_joins_what_nothing_beats() -> None:
     chart = charts.frontier(points)
     body = chart.to_dict()
     assert len(body["layer"]) == 4 and len(charts.frontier([point("one", 0.5, 0.0)]).to_dict()["layer"]) == 3
+    assert len(charts.frontier(points, alike=False).to_dict()["layer"]) == 3
+    narrow = charts.frontier([point("a", 0.5, 0.1), point("b", 0.5000001, 0.2)]).to_dict()
+    low, high = narrow["layer"][-1]["encoding"]["x"]["scale"]["domain"]
+    assert low < 0.5 < high and high - low == pytest.approx(charts.NARROW)
     assert "log" in json.dumps(charts.frontier([point("a", 0.5, 0.001), point("b", 0.6, 1.0)]).to_dict())
 
 

@@ -21,6 +21,7 @@ def test_the_frontier_is_what_nothing_beats() -> None:
     rows = [row("small", 50, 0.5), row("worse", 60, 0.6), row("large", 80, 0.1), row("twin", 80, 0.1), row("same size", 50, 0.7)]
     assert frontier(rows) == {"small", "large", "twin"}
     assert standings.unbeaten([(0.5, 0.5), (0.6, 0.6), (0.5, 0.5), (0.4, float("nan")), (0.3, 0.9)]) == [True, False, True, False, True]
+    assert standings.unbeaten([(0.56381, 0.04), (0.56378, 0.33)]) == [True, False], "sizes that read alike are alike"
     assert standings.unbeaten([(0.5, 2e-8), (0.6, 1e-8), (0.7, -0.0)]) == [True, False, False], "what rounding leaves decides nothing"
 
 

@@ -242,8 +242,13 @@ def test_the_command_line_shows_and_remembers(
     assert reports[1]["task_settings"]["ran"] == {"model": "cache", "against": "cache"}
     shown = " ".join(result.output.split())
     assert "difference" in shown and "quiz" in shown and "blimp_npi" not in shown
+    written = (compressed / "README.md").read_text()
+    assert "| quiz | acc |" in written and "type: quiz" in written and "blimp_npi" not in written and "first" not in written
     more = CliRunner().invoke(cli.app, [*command, str(tmp_path / "2.json"), "--limit", "3"])
     assert more.exit_code == 0 and "taken from the cache" not in more.output
+    limited = (compressed / "README.md").read_text()
+    assert "| quiz | acc | 3 |" in limited and "only the first 3 documents: these are not the tasks' scores" in limited
+    assert "type: quiz" not in limited, "the hub is not told part of a task as its score"
     again = CliRunner().invoke(cli.app, ["eval", str(compressed), "--text", "none", "--tasks", files.blimp])
     assert "3 of 3 measured before" in again.output
 

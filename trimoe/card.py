@@ -15,7 +15,7 @@ from trimoe import form as forms
 from trimoe.checkpoint import CARD
 from trimoe.errors import UserError, reading
 from trimoe.headers import read_json
-from trimoe.tables import traffic_cells
+from trimoe.tables import shown_tasks, traffic_cells
 from trimoe.words import GONE, runs, three
 from trimoe.write import write_text
 
@@ -236,7 +236,7 @@ def _metadata(record: dict[str, Any]) -> str:
 
 
 def _results(report: dict[str, Any]) -> list[EvalResult]:
-    """The model-index: perplexity, and KL and agreement where there was an original, of every text; every task's metrics."""
+    """The model-index: perplexity, and KL and agreement where there was an original, of every text; metrics of tasks that were run whole."""
 
     def one(dataset: str, metric: str, name: str, value: float) -> EvalResult:
         return EvalResult(
@@ -250,7 +250,9 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
         if "kl" in row:
             found.append(one(row["name"], "kl", "KL to the original, nats/token", row["kl"]))
             found.append(one(row["name"], "agreement", "Top-1 agreement with the original", row["agreement"]))
-    return found + [one(row["task"], row["metric"], row["metric"], row["value"]) for row in report.get("tasks", ())]
+    if (report.get("task_settings") or {}).get("limit") is not None:
+        return found  # a part of a task is not what others call its score
+    return found + [one(row["task"], row["metric"], row["metric"], row["value"]) for row in shown_tasks(report.get("tasks") or ())]
 
 
 def _escaped(given: str) -> str:
@@ -322,11 +324,19 @@ def _tasks(report: dict[str, Any] | None) -> list[str]:
         return "-" if value is None else f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
     rows = [
-        (_escaped(row["task"]), _escaped(row["metric"]), cell((row.get("against") or {}).get("value"), (row.get("against") or {}).get("stderr")),
+        (_escaped(row["task"]), _escaped(row["metric"]), f"{row['n']:,}",
+         cell((row.get("against") or {}).get("value"), (row.get("against") or {}).get("stderr")),
          cell(row["value"], row.get("stderr")), cell(row.get("difference"), row.get("difference_stderr"), "+"))
-        for row in tasks
+        for row in shown_tasks(tasks)
     ]  # fmt: skip
-    return ["## Tasks", _table(("task", "metric", "before", "after", "difference (paired)"), rows)]
+    settings = (report or {}).get("task_settings") or {}
+    cut = f" Of each task only the first {settings['limit']} documents: these are not the tasks' scores." if settings.get("limit") else ""
+    version = f"lm-eval {settings['lm_eval']}, value ± standard error.{cut}" if settings.get("lm_eval") else cut
+    return [
+        "## Tasks",
+        _table(("task", "metric", "documents", "before", "after", "difference (paired)"), rows),
+        *([version] if version else []),
+    ]
 
 
 def _speed(report: dict[str, Any] | None) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 DIGITS = 6  # of a KL in nats per token
+SHARE_DIGITS = 3  # of a size as a share of the original's: a tenth of a percent, as it is shown
 
 
 def of_mean_kl(texts: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
@@ -22,9 +23,10 @@ def of_mean_kl(texts: Sequence[dict[str, Any]]) -> tuple[float | None, float | N
 
 
 def unbeaten(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Of pairs (size, KL), whether no other is as small and as near to the original, and better in one of the two. Without a finite KL: no.
-    KLs are compared to DIGITS digits: what lies behind is rounding of float32."""
-    seen = [(size, round(kl, DIGITS) if math.isfinite(kl) else kl) for size, kl in points]
+    """Of pairs (share of the original's bytes, KL), whether no other is as small and as near to the original, and better in one of the two.
+    Without a finite KL: no. KLs are compared to DIGITS digits: what lies behind is rounding of float32; sizes to SHARE_DIGITS: a few hundred
+    bytes less of a header are no reason to take a worse model."""
+    seen = [(round(share, SHARE_DIGITS), round(kl, DIGITS) if math.isfinite(kl) else kl) for share, kl in points]
 
     def beaten(size: float, kl: float) -> bool:
         return any(other != (size, kl) and other[0] <= size and other[1] <= kl for other in seen)

@@ -128,8 +128,11 @@ def _decide_drops(
     drops: dict[int, Drop] = {index: best.drops[0] for index, best in found.items()}
     metrics: dict[str, Any] = {"layers": _drop_metrics(run, step, sites, stats, found, counts, protected)}
     unstable = stability.warning(metrics["layers"])
-    if unstable is not None:
-        run.reporter.say(f"warning: {unstable}")
+    metrics["warnings"] = [
+        *stability.scarce({index: stats.layers[index]["count_E"].tolist() for index in sites}), *([unstable] if unstable is not None else []),
+    ]  # fmt: skip
+    for warning in metrics["warnings"]:
+        run.reporter.say(f"warning: {warning}")
     if sensitive is not None:
         metrics["sensitivity"] = {str(i): value for i, value in sensitive.items()}
     if step.receptive_field is not None:

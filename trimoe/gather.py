@@ -98,7 +98,7 @@ def statistics(
         )
     rows = [r.to(walk.device) for r in search_rows(batches, wanted, seed)[mine]]
     left = survivors(skeleton, decisions)
-    for index in reporter.track(left, "Statistics", len(left), tokens=own):
+    for index in reporter.track(left, "Statistics", len(left), tokens=walk.share):
         with walk.layer(index) as layer:
             site = prune_layer(skeleton, index, layer, decisions)
             parts = _Parts(stats, index, team)

@@ -15,7 +15,6 @@ from trimoe.errors import UserError
 from trimoe.methods import ExpertDrop
 from trimoe.progress import QUIET, Reporter
 from trimoe.recipe import Recipe
-from trimoe.seen import FEW
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
 from trimoe.traffic import WAYS, Traffic
@@ -29,7 +28,10 @@ def known(skeleton: Skeleton, recipe: Recipe, path: Path, reporter: Reporter = Q
     counts = {index: layer.num_experts for index, layer in stats.layers.items()}
     if counts != {index: site.num_experts for index, site in skeleton.sites.items()}:
         raise UserError(f"The statistics file {path} is of another model: its layers and experts are not those of {skeleton.name}.")
-    warnings = [*_other_text(skeleton, recipe, stats, path), *_scarce(stats)]
+    warnings = [
+        *_other_text(skeleton, recipe, stats, path),
+        *stability.scarce({index: layer["count_E"].tolist() for index, layer in stats.layers.items()}),
+    ]
     if not isinstance(step, ExpertDrop):
         return warnings, {}
     dropped, rows = step.uniform(skeleton.sites), {}
@@ -84,15 +86,6 @@ def _other_text(skeleton: Skeleton, recipe: Recipe, stats: Stats, path: Path) ->
             f"{path} holds {held:,} tokens of other calibration text than the {text.samples_NL.numel():,} that the recipe asks for "
             f"({', '.join(spec.sources)}, {len(text.samples_NL)} samples of {text.samples_NL.shape[1]}): compress would refuse the file."
         )
-
-
-def _scarce(stats: Stats) -> list[str]:
-    few = {index: int((layer["count_E"] < FEW).sum()) for index, layer in stats.layers.items()}
-    total, experts = sum(few.values()), sum(layer.num_experts for layer in stats.layers.values())
-    if not total:
-        return []
-    worst = max(few, key=lambda index: few[index])
-    return [f"{total} of {experts} experts saw fewer than {FEW} calibration tokens ({few[worst]} in layer {worst}); more samples help."]
 
 
 def _ways(before: Traffic, after: Traffic) -> dict[str, dict[str, Any]]:

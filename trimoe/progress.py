@@ -28,6 +28,7 @@ Mode = Literal["auto", "plain", "quiet"]
 LOG = "trimoe.log"
 PLAIN_EVERY = 10.0  # seconds between plain lines of one stage
 LOG_EVERY = 60.0  # seconds between lines in the log
+TIME, STAMP = "%Y-%m-%dT%H:%M:%SZ", 20  # of a line in the log, and its characters
 
 
 def resident() -> int:
@@ -47,7 +48,7 @@ def peak() -> int:
 class _Count:
     """How far one stage is."""
 
-    def __init__(self, label: str, total: int, tokens: int | None, begun: int = 0):
+    def __init__(self, label: str, total: int, tokens: float | None, begun: int = 0):
         self.label, self.total, self.tokens, self.begun, self.done, self.start = label, total, tokens, begun, begun, time.monotonic()
 
     @property
@@ -96,7 +97,7 @@ class Reporter:
 
     def note(self, message: str) -> None:
         """One line in the log alone."""
-        line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}  {message}\n"
+        line = f"{datetime.now(UTC):{TIME}}  {message}\n"
         if self.log is None and self.early is not None:
             self.early.append(line)
         elif self.log is not None:
@@ -114,9 +115,8 @@ class Reporter:
         log before is so again afterwards."""
         start, outer = time.monotonic(), self.log
         self.log, early, self.early = path, self.early or [], None  # what is said after it is in no log
-        for line in head:
-            self.note(line)
-        self._append(early)
+        stamp = early[0][:STAMP] if early else f"{datetime.now(UTC):{TIME}}"
+        self._append([*(f"{stamp}  {line}\n" for line in head), *early])
         try:
             yield
         except BaseException as error:
@@ -157,7 +157,7 @@ class Reporter:
         finally:
             over.set()
 
-    def track(self, items: Iterable[Item], label: str, total: int, *, tokens: int | None = None) -> Iterator[Item]:
+    def track(self, items: Iterable[Item], label: str, total: int, *, tokens: float | None = None) -> Iterator[Item]:
         """The items, with progress under `label`; `tokens`: how many each stands for."""
         with self.steps(label, 0, total, tokens=tokens) as advance:
             for done, item in enumerate(items, 1):
@@ -165,7 +165,7 @@ class Reporter:
                 advance(done, "")
 
     @contextmanager
-    def steps(self, label: str, begun: int, total: int, *, tokens: int | None = None) -> Iterator[Callable[[int, str], None]]:
+    def steps(self, label: str, begun: int, total: int, *, tokens: float | None = None) -> Iterator[Callable[[int, str], None]]:
         """A function (steps done, what to say beside the label) for work that was at `begun` of `total` steps before."""
         count, noted = _Count(label, total, tokens, begun), time.monotonic()
         with self._shown(count) as bar:

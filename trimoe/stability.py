@@ -6,11 +6,12 @@ E experts have about K / (2 E - K).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimoe import scores, search
 from trimoe.methods import ExpertDrop
+from trimoe.seen import FEW
 from trimoe.site import Site
 from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss
@@ -40,6 +41,16 @@ def jaccard(
             drop = step.lowest(space, scores.leave_one_out(part)).drops[0]
         kept.append(set(range(site.num_experts)) - set(drop))
     return len(kept[0] & kept[1]) / len(kept[0] | kept[1])
+
+
+def scarce(counts: Mapping[int, Sequence[int]]) -> list[str]:
+    """One sentence if experts saw few tokens. `counts`: calibration tokens of each expert, by layer."""
+    few = {index: sum(count < FEW for count in layer) for index, layer in counts.items()}
+    total, experts = sum(few.values()), sum(map(len, counts.values()))
+    if not total:
+        return []
+    worst = max(few, key=lambda index: few[index])
+    return [f"{total} of {experts} experts saw fewer than {FEW} calibration tokens ({few[worst]} in layer {worst}); more samples help."]
 
 
 def warning(layers: Mapping[str, Mapping[str, Any]]) -> str | None:

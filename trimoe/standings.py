@@ -86,8 +86,8 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def frontier(rows: Sequence[Row]) -> set[str]:
-    """Names of the rows that no other beats in bytes and KL."""
-    return {row.name for row, best in zip(rows, unbeaten([(row.bytes, row.kl) for row in rows]), strict=True) if best}
+    """Names of the rows that no other beats in size and KL."""
+    return {row.name for row, best in zip(rows, unbeaten([(row.share, row.kl) for row in rows]), strict=True) if best}
 
 
 def write_tables(out: Path, rows: Sequence[Row], pending: Sequence[str], command: str | None) -> None:

@@ -190,7 +190,7 @@ class LayerWalk:
 
     def run(self, label: str, reporter: Reporter) -> None:
         """All batches through all layers."""
-        for index in reporter.track(range(len(self)), label, len(self), tokens=self.tokens):
+        for index in reporter.track(range(len(self)), label, len(self), tokens=self.share):
             with self.layer(index) as layer:
                 self.advance(index, layer)
 
@@ -198,8 +198,9 @@ class LayerWalk:
         return len(self.skeleton.layers)
 
     @property
-    def tokens(self) -> int:
-        return sum(batch.numel() for batch in self.batches)
+    def share(self) -> float:
+        """Tokens that have gone through the model, for one layer that they went through: for progress."""
+        return sum(batch.numel() for batch in self.batches) / len(self)
 
     # ---- the end of the model
 

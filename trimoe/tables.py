@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from trimoe.plan_table import Fitting, Whole, show, table
@@ -52,11 +53,16 @@ def _range(ends: list[float], form: str) -> str:
     return f"{100 * ends[0]:.1f}-{ends[1]:{form}}" if form.endswith("%") else f"{ends[0]:{form}}-{ends[1]:{form}}"
 
 
+def shown_tasks(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was asked for, and what averages are made of; tasks that a group sums up are in the JSON and on the page only."""
+    summed = {row["task"] for row in rows if row.get("kind") == "group"}
+    return [row for row in rows if row.get("part_of") not in summed]
+
+
 def _tasks(report: dict[str, Any], versus: bool) -> None:
     """One line a task and metric. Tasks that a group sums up are in the JSON only; those that an average is made of are shown."""
     rows, settings = report["tasks"], report["task_settings"]
-    summed = {row["task"] for row in rows if row["kind"] == "group"}
-    shown = [row for row in rows if row["part_of"] not in summed]
+    shown = shown_tasks(rows)
     cut = {row["task"]: row["cut"] for row in shown if row["cut"] and row["kind"] != "average"}
     notes = [f"lm-eval {settings['lm_eval']}, value ± standard error"]
     if settings["limit"] is not None:

@@ -49,8 +49,9 @@ def transform(run: Run, decisions: Decisions, writer: Writer, journal: Journal) 
     walk = None
     if computed and not all(index + 1 in done for index in computed):
         walk = LayerWalk(run.skeleton, run.own if fitted else [], device=run.device)
-    walked = sum(batch.numel() for batch in walk.batches) if walk is not None else None
-    for index in run.reporter.track(range(len(run.skeleton.layers)), label, len(run.skeleton.layers), tokens=walked or None):
+    for index in run.reporter.track(
+        range(len(run.skeleton.layers)), label, len(run.skeleton.layers), tokens=walk.share if walk is not None and fitted else None
+    ):
         if walk is None or index not in left or (index not in computed and not fitted):
             _put(run, writer, index + 1)
             continue

@@ -87,7 +87,7 @@ def divergence(
     walk = LayerWalk(skeleton, batches[team.span(len(batches))], device=device)
     streams = [_Stream(list(versions), list(walk.hidden))]
     left = survivors(skeleton, decisions) if walk.batches else []
-    for index in reporter.track(left, label, len(left), tokens=walk.tokens):
+    for index in reporter.track(left, label, len(left), tokens=walk.share):
         with walk.layer(index) as layer:
             site = prune_layer(skeleton, index, layer, decisions)
             streams = [grown for stream in streams for grown in _step(walk, index, layer, site, stream, versions)]

@@ -152,7 +152,7 @@ def _final_hidden(skeleton: Skeleton, batches: list[torch.Tensor], scored_NL: to
     """A walk at its end, and what its routers decided for the scored positions: each token once, and never padding."""
     walk, traffic = LayerWalk(skeleton, batches, device=device), Traffic()
     counted = scored_NL.to(walk.device).split([len(batch) for batch in batches])
-    for index in reporter.track(range(len(walk)), f"Run {skeleton.name}", len(walk), tokens=walk.tokens):
+    for index in reporter.track(range(len(walk)), f"Run {skeleton.name}", len(walk), tokens=walk.share):
         with walk.layer(index) as layer, traffic.watching(layer, skeleton.sites.get(index), counted):
             walk.advance(index, layer)
     return walk, traffic

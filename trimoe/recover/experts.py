@@ -57,7 +57,7 @@ def distil(
     if waiting:
         walk, own_walk = LayerWalk(teacher, [*train, *held], device=device), LayerWalk(student, [], device=device)
         count = max(waiting) + 1
-        for index in reporter.track(range(count), "Distil experts", count, tokens=walk.tokens):
+        for index in reporter.track(range(count), "Distil experts", count, tokens=walk.share):
             with walk.layer(index) as layer:
                 if index not in waiting:
                     walk.advance(index, layer)

@@ -63,7 +63,8 @@ def subtitle_of(folders: Sequence[Finished]) -> str:
 
 def full(folder: Finished) -> list[Section]:
     """Everything there is to say of one folder; sections without data are left out."""
-    warnings = [str(warning) for warning in folder.record["plan"].get("warnings") or ()]
+    said = [folder.record["plan"].get("warnings") or (), *(step.metrics.get("warnings") or () for step in folder.steps)]
+    warnings = [str(warning) for warnings in said for warning in warnings]
     first = Section(name="summary", title="Summary", tiles=size.tiles(folder), warnings=warnings)
     speed = size.speed(folder)
     chosen_by = chosen.sections(folder)
@@ -82,20 +83,24 @@ def compared(folders: Sequence[Finished]) -> list[Section]:
         for folder, name in zip(folders, names, strict=True)
     ]  # fmt: skip
     table = Table(caption="Results", head=("result", "steps", "bytes", "share", "KL, nats/token", "model"), rows=rows)
+    models = {folder.model for folder in folders}
+    asked = [{folder.asked for folder in folders if folder.model == model and folder.kl is not None} for model in models]
+    alike = all(len(ways) <= 1 for ways in asked)
     blocks: list[Any] = []
     if points:
-        blocks.append(
-            Figure(name="frontier", title="Size against KL", chart=charts.frontier(points), table=table,
-                   note="Down and to the left is better. The dashed line joins the results that no other beats in both.")
-        )  # fmt: skip
+        note = "Down and to the left is better."
+        note += (
+            " The dashed line joins the results that no other beats in both."
+            if alike
+            else " No line joins them: they were not evaluated alike."
+        )
+        blocks.append(Figure(name="frontier", title="Size against KL", chart=charts.frontier(points, alike=alike), table=table, note=note))
     else:
         blocks.append(table)
-    models = {folder.model for folder in folders}
     text = "KL to the original on held-out text (the mean over the texts), by the share of the original's bytes."
     if len(models) > 1:
         text += f" These were made from {len(models)} different models: compare within a model."
-    asked = {model: {folder.asked for folder in folders if folder.model == model and folder.kl is not None} for model in models}
-    if any(len(ways) > 1 for ways in asked.values()):
+    if not alike:
         text += (
             " Results of one model were NOT evaluated alike (texts, tokens, windows or stride differ): their KLs cannot be compared; "
             "run trimoe eval alike on each."

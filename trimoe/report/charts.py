@@ -15,13 +15,14 @@ except ImportError:
     raise UserError("Charts need altair; pip install 'trimoe[report]'.") from None
 
 WIDTH, HEIGHT = 640, 320  # of exported figures; a page sets its own width
+NARROW = 0.1  # of the original's bytes: the least that an axis of sizes spans
 SPREAD = 40  # largest over smallest value above which an axis is logarithmic
 
 
-def frontier(points: Sequence[dict[str, Any]]) -> alt.LayerChart:
+def frontier(points: Sequence[dict[str, Any]], *, alike: bool = True) -> alt.LayerChart:
     """Size against KL. Each point: name, method, bytes, share (of the original's bytes), kl (nats/token), kl_low, kl_high (or None).
 
-    The dashed line joins the points that no other beats in both.
+    The dashed line joins the points that no other beats in both; there is none where they were not measured `alike`.
     """
     logarithmic = _logarithmic([point["kl"] for point in points])
     rows = labelled([{**point, "low": point["kl_low"], "high": point["kl_high"]} for point in points], logarithmic)
@@ -30,7 +31,7 @@ def frontier(points: Sequence[dict[str, Any]]) -> alt.LayerChart:
         "share:Q",
         title="size, share of the original's bytes",
         axis=alt.Axis(format="%", tickCount=6),
-        scale=alt.Scale(zero=False, padding=24),
+        scale=_at_least(NARROW, [point["share"] for point in points]),
     )
     y = alt.Y("kl:Q", title="KL to the original, nats/token", scale=scale, axis=alt.Axis(tickCount=6))
     methods = sorted({point["method"] for point in points})  # named, so that colours and shapes share one legend
@@ -51,12 +52,12 @@ def frontier(points: Sequence[dict[str, Any]]) -> alt.LayerChart:
         fontSize=alt.ExprRef("width < 440 ? 0 : 12"),
     )
     layers = [
-        front.encode(x=x, y=y, order="share:Q"),
+        *([front.encode(x=x, y=y, order="share:Q")] if alike else []),
         names.encode(x=x, y=y, text="label:N"),
         base.mark_point(size=110, opacity=1).encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
     ]
     if any(row["low"] is not None for row in rows):
-        layers.insert(1, whiskers.encode(x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q", color=color))
+        layers.insert(0, whiskers.encode(x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q", color=color))
     return _layered(HEIGHT + 40, *layers)
 
 
@@ -206,6 +207,15 @@ def _scale(logarithmic: bool, *, zero: bool = False, nice: bool = True, padding:
     if logarithmic:
         return alt.Scale(type="log", nice=nice)
     return alt.Scale(zero=zero, nice=nice, padding=padding or alt.Undefined)
+
+
+def _at_least(width: float, values: Sequence[float]) -> alt.Scale:
+    """A scale from the least to the largest value that is no narrower than `width`: what hardly differs should look so."""
+    low, high = min(values), max(values)
+    if high - low >= width:
+        return alt.Scale(zero=False, padding=24)
+    start = max(0.0, (low + high - width) / 2)
+    return alt.Scale(domain=[start, start + width], nice=False)
 
 
 def _interval(rows: Sequence[dict[str, Any]], form: str) -> list[alt.Tooltip]:

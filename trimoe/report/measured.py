@@ -9,7 +9,7 @@ from trimoe.report.read import Finished, interval
 from trimoe.report.section import Figure, Section, Table
 
 BEFORE, AFTER = "original", "compressed"
-SIDES = [AFTER, BEFORE]
+SIDES = [BEFORE, AFTER]
 WAYS = ("greedy", "sampled")  # to continue a prompt
 SURE = 1.96  # standard errors either side hold 95 %
 
@@ -53,10 +53,11 @@ def _perplexity(texts: list[dict[str, Any]]) -> Figure:
     rows = []
     for row in texts:
         low, high = interval(row, "perplexity")
-        rows.append({"text": row["name"], "perplexity": row["perplexity"], "model": AFTER, "low": low, "high": high})
+        after = {"text": row["name"], "perplexity": row["perplexity"], "model": AFTER, "low": low, "high": high}
         if row.get("against"):
             low, high = interval(row, "against_perplexity")
             rows.append({"text": row["name"], "perplexity": row["against"]["perplexity"], "model": BEFORE, "low": low, "high": high})
+        rows.append(after)
     return Figure(
         name="perplexity", title="Perplexity by text",
         chart=charts.bars(rows, x="text", y="perplexity", y_title="perplexity", x_title="text", series="model", form=".2f",
@@ -95,7 +96,7 @@ def _tasks(folder: Finished) -> Section | None:
     rows, differences = [], []
     for task in tasks:
         name = f"{task['task']} ({task['metric']})"
-        for side, numbers in ((AFTER, task), (BEFORE, task.get("against"))):
+        for side, numbers in ((BEFORE, task.get("against")), (AFTER, task)):
             if numbers:
                 rows.append({"task": name, "value": numbers["value"], "model": side, **_around(numbers["value"], numbers.get("stderr"))})
         if task.get("difference") is not None:
@@ -107,10 +108,11 @@ def _tasks(folder: Finished) -> Section | None:
             name="tasks", title="Tasks (lm-eval), with 95 % intervals",
             chart=charts.dots(rows, y="task", x="value", x_title="value of the metric", series="model", order=SIDES if len(rows) > len(tasks) else None),
             table=Table(
-                caption="Tasks", head=("task", "metric", "documents", AFTER, BEFORE, "difference"),
+                caption="Tasks", head=("task", "metric", "documents", BEFORE, AFTER, "difference"),
                 rows=[
-                    (str(task["task"]), str(task["metric"]), f"{task['n']:,}", _with_error(task.get("value"), task.get("stderr")),
+                    (str(task["task"]), str(task["metric"]), f"{task['n']:,}",
                      _with_error((task.get("against") or {}).get("value"), (task.get("against") or {}).get("stderr")),
+                     _with_error(task.get("value"), task.get("stderr")),
                      _with_error(task.get("difference"), task.get("difference_stderr"), sign="+"))
                     for task in tasks
                 ],
@@ -149,7 +151,7 @@ def _generation(folder: Finished) -> Section | None:
     found = folder.evaluation.get("generation")
     if not found:
         return None
-    sides = [(side, found[key]) for side, key in ((AFTER, "model"), (BEFORE, "against")) if found.get(key)]
+    sides = [(side, found[key]) for side, key in ((BEFORE, "against"), (AFTER, "model")) if found.get(key)]
     names = {"loops": "in a loop", "empty": "empty", "distinct": "distinct 3-grams"}
     apart = [(how, side, numbers[how]) for how in WAYS for side, numbers in sides]
     rows = [
@@ -234,7 +236,7 @@ def _curves(metrics: dict[str, Any], number: int) -> list[Figure]:
         figures.append(
             Figure(
                 name=f"recovery-{number}-layers", title="Error of each layer's experts",
-                chart=charts.dots(rows, y="layer", x="error", x_title="error on held-out text", series="when", order=["after training", "before training"]),
+                chart=charts.dots(rows, y="layer", x="error", x_title="error on held-out text", series="when", order=["before training", "after training"]),
                 table=Table(caption="Error of each layer's experts", head=("layer", "before", "after"),
                             rows=[(str(index), f"{row['before']:.4g}", f"{row['after']:.4g}") for index, row in layers.items()]),
             )
@@ -248,7 +250,7 @@ def _curves(metrics: dict[str, Any], number: int) -> list[Figure]:
 def _traffic(folder: Finished) -> Section | None:
     ways = (folder.evaluation.get("traffic") or {}).get("ways") or {}
     found = [
-        (ranks, side, seen[key]) for ranks, seen in ways.items() for side, key in ((AFTER, "model"), (BEFORE, "against")) if seen.get(key)
+        (ranks, side, seen[key]) for ranks, seen in ways.items() for side, key in ((BEFORE, "against"), (AFTER, "model")) if seen.get(key)
     ]
     if not found:
         return None

@@ -55,6 +55,13 @@ def _found(layers: dict[int, dict[str, Any]], how: str) -> Figure:
     )  # fmt: skip
 
 
+GENETIC = (
+    " A generation of the search draws {population} sets; one that was seen before is not evaluated again. The search starts from greedy's sets: what "
+    "it computes begins with theirs, smaller sets among them, so there may be more losses than sets of the size that is searched."
+)
+BOTH = " Greedy reached what the {how} did in every layer: their lines end on each other."
+
+
 def _trace(layers: dict[int, dict[str, Any]], how: str, population: int | None) -> Figure | None:
     """Over all layers: the best loss so far over the best that any way found, by evaluations."""
     layers = {index: row for index, row in layers.items() if row.get("random_trace") and row["losses"][0] > 0}
@@ -88,11 +95,12 @@ def _trace(layers: dict[int, dict[str, Any]], how: str, population: int | None) 
     known = [how, "greedy", OPTIMUM, "random, best so far"]
     order = [name for name in known if any(row["way"] == name for row in rows)] if how in series else None
     note = "1 is the best loss that any way found in a layer (the optimum, where all sets were evaluated)."
+    same = how != "greedy search" and "trace" in series.values() and all(row["greedy"] <= row["losses"][0] for row in layers.values())
     return Figure(
         name="search-trace", title="Best loss so far, mean over the layers",
-        chart=charts.lines(rows, x="evaluations", y="loss", x_title="sets of experts evaluated", y_title="loss / best found by any way",
+        chart=charts.lines(rows, x="evaluations", y="loss", x_title="losses computed", y_title="loss / best found by any way",
                            series="way", log_x=True, log_y=True, step=True, order=order),
-        note=note + (f" A generation of the search draws {population} sets; one that was seen before is not evaluated again." if population else ""),
+        note=note + (GENETIC.format(population=population) if population else "") + (BOTH.format(how=how) if same else ""),
         table=Table(
             caption="Best loss so far", head=("way", "evaluations", "loss / best found"),
             rows=[(row["way"], f"{row['evaluations']:,}", f"{row['loss']:.4f}") for row in rows],

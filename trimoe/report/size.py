@@ -103,7 +103,7 @@ def _by_layer(parts: dict[str, Any]) -> Figure:
     sums = {index: [sum(values[at] for values in sizes.values()) for at in (0, 1)] for index, sizes in parts["layers"].items()}
     rows = [
         {"layer": int(index), "bytes": values[at] / 2**20, "model": model}
-        for index, values in sums.items() for at, model in ((1, AFTER), (0, BEFORE))
+        for index, values in sums.items() for at, model in ((0, BEFORE), (1, AFTER))
     ]  # fmt: skip
     return Figure(
         name="size-layers", title="Bytes by layer", wide=60 + 24 * len(sums) if len(sums) > 14 else 0,
