@@ -67,6 +67,40 @@ def test_a_stopped_run_says_that_it_goes_on(
             signal.signal(one, handler)
 
 
+def test_a_damaged_journal_is_named(line: Line, text_file: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = compressing(source, text_file, tmp_path, UNIFORM)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "put", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert line.run(*words)[0] == 143
+    for name in ("decisions-0.json", "inputs.json"):
+        (tmp_path / "out" / FOLDER / name).write_text("")
+        line.refused(f"{name}, by which the run would go on, is damaged; delete out/{FOLDER} to begin it again", *words)
+
+
+def test_told_twice_to_stop(source: Path, text_file: Path, tmp_path: Path) -> None:
+    """The second Ctrl-C, in the middle of tidying up, ends the process without a traceback."""
+    words = ["trimoe", *map(str, compressing(source, text_file, tmp_path, UNIFORM))]
+    stopping = f"""
+import os, signal, sys
+sys.argv = {words!r}
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from trimoe import cli
+from trimoe.write import Writer
+
+def put(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+
+Writer.put = put
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", stopping], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 @pytest.mark.parametrize("name", ["trimoe", "-m"])
 def test_ctrl_c_while_the_libraries_load(name: str) -> None:
     stopping = f"""

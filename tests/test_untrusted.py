@@ -68,6 +68,7 @@ def test_one_line_of_others_exceptions(groups: int, family_folder: Family, tmp_p
     assert "its router cannot be run by itself" in refusal(folder)
     assert first_line(ValueError("\n one \n two")) == "one"
     assert first_line(KeyError()) == "KeyError"
+    assert first_line(ValueError("field 'x':\n    not a number")) == "field 'x': not a number"
     assert len(first_line(ValueError("x" * 5000))) == 160
 
 

@@ -23,12 +23,12 @@ from trimoe.packing import BITS, PARTS, Packed, packed_columns, unpack
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BUILTIN = Path(__file__).parent / "builtin" / "models"
-# Everything beside the weights that makes a checkpoint usable: read by us, or carried over unchanged.
-# (On the hub, names with a folder in them are other formats of the same model.)
 ADAPTER = "adapter_config.json"  # what peft calls its own
 SMALL = 1 << 20  # bytes of a tensor that the fingerprint takes whole
 SAMPLE, SAMPLES = 1 << 14, 16  # bytes of a piece of a shard, and how many of them, for the fingerprint
 PIECE = 4 << 20  # bytes of a tensor that are read before they are looked at and converted
+# Everything beside the weights that makes a checkpoint usable: read by us, or carried over unchanged.
+# (On the hub, names with a folder in them are other formats of the same model.)
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 CARD = "README.md"  # read for the licence, not copied
 
@@ -54,6 +54,10 @@ class Checkpoint:
     def open(cls, model: str | os.PathLike[str], *, weights: bool = True) -> Checkpoint:
         """`model` is a folder, `builtin:NAME` or a hub id; with `weights=False` a hub model's shards stay on the hub."""
         name = str(model)
+        try:
+            name.encode()  # it is recorded
+        except UnicodeEncodeError:
+            raise UserError(f"The model's name {name!a} is no UTF-8 text; rename the folder.") from None
         if name.startswith("builtin:"):
             folder = BUILTIN / name.removeprefix("builtin:")
             if not folder.is_dir():

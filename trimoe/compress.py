@@ -102,6 +102,8 @@ def possible(skeleton: Skeleton, parsed: Recipe, out: Path, device: str, process
     """The plan. Raises UserError for every mistake that can be found without reading text or weights."""
     before = plan(skeleton, parsed, device=device)
     refuse_inside(out, skeleton)
+    if (skeleton.checkpoint.folder / GENERATION).is_file():
+        read_json(skeleton.checkpoint.folder / GENERATION)  # which is carried over: what loads the result would meet it
     usable_device(processes.place(device))
     _refuse_narrow(parsed, skeleton)
     if parsed.recover is not None and processes.count > 1:
@@ -235,6 +237,9 @@ def gather_statistics(
             if processes.main:
                 stats.save(Path(out))
         return stats
+
+
+GENERATION = "generation_config.json"
 
 
 def _lasting(skeleton: Skeleton) -> str:

@@ -18,16 +18,20 @@ from trimoe.skeleton import Skeleton
 from trimoe.spill import BUDGET
 
 STATISTICS = "statistics, until it is done"
+BESIDE = "files beside the weights"
+ENTRY, EXPERT, LEAST = 160, 400, 1 << 18  # bytes of a tensor's line in the index, of what is recorded of an expert, and of all else
 
 
 def output_need(skeleton: Skeleton, recipe: Recipe, result: int) -> dict[str, int]:
     """Bytes in the output folder at once, by what they are: the result of `result` bytes, and what lies in OUT/.trimoe until the run is done."""
-    found = {"result": result}
+    checkpoint, experts = skeleton.checkpoint, sum(site.num_experts for site in skeleton.sites.values())
+    beside = sum(path.stat().st_size for path in checkpoint.side_files()) + ENTRY * len(checkpoint.tensors) + EXPERT * experts + LEAST
+    found = {"result": result, BESIDE: beside}
     statistics = sum(_statistics(skeleton, recipe, number) for number in range(len(recipe.steps)))
     if statistics:
         found[STATISTICS] = statistics
     if recipe.recover is not None:
-        found["result before recovery, until it is done"] = result
+        found["result before recovery, until it is done"] = result + beside
         found["training, until it is done"] = _training(skeleton, recipe.recover)
     return found
 

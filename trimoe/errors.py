@@ -27,9 +27,12 @@ def stop_if_told(error: BaseException) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of someone else's code says, as it can stand in a sentence of ours: its first line, cut."""
-    said = str(error).strip().splitlines()
-    return said[0].strip()[:160] if said else type(error).__name__
+    """What an exception of someone else's code says, as it can stand in a sentence of ours: its first line (and the next, where that only
+    announces it), cut."""
+    said = [line.strip() for line in str(error).strip().splitlines()]
+    if len(said) > 1 and said[0].endswith(":"):
+        said[0] += f" {said[1]}"
+    return said[0][:160] if said else type(error).__name__
 
 
 @contextmanager

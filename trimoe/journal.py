@@ -29,8 +29,8 @@ class Journal:
 
     def refuse_other_content(self) -> None:
         """Before anything is written: the folder must be new, empty, or a killed run with the same inputs."""
-        if self.out.is_file():
-            raise UserError(f"The output {self.out} is a file; give a folder that is empty or does not exist.")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"The output {self.out} is no folder; give one that is empty or does not exist.")
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         begun = self.folder / "inputs.json"
@@ -38,7 +38,7 @@ class Journal:
             return  # killed before it had begun, or forgotten
         if not begun.is_file():
             raise UserError(f"The output folder {self.out} is not empty; give one that is empty or does not exist.")
-        before = json.loads(begun.read_text(encoding="utf-8"))
+        before = self._read(begun)
         now = json.loads(json.dumps(self.inputs))
         changed = [key for key in now if before.get(key) != now[key]]
         if changed:
@@ -73,7 +73,14 @@ class Journal:
 
     def get(self, stage: str) -> dict[str, Any] | None:
         path = self.folder / f"{stage}.json"
-        return self.team.from_main(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+        return self.team.from_main(lambda: self._read(path) if path.is_file() else None)
+
+    def _read(self, path: Path) -> Any:
+        """Files here are written whole: what does not read was damaged since."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}, by which the run would go on, is damaged; delete {self.folder} to begin it again.") from None
 
     def put(self, stage: str, value: dict[str, Any]) -> None:
         if self.team.main:

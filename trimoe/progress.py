@@ -106,7 +106,7 @@ class Reporter:
     def _append(self, lines: list[str]) -> None:
         """To the log; where the disk has no room for it, the run says so itself when it writes what matters."""
         assert self.log is not None
-        with suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
+        with suppress(OSError), open(self.log, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(lines)
 
     @contextmanager

@@ -316,8 +316,9 @@ def _all(found: Sequence[Variant], work: Callable[[Variant], Any]) -> dict[str, 
 def _room(todo: Sequence[Entry], keep: str) -> int:
     """Bytes still to be written that are on the disk at once, at most: of all results that may stay, or of one, and beside them what one
     variant needs until it is done. What a killed sweep left of a variant counts for that variant alone."""
-    results = [max(0, entry.plan.disk_split["result"] - disk.size(entry.folder)) for entry in todo]
-    beside = [entry.plan.disk - entry.plan.disk_split["result"] for entry in todo]
+    stays = [entry.plan.disk_split["result"] + entry.plan.disk_split[disk.BESIDE] for entry in todo]
+    results = [max(0, nbytes - disk.size(entry.folder)) for nbytes, entry in zip(stays, todo, strict=True)]
+    beside = [entry.plan.disk - nbytes for nbytes, entry in zip(stays, todo, strict=True)]
     if keep == "none":
         return max((result + more for result, more in zip(results, beside, strict=True)), default=0)
     return sum(results) + max(beside, default=0)

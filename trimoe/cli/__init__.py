@@ -42,7 +42,9 @@ def main() -> None:
     if not distributed.speaks():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
     if not distributed.launched():  # torchrun's processes are ended by torchrun
-        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _stop)
     try:
         app()
     except UserError as mistake:
@@ -59,11 +61,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def _terminated(*_: Any) -> None:
-    """As Ctrl-C does it: what is temporary goes, and the log says so."""
+def _stop(number: int, _: Any) -> None:
+    """What is temporary goes, and the log says so. Told again meanwhile, the process ends at once: whatever is on the disk by then is whole."""
     from trimoe.errors import TERMINATED
 
-    raise SystemExit(TERMINATED)
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
 
 
 def _said(failure: OSError) -> str:

@@ -64,9 +64,17 @@ def refuse_packed(spec: Recover, student: Skeleton) -> None:
 def refuse_inside(out: Path, skeleton: Skeleton | None) -> None:
     if skeleton is None:
         return
-    source, target = skeleton.checkpoint.folder.resolve(), out.resolve()
-    if any(parent.is_file() for parent in target.parents):
-        raise UserError(f"The output {out} cannot be made: a part of its path is a file.")
+    try:
+        str(out).encode()  # it is recorded
+        source, target = skeleton.checkpoint.folder.resolve(), out.resolve()
+        wrong = [parent for parent in target.parents if parent.exists() and not parent.is_dir()]
+        target.exists()
+    except UnicodeEncodeError:
+        raise UserError(f"The name of the output {str(out)!a} is no UTF-8 text; give another.") from None
+    except OSError as error:
+        raise UserError(f"The output {str(out)[:200]} cannot be made: {error.strerror}.") from None
+    if wrong:
+        raise UserError(f"The output {out} cannot be made: {wrong[0]} is no folder.")
     if target == source or source in target.parents:
         raise UserError(f"The output folder {out} lies in the source model's folder, which is never written to.")
 
