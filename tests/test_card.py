@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trimoe import UserError, card, tables
+from trimoe import UserError, card, card_metadata, tables
 from trimoe.cli.options import check_writable, write_json
 from trimoe.evaluate import origin
 from trimoe.form import form_of
@@ -66,7 +66,7 @@ def test_tasks_alone_are_recorded_and_the_card_says_that_texts_are_missing(finis
 )
 def test_a_source_card_gives_its_licence_or_nothing(text: str, found: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
-    assert card.inherited(tmp_path) == found
+    assert card_metadata.inherited(tmp_path) == found
 
 
 @pytest.mark.parametrize("record", ["{", "[]", "{}", '{"model": "m"}', '{"model": "m", "inputs": []}'])

@@ -14,7 +14,7 @@ from pages import SMALL, everything
 from refusals import Line
 
 import trimoe
-from trimoe import card
+from trimoe import card, card_metadata
 from trimoe.progress import LOG
 
 pytest.importorskip("altair")
@@ -58,7 +58,7 @@ def test_licence_and_languages_are_carried_over(family_folder: Family, text_file
     assert "license: other\n" in text and "license_name: mine\n" in text and "# It" not in text
     for broken in ("no front matter", "---\n[\n---\n", "---\nlicense: {a: b}\n---\n", "---\n- a\n---\n"):
         (source / "README.md").write_text(broken)
-        assert card.inherited(source) == {}
+        assert card_metadata.inherited(source) == {}
 
 
 def test_benchmarks_of_the_original_are_kept(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trimoe import card, disk, recorded
+from trimoe import card, card_metadata, disk, recorded
 from trimoe import recipe as recipes
 from trimoe.calibration import Calibration, calibrate, check_shared_out
 from trimoe.checkpoint import Checkpoint
@@ -190,7 +190,7 @@ class Job:
             record = {
                 "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
                 "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
-                "parts": recorded.parts(layout), "source_card": card.inherited(skeleton.checkpoint.folder),
+                "parts": recorded.parts(layout), "source_card": card_metadata.inherited(skeleton.checkpoint.folder),
                 "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
                 "command": self.command, "seed": run.seed, "versions": versions(), "inputs": self.inputs,
             }  # fmt: skip
