@@ -73,6 +73,17 @@ def test_numbers_are_whole_where_there_is_little_room(width: int) -> None:
     assert ("params" in shown) == (" pa" in shown) == (width > 40)  # a column is there or not
 
 
+def test_one_text_and_one_change_need_no_list(family_folder: Family, text_file: Path, tmp_path: Path) -> None:
+    """A string is one of them, not its letters; in the record, too."""
+    options = {"samples": 4, "length": 16, "changes": "steps.0.ratio=0.5", "calibration": str(text_file)}
+    made = trimoe.compress(str(family_folder("mixtral")), "expert-drop", tmp_path / "out", **options)
+    command = json.loads((tmp_path / "out" / "trimoe.json").read_text())["command"]
+    assert made.plan.recipe["calibration"]["data"] == [str(text_file)] and "changes=['steps.0.ratio=0.5']" in command
+    assert f"calibration=[{str(text_file)!r}]" in command
+    with pytest.raises(UserError, match="include .* is not a folder"):
+        trimoe.evaluate(str(family_folder("mixtral")), text=[], tasks="quiz", include=tmp_path / "absent")
+
+
 def test_what_is_measured_stays_out_of_the_record(family_folder: Family, text_file: Path, tmp_path: Path) -> None:
     made = trimoe.compress(
         str(family_folder("mixtral")), {"steps": [DROP]}, tmp_path / "out", calibration=[str(text_file)], samples=6, length=32

@@ -169,7 +169,7 @@ def test_mistakes_inside_a_search_are_named(search: dict[str, Any], field: str) 
     ("change", "message"),
     [
         ("steps.0.ratio", "has no '='"),
-        ("steps.7.ratio=0.5", "steps has 1 entries, numbered from 0; '7' is none of them."),
+        ("steps.7.ratio=0.5", "steps has 1 entry, numbered from 0; '7' is none of them."),
         ("steps.first.ratio=0.5", "'first' is none of them."),
         ("steps.0.ratio.deep=1", "is a plain value and has no field 'deep'."),
         ("steps.0.search.greedy.x.y=1", "search"),

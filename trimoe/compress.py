@@ -38,7 +38,10 @@ from trimoe.stats import Stats
 from trimoe.stream import compute_dtype, usable_device
 from trimoe.transform import transform
 from trimoe.version import VERSION, versions
+from trimoe.words import listed
 from trimoe.write import Writer, write_text
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ def compress(
     recipe: str | dict[str, Any] | Recipe,
     out: str | os.PathLike[str],
     *,
-    changes: Sequence[str] = (),
-    calibration: Sequence[str] = (),
+    changes: str | Sequence[str] = (),
+    calibration: str | Sequence[str] = (),
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
@@ -77,9 +80,9 @@ def compress(
     Started by torchrun the processes share the work (docs/scale.md); rank 0 writes, all return the result.
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
-    out = Path(out)
+    out, changes, calibration = Path(out), listed(changes), listed(calibration)
     call = (
-        f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={list(changes)!r}, calibration={list(calibration)!r}, "
+        f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={changes!r}, calibration={calibration!r}, "
         f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
     )
     with team(device) as processes:
@@ -203,7 +206,7 @@ class Job:
 
 
 def gather_statistics(
-    model: str | os.PathLike[str], out: str | os.PathLike[str], *, calibration: Sequence[str] = (), samples: int | None = None,
+    model: str | os.PathLike[str], out: str | os.PathLike[str], *, calibration: str | Sequence[str] = (), samples: int | None = None,
     length: int | None = None, seed: int = 0, device: str = "cpu", dtype: str = "float32", reporter: Reporter = QUIET,
 ) -> Stats:  # fmt: skip
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
@@ -226,7 +229,7 @@ def gather_statistics(
         skeleton, spec, text = processes.after_main(on_paper)
         about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype}
         reach, place = max(site.num_experts for site in skeleton.sites.values()), processes.place(device)
-        call = f"trimoe.gather_statistics({str(model)!r}, out, calibration={list(calibration)!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
+        call = f"trimoe.gather_statistics({str(model)!r}, out, calibration={listed(calibration)!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
         if processes.main:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
         with logged(reporter, Path(f"{out}.log"), call, main=processes.main):
@@ -237,9 +240,6 @@ def gather_statistics(
             if processes.main:
                 stats.save(Path(out))
         return stats
-
-
-GENERATION = "generation_config.json"
 
 
 def _lasting(skeleton: Skeleton) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What an architecture's own code raises on numbers that it was not made for. NotImplementedError is a RuntimeError.
+# What an architecture's own code raises on numbers that it was not made for; kernels that are not there are RuntimeErrors, too.
 FOREIGN = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
 
 TERMINATED = 143  # the exit code after SIGTERM, which a queue or a container sends first

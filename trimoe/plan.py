@@ -89,9 +89,9 @@ class Plan:
 def plan(
     model: str | Checkpoint | Skeleton,
     recipe: str | dict[str, Any] | Recipe,
-    changes: Sequence[str] = (),
+    changes: str | Sequence[str] = (),
     *,
-    calibration: Sequence[str] = (),
+    calibration: str | Sequence[str] = (),
     samples: int | None = None,
     length: int | None = None,
     device: str = "cpu",

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from trimoe.errors import UserError, first_line
 from trimoe.methods import METHODS, Step
 from trimoe.recover.spec import Recover
-from trimoe.words import listed
+from trimoe.words import counted, listed
 
 BUILTIN = Path(__file__).parent / "recipes"
 STRICT = ConfigDict(extra="forbid")
@@ -97,14 +97,14 @@ def text_of(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def load(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = ()) -> Recipe:
+def load(recipe: str | Path | dict[str, Any] | Recipe, changes: str | Sequence[str] = ()) -> Recipe:
     """A built-in name, a YAML file, or a mapping; `changes` are "path.to.field=value" overrides."""
     if isinstance(recipe, Recipe) and not changes:
         return recipe
     return parse(*read(recipe, changes))
 
 
-def read(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+def read(recipe: str | Path | dict[str, Any] | Recipe, changes: str | Sequence[str] = ()) -> tuple[dict[str, Any], str]:
     """The mapping that a recipe is, changed but not checked yet, and where it came from."""
     if isinstance(recipe, Recipe):
         recipe = recipe.to_json()
@@ -118,6 +118,7 @@ def read(recipe: str | Path | dict[str, Any] | Recipe, changes: Sequence[str] = 
         raise UserError(f"The recipe is {recipe!r}; a built-in name, a YAML file or a mapping is expected.")
     if not isinstance(raw, dict):
         raise UserError(f"{where} {'is empty' if raw is None else f'holds {_kind(raw)}'}; a mapping with steps is expected.")
+    changes = listed(changes)
     _refuse_repeated(changes)
     for change in changes:
         raw = _changed(raw, change)
@@ -206,9 +207,8 @@ def _changed(raw: dict[str, Any], change: str) -> dict[str, Any]:
         last = depth == len(parts) - 1
         if isinstance(at, list):
             if not part.isdigit() or int(part) >= len(at):
-                raise UserError(
-                    f"--set {change!r}: {'.'.join(parts[:depth])} has {len(at)} entries, numbered from 0; {part!r} is none of them."
-                )
+                held = counted(len(at), "entry", "entries")
+                raise UserError(f"--set {change!r}: {'.'.join(parts[:depth])} has {held}, numbered from 0; {part!r} is none of them.")
             if last:
                 at[int(part)] = _yaml(value, f"--set {change!r}")
             else:

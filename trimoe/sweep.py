@@ -74,7 +74,7 @@ def sweep(
     stride: int | None = None,
     tasks: str | Sequence[str] = (),
     limit: int | None = None,
-    include: Sequence[str | os.PathLike[str]] = (),
+    include: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     keep: str = "none",
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -95,7 +95,7 @@ def sweep(
     Raises UserError before anything is written if any variant is impossible, and at the end if one failed nevertheless.
     """
     out, started, reporter = Path(out), time.monotonic(), reporter.fresh()
-    changes, text, tasks = listed(changes), listed(text), listed(tasks)
+    changes, text, tasks, include = listed(changes), listed(text), listed(tasks), listed(include)
     if keep not in KEEPS:
         raise UserError(f"keep is {keep!r}; {', '.join(KEEPS)} are known.")
     for name, value, least in (
@@ -194,9 +194,13 @@ class Entry:
     def measured(self) -> bool:
         return bool((self.record() or {}).get("evaluation", {}).get("texts"))
 
+    def kept(self) -> bool:
+        """Whether the weights are there."""
+        return self.record() is not None and (self.folder / "config.json").is_file()
+
     def complete(self) -> bool:
-        """Whether the weights are there, and whole."""
-        return self.record() is not None and lost(self.folder, self.job.run.skeleton.checkpoint) is None
+        """The same, and whether they are whole: every header is read."""
+        return self.kept() and lost(self.folder, self.job.run.skeleton.checkpoint) is None
 
     def discard(self) -> None:
         """Delete all but the record and the log, config.json first: without it no half-deleted folder looks finished."""
@@ -210,7 +214,7 @@ class Entry:
     def row(self) -> Row:
         record = self.record()
         assert record is not None
-        return Row.of(self.variant, record, kept=self.complete())
+        return Row.of(self.variant, record, kept=self.kept())
 
 
 @dataclass(frozen=True)

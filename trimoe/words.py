@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 STEPS = ("", "K", "M", "G", "T", "P")
 COUNTS = ("", "K", "M", "B", "T")  # as models are spoken of
@@ -41,9 +40,9 @@ def counted(number: int, thing: str, several: str | None = None) -> str:
     return f"{number:,} {thing if number == 1 else several or thing + 's'}"
 
 
-def listed(given: str | Iterable[T]) -> list[Any]:
-    """One or several of something, as they are given in Python."""
-    return [given] if isinstance(given, str) else list(given)
+def listed(given: str | os.PathLike[str] | Iterable[Any]) -> list[Any]:
+    """One name or path, or several, as they are given in Python."""
+    return [given] if isinstance(given, str | os.PathLike) else list(given)
 
 
 def duration(seconds: float) -> str:

@@ -33,7 +33,7 @@ def evaluate(
     tasks: str | Sequence[str] = (),
     limit: int | None = None,
     fewshot: int | None = None,
-    include: Sequence[str | os.PathLike[str]] = (),
+    include: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     batch: int = 8,
     stream: bool | None = None,
     generate: bool | None = False,
@@ -53,7 +53,7 @@ def evaluate(
     keeps what the original computed for the next call (texts.py). Returns the JSON that `trimoe eval --json` writes. Raises UserError for
     what is not there or not allowed.
     """
-    text, tasks = listed(text), listed(tasks)
+    text, tasks, include = listed(text), listed(tasks), listed(include)
     least = {
         "length": (length, 2),
         "stride": (stride, 1),
