@@ -80,7 +80,7 @@ def test_one_text_and_one_change_need_no_list(family_folder: Family, text_file: 
     command = json.loads((tmp_path / "out" / "trimoe.json").read_text())["command"]
     assert made.plan.recipe["calibration"]["data"] == [str(text_file)] and "changes=['steps.0.ratio=0.5']" in command
     assert f"calibration=[{str(text_file)!r}]" in command
-    with pytest.raises(UserError, match="include .* is not a folder"):
+    with pytest.raises(UserError, match=r"include .* is not a folder"):
         trimoe.evaluate(str(family_folder("mixtral")), text=[], tasks="quiz", include=tmp_path / "absent")
 
 
