@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -33,6 +34,7 @@ from transformers.utils import logging
 
 from trimoe import modeling_trimoe
 from trimoe.errors import UserError, first_line, stop_if_told
+from trimoe.headers import DTYPES, TensorInfo
 
 # The names under which configurations keep the number of routed experts and of experts per token.
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -77,9 +79,24 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return modeling_trimoe.stock_class(config) if type(config) in mapping else None
 
 
+class _NothingLarge(TorchFunctionMode):
+    """Tensors larger than any buffer may be are made on the meta device: accelerate lets the constructor allocate a parameter before it
+    moves it there, and one layer's stacked experts may be larger than the machine."""
+
+    MAKERS = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if function in self.MAKERS and options.get("device") is None:
+            hollow = function(*args, **{**options, "device": "meta"})
+            if hollow.numel() * hollow.element_size() > MAX_BUFFER:
+                return hollow
+        return function(*args, **options)
+
+
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real (rope tables and the like). Honours `moe_compression`."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _NothingLarge():
         model = _built(config, dtype)
     _fill_buffers(model, model)
     return model
@@ -145,31 +162,35 @@ class Conversion:
     mismatched: list[Any]
 
 
-def trial_load(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Conversion:
-    """Load `tensors` (meta tensors, from headers) into a bare model, not to be used after that: every name and shape is checked, no byte
-    is read."""
-    info = _load(model, tensors, torch.device("meta"), dtype)
+def trial_load(model: PreTrainedModel, tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> Conversion:
+    """Load `tensors` (headers: meta tensors stand for them) into a bare model, not to be used after that: every name and shape is checked, no
+    byte is read. Experts' matrices that are stacked are checked here and spared transformers, which copies a converter for each key."""
+    used, source_of, stacked = _sources(model, tensors, dtype)
+    spared = {key for parts in stacked.values() for part in parts for key in part}
+    meta = {
+        key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in tensors.items() if key not in spared
+    }
+    info = _load(model, meta, torch.device("meta"), dtype)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignorable = model._keys_to_ignore_on_load_unexpected or ()
-    missing = {key for key in info.missing_keys if key not in tied}
+    missing = {key for key in info.missing_keys if key not in tied and key not in stacked}
     if info.conversion_errors:
         told = str(next(iter(info.conversion_errors.values()))).strip().splitlines() or ["no reason given"]  # a traceback: its end says why
         raise UserError(f"The checkpoint's tensors do not fit together: {' '.join(told[-1].split())[:300]}")
-    used = list(model._weight_conversions)
-    source_of, stacked = _sources(model, tensors, dtype)
     floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for key in (key for name, keys in source_of.items() if name in floating for key in keys):
-        if not tensors[key].is_floating_point():
+        if not DTYPES[tensors[key].dtype].is_floating_point:
             raise UserError(
-                f"The tensor {key!r} is stored as {str(tensors[key].dtype).removeprefix('torch.')}; weights are floating-point numbers."
+                f"The tensor {key!r} is stored as {str(DTYPES[tensors[key].dtype]).removeprefix('torch.')}; weights are floating-point numbers."
             )
     unexpected = {key for key in info.unexpected_keys if not any(re.search(pattern, key) for pattern in ignorable)}
     return Conversion(used, source_of, stacked, missing, unexpected, sorted(info.mismatched_keys, key=str))
 
 
 def _sources(
-    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> tuple[dict[str, list[str]], dict[str, list[list[str]]]]:
+    model: PreTrainedModel, tensors: Mapping[str, TensorInfo], dtype: torch.dtype
+) -> tuple[list[Any], dict[str, list[str]], dict[str, list[list[str]]]]:
+    """The conversions that any key needs; parameter -> keys; and of experts' stacked matrices the keys in their order."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -188,9 +209,9 @@ def _sources(
         made = next((one for one in converters if _stacks(one) and set(one.source_patterns) == by_pattern.keys()), None)
         if made is not None and name in parameters and not any(word in name for word in other):
             ordered = [sorted(by_pattern[pattern], key=_numbers) for pattern in made.source_patterns]
-            if _fits([[tuple(tensors[key].shape) for key in part] for part in ordered], tuple(parameters[name].shape)):
+            if _fits([[tensors[key].shape for key in part] for part in ordered], tuple(parameters[name].shape)):
                 stacked[name] = ordered
-    return found, stacked
+    return [entry for entry in mapping if entry.was_used()], found, stacked
 
 
 def _stacks(converter: WeightConverter) -> bool:

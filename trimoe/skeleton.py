@@ -19,7 +19,6 @@ from torch import nn
 from trimoe import hf, modeling_trimoe, routing
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import FOREIGN, UserError, first_line, stop_if_told
-from trimoe.headers import DTYPES
 from trimoe.routing import RoutingRule
 from trimoe.site import Site, keep_experts, tensor_at
 
@@ -37,8 +36,7 @@ class Skeleton:
         self._refuse_what_cannot_be_built()
         bare, self.model = self._built()
         self.prefix, self.layers = hf.decoder_layers(self.model)
-        meta = {key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in checkpoint.tensors.items()}
-        self.conversion = hf.trial_load(bare, meta, dtype)
+        self.conversion = hf.trial_load(bare, checkpoint.tensors, dtype)
         self._refuse_what_does_not_fit()
         self.sites = {site.layer: site for site in self._find_sites()}
         if not self.sites:
