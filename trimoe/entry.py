@@ -19,7 +19,7 @@ from trimoe.packing import PARTS, Packed, packed_columns, unpack
 from trimoe.sparsity import dropped_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of the output. `source`: the checkpoint key it is copied from, with rows `keep` along `axis` if those are set;
     without a source it is made by a transformation, or is all `zeros`. `stands_for`: parameters, where they are not its numbers."""

@@ -12,7 +12,7 @@ from trimoe.errors import UserError
 from trimoe.layout import Layout
 from trimoe.methods import METHODS
 from trimoe.methods.method import unchanged
-from trimoe.plan import plan, sizes
+from trimoe.plan import check, sizes
 from trimoe.skeleton import Skeleton
 
 
@@ -95,7 +95,7 @@ def _methods(skeleton: Skeleton) -> dict[str, str]:
     answers = {}
     for name in METHODS:
         try:
-            plan(skeleton, {"steps": [{name: MILD[name]}]})
+            check(skeleton, {"steps": [{name: MILD[name]}]})
             answers[name] = "yes"
         except UserError as reason:
             answers[name] = f"no: {reason}"

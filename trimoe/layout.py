@@ -64,6 +64,8 @@ class Layout:
         """A decoder layer's entries under its new number; none if it is dropped."""
         if index not in self.place:
             return []
+        if self.place[index] == index:
+            return self.entries(index)
         return [replace(entry, key=self._renumbered(entry.key, index)) for entry in self.entries(index)]
 
     def entries(self, index: int) -> list[Entry]:
@@ -77,12 +79,11 @@ class Layout:
         """A layer's entries with its experts as decided."""
         keys, site = self.skeleton.keys_by_layer[index], self.skeleton.sites.get(index)
         decision = self.decisions.get(index)
-        if site is None or decision is None:
-            return self._copies(keys)
-        if decision.gone == "moe":
+        if decision is not None and site is not None and decision.gone == "moe":
             return self._without_block(index, site)
-        if len(decision.keep) == site.num_experts and decision.in_ranks is None and not decision.changed:
-            return self._copies(keys)
+        whole = site is None or decision is None or len(decision.keep) == site.num_experts
+        if site is None or decision is None or (whole and decision.in_ranks is None and not decision.changed):
+            return self.skeleton.remembered(("copies", index), lambda: self._copies(keys))
         replaced: set[str] = set()
         entries: list[Entry] = []
         for path in site.expert_axes:
@@ -187,6 +188,10 @@ class Layout:
         return f"{self.skeleton.layer_name(index)}.{site.block}.{path}"
 
     def disk_expert(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
+        """Where a parameter's experts lie on disk, and all keys that it is made of."""
+        return self.skeleton.remembered(("disk expert", index, path), lambda: self._disk_expert(index, site, path))
+
+    def _disk_expert(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
         """Send expert numbers through the reverse conversion and see where they come out."""
         name, axis = self.parameter(index, site, path), site.expert_axes[path]
         whole = tensor_at(site.block_of(self.skeleton.layers[index]), path)
@@ -271,7 +276,7 @@ class Layout:
     def tensor_bytes(self) -> int:
         return sum(entry.nbytes for group in self.groups for entry in group)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all safetensors files, headers included."""
         return sum(shard.nbytes for shard in self.shards)

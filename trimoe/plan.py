@@ -99,23 +99,43 @@ def plan(
     """Before any statistics: exact where the recipe fixes the result, an interval where decisions will. `calibration`, `samples`, `length`
     take the place of the recipe's. Raises UserError for a recipe that cannot be, and for a text of this machine that is not there or too short."""
     parsed = with_calibration(load_recipe(recipe, changes), calibration, samples, length)
-    _check_recovery(parsed)
-    spec = parsed.calibration
     skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, weights=False)
-    if skeleton.checkpoint.scheme is not None:
-        raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
+    forms, spec = _forms(skeleton, parsed), parsed.calibration
+    layout, smaller, most = forms.layout, forms.smaller, forms.most
     tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
-    most, least = Paper(skeleton, parsed, largest=False), Paper(skeleton, parsed, largest=True)
-    layout = Layout(skeleton, most.decisions)
-    smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
-    native = layout.native or smaller.native or most.open_counts
-    check_target(parsed, native, skeleton, least.decisions)
-    _refuse_lone_experts(layout.native or smaller.native, skeleton, least.decisions)
     open_ = Open(
         slack=most.slack + _header_slack(layout) if most.open_bytes else 0, parameters=most.slack // WIDEST, least_bytes=smaller.nbytes,
         counts=most.open_counts, layers=most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
     )  # fmt: skip
-    return describe(skeleton, layout, parsed, native=native, tokens=tokens, open_=open_, device=device)
+    return describe(skeleton, layout, parsed, native=forms.native, tokens=tokens, open_=open_, device=device)
+
+
+def check(skeleton: Skeleton, recipe: str | dict[str, Any] | Recipe) -> None:
+    """Raises the UserError that `plan` would raise of a recipe on this model, without working out what the result weighs."""
+    _forms(skeleton, load_recipe(recipe))
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """A recipe's most and least on paper, checked: the layout of the most, of the least, and whether the result is native."""
+
+    most: Paper
+    layout: Layout
+    smaller: Layout
+    native: bool
+
+
+def _forms(skeleton: Skeleton, recipe: Recipe) -> _Forms:
+    _check_recovery(recipe)
+    if skeleton.checkpoint.scheme is not None:
+        raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
+    most, least = Paper(skeleton, recipe, largest=False), Paper(skeleton, recipe, largest=True)
+    layout = Layout(skeleton, most.decisions)
+    smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
+    stored = layout.native or smaller.native
+    check_target(recipe, stored or most.open_counts, skeleton, least.decisions)
+    _refuse_lone_experts(stored, skeleton, least.decisions)
+    return _Forms(most, layout, smaller, stored or most.open_counts)
 
 
 def _refuse_lone_experts(native: bool, skeleton: Skeleton, decisions: Decisions) -> None:
