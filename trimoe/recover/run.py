@@ -72,7 +72,7 @@ def recover(
     *,
     teacher: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Recovered:
@@ -82,7 +82,7 @@ def recover(
     teacher   the original; by default the model that trimoe.json names
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
-    out, spec, processes = Path(out), parsed(spec), launcher()
+    out, spec, device, processes = Path(out), parsed(spec), str(device), launcher()
     if processes.num_processes == 1 and distributed.launched():
         raise UserError("recover: torchrun's processes do not share this work on this device; start it with accelerate launch.")
     if processes.num_processes > 1 and spec.method == "experts" and spec.stream:
