@@ -151,6 +151,7 @@ class Runner:
         self.before_bytes = 0 if torch.device(job["device"]).type == "cuda" else _status("VmRSS")
         start = time.perf_counter()
         self.model: Any = trimoe.load(job["model"], device=job["device"], dtype=job["dtype"], backend=job["backend"])
+        hf.plain_outputs(self.model.config)
         self._wait()
         self.load_s = time.perf_counter() - start
         self.range = Range(job["model"], self.model.dtype)

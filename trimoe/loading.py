@@ -124,8 +124,9 @@ def load_packed(
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[name] = buffer.to(place)
-    model.tie_weights()
+    skeleton.tie()
     give_back()
+    hf.plain_outputs(model.config, like=skeleton.config)
     return _finished(model, checkpoint, [_experts(skeleton, site) for site in skeleton.sites.values()])
 
 

@@ -112,8 +112,9 @@ class LayerWalk:
         checkpoint, model = self.skeleton.checkpoint, self.model
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         left_out, put = (table, model.set_input_embeddings) if without == "embeddings" else (head, model.set_output_embeddings)
-        apart = head is not None and head.weight is not table.weight and not model.config.get_text_config().tie_word_embeddings
-        names = {f"{name}.weight" for name, module in model.named_modules() if apart and module is left_out}
+        shared = {*self.skeleton.ties, *self.skeleton.ties.values()}
+        names = {f"{name}.weight" for name, module in model.named_modules() if module is left_out} - shared
+        apart = head is not None and bool(names)
         keys = {key for name in names for key in self.skeleton.source_keys(name)}
         for key in self.skeleton.outer_keys:
             if key not in keys:
@@ -121,7 +122,7 @@ class LayerWalk:
         if apart:
             put(_Blank(self.skeleton.dtype, table.weight.shape[1] if left_out is table else None))
         else:
-            model.tie_weights()
+            self.skeleton.tie()
         try:
             yield
         finally:

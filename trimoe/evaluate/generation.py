@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from trimoe import hf
 from trimoe.evaluate.quiet import quiet
 from trimoe.evaluate.texts import Windows
 from trimoe.finite import Range
@@ -81,6 +82,7 @@ def smoke(
     for name, skeleton in reporter.track(models.items(), "Generate", len(models)):
         with quiet(bars=False):
             model = load(skeleton.checkpoint.folder, device=device, dtype=skeleton.dtype)
+        hf.plain_outputs(model.config)
         Range(skeleton.name, skeleton.dtype).guard(model)
         written = {how: _continue(model, ids.to(device), new, tokenizer, how) for how in ("greedy", "sampled")}
         del model
