@@ -23,6 +23,7 @@ import torch
 from trimoe import hf
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
+from trimoe.finite import Range, told
 from trimoe.progress import QUIET, Reporter
 from trimoe.stream import compute_dtype, usable_device
 
@@ -38,8 +39,8 @@ def bench(
     generate: int = 64,
     batch: int = 1,
     rounds: int = 5,
-    device: str = "cpu",
-    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
     backend: str = "auto",
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
@@ -54,9 +55,8 @@ def bench(
     for name, value, least in (("prompt", prompt, 1), ("generate", generate, 2), ("batch", batch, 1), ("rounds", rounds, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; at least {least} is needed.")
+    device, dtype = str(device), dtype if dtype == "auto" else told(compute_dtype(dtype))
     usable_device(device)
-    if dtype != "auto":
-        compute_dtype(dtype)
     job = {"prompt": prompt, "generate": generate, "batch": batch, "device": device, "dtype": dtype, "threads": torch.get_num_threads()}
     folders = [str(path) for path in (folder, against) if path is not None]
     models = [_about(path, prompt + generate) for path in folders]
@@ -151,8 +151,10 @@ class Runner:
         self.before_bytes = 0 if torch.device(job["device"]).type == "cuda" else _status("VmRSS")
         start = time.perf_counter()
         self.model: Any = trimoe.load(job["model"], device=job["device"], dtype=job["dtype"], backend=job["backend"])
+        hf.plain_outputs(self.model.config)
         self._wait()
         self.load_s = time.perf_counter() - start
+        self.range = Range(job["model"], self.model.dtype)
         words = self.model.config.get_text_config().vocab_size
         self.ids = torch.randint(0, words, (self.batch, self.prompt), generator=torch.Generator().manual_seed(0)).to(self.model.device)
 
@@ -167,8 +169,10 @@ class Runner:
     @torch.inference_mode()
     def round(self) -> dict[str, Any]:
         start = self._now()
-        self.model(self.ids, logits_to_keep=1)
+        logits = self.model(self.ids, logits_to_keep=1).logits
         prefill = self._now() - start
+        self.range.see(logits)
+        self.range.check("the logits")
         ticks: list[float] = []
 
         def tick(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

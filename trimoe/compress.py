@@ -20,6 +20,7 @@ from trimoe.disk import human
 from trimoe.distributed import ALONE, Team, team
 from trimoe.errors import UserError, reading
 from trimoe.finished import lost, refuse_lost
+from trimoe.finite import NotFinite, told
 from trimoe.gather import statistics
 from trimoe.headers import DTYPES, read_json
 from trimoe.journal import FOLDER, STAGE, Journal
@@ -65,8 +66,8 @@ def compress(
     length: int | None = None,
     seed: int = 0,
     stats: str | os.PathLike[str] | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Result:
@@ -81,6 +82,7 @@ def compress(
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
     out, changes, calibration = Path(out), listed(changes), listed(calibration)
+    device, dtype = str(device), told(compute_dtype(dtype))
     call = (
         f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={changes!r}, calibration={calibration!r}, "
         f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
@@ -178,7 +180,7 @@ class Job:
         journal = Journal(out, self.inputs, run.team)
         run.team.from_main(journal.refuse_other_content)
         run.team.from_main(lambda: disk.check(out, before.disk, before.spill))
-        with journal, logged(run.reporter, final_out / LOG, self.command, main=run.team.main):
+        with journal, journal.forgotten(NotFinite), logged(run.reporter, final_out / LOG, self.command, main=run.team.main):
             for warning in self.warnings:
                 run.reporter.say(f"warning: {warning}")
             decisions, metrics = unchanged(skeleton.sites), {}
@@ -207,10 +209,11 @@ class Job:
 
 def gather_statistics(
     model: str | os.PathLike[str], out: str | os.PathLike[str], *, calibration: str | Sequence[str] = (), samples: int | None = None,
-    length: int | None = None, seed: int = 0, device: str = "cpu", dtype: str = "float32", reporter: Reporter = QUIET,
+    length: int | None = None, seed: int = 0, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32",
+    reporter: Reporter = QUIET,
 ) -> Stats:  # fmt: skip
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
-    base = Recipe(steps=(ExpertDrop(ratio=0.25),))
+    base, device, dtype = Recipe(steps=(ExpertDrop(ratio=0.25),)), str(device), told(compute_dtype(dtype))
     with team(device) as processes:
         reporter = (reporter if processes.main else QUIET).fresh()
 

@@ -38,6 +38,10 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
         holder |= depth.dense_form(skeleton, []) or {}
         holder["mlp_only_layers"] = sorted({place[i] for i in (*(text.mlp_only_layers or ()), *dense) if i in place})
     config = {**config, inner: holder} if inner else holder
+    if skeleton.untied:  # not every engine compares both tables as transformers does; without the flag all of them take both
+        config["tie_word_embeddings"] = False
+        if inner:
+            holder["tie_word_embeddings"] = False
     _check_depth(skeleton, config, kept, emptied)
     layers: dict[str, dict[str, object]] = {}
     for index in kept:

@@ -107,6 +107,7 @@ def statistics(
                     walk.hidden[batch] = walk.step(index, layer, hidden, batch)
                     stats.see_block(index, hidden, walk.hidden[batch])
                     parts.take()
+                walk.check(index)
                 parts.put_together()
                 continue
             layer_stats = stats.layers[index] = LayerStats(index, site.rule)
@@ -119,6 +120,7 @@ def statistics(
                     hidden, walk.hidden[batch] = walk.hidden[batch], walk.step(index, layer, walk.hidden[batch], batch)
                     stats.see_block(index, hidden, walk.hidden[batch])
                     parts.take()
+            walk.check(index)
             parts.put_together()
             layer_stats.sums["weight_score_E"] = weight_scores(experts)
             if extra is not None:
@@ -129,6 +131,7 @@ def statistics(
                 sums = [one for one in team.everyone(made.sums) if one]
                 layer_stats.sums |= {name: torch.cat([one[name] for one in sums]) for name in sums[0]}
             layer_stats.to_cpu()
+            layer_stats.check(skeleton.dtype)
     return stats
 
 

@@ -39,6 +39,7 @@ from trimoe.headers import DTYPES, TensorInfo
 # The names under which configurations keep the number of routed experts and of experts per token.
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MAX_BUFFER = 64 << 20  # bytes of one table; those of positions have kilobytes, the largest known (a decay of minimax's) 17 MB a layer
+OUTPUTS = {"output_router_logits": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
 
@@ -53,6 +54,16 @@ def load_config(folder: Path) -> PreTrainedConfig:
         if any("/" in str(getattr(part, field, "")) for field in ("_attn_implementation", "_experts_implementation")):
             raise UserError(f"{folder / 'config.json'} asks for an attention or experts kernel from the hub; remove that field.")
     return config
+
+
+def plain_outputs(config: PreTrainedConfig, like: PreTrainedConfig | None = None) -> None:
+    """Switch off, in place, what trainers leave switched on in config.json: a forward pass then gives logits and nothing beside them. With
+    `like` the switches stand as they do there."""
+    parts = [(config, like), (config.get_text_config(), None if like is None else like.get_text_config())]
+    for part, same in parts:
+        for name, value in OUTPUTS.items():
+            if hasattr(part, name):
+                setattr(part, name, value if same is None else getattr(same, name))
 
 
 def config_from(values: Mapping[str, Any], like: PreTrainedConfig) -> PreTrainedConfig:
@@ -117,7 +128,9 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     wanted = modeling_trimoe.native_class(stock) if getattr(config, modeling_trimoe.KEY, None) else stock
     with no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = wanted._from_config(copy.deepcopy(config), dtype=dtype).eval()
+        own = copy.deepcopy(config)
+        plain_outputs(own)
+        model = wanted._from_config(own, dtype=dtype).eval()
     model.tie_weights()
     return model
 
@@ -160,6 +173,20 @@ class Conversion:
     missing: set[str]
     unexpected: set[str]
     mismatched: list[Any]
+
+
+def untie(model: PreTrainedModel, name: str) -> None:
+    """Give a tied parameter a tensor of its own again."""
+    model.all_tied_weights_keys.pop(name)
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    setattr(owner, leaf, nn.Parameter(torch.empty_like(getattr(owner, leaf), device="meta"), requires_grad=False))
+
+
+def share(model: PreTrainedModel, name: str, source: str) -> None:
+    """Let the parameter `name` be that of `source`."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, model.get_parameter(source))
 
 
 def trial_load(model: PreTrainedModel, tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> Conversion:

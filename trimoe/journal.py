@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,19 @@ class Journal:
     def put_stats(self, stage: str, stats: Stats) -> None:
         if self.team.main:
             stats.save(self.folder / f"{stage}.safetensors")
+
+    @contextmanager
+    def forgotten(self, mistake: type[UserError]) -> Iterator[None]:
+        """Where `mistake` is raised, nothing is left to go on with but the lock: the same inputs would meet it again, and others may begin
+        in the folder."""
+        try:
+            yield
+        except mistake:
+            if self.team.main:
+                for path in (*self.folder.iterdir(), *self.out.glob("model-*.safetensors*")):
+                    if path.is_file() and path.name != "lock":
+                        path.unlink()
+            raise
 
     def forget_training(self) -> None:
         """Another run may begin in the folder. What does not depend on how it trains stays: the first half of a recipe, the original's

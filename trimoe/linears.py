@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from trimoe import hf
+from trimoe.finite import within
 from trimoe.methods import Quantize, WeightPrune
 from trimoe.methods.method import Decisions
 from trimoe.site import Site
@@ -108,6 +109,9 @@ class Inputs:
         return hook
 
     def moment(self, path: str) -> torch.Tensor | None:
-        """None where the module was never called."""
+        """None where the module was never called. Raises Inside where it is not finite."""
         owner = self.owner.get(path)
-        return None if owner is None else self.sums[owner] / self.tokens[owner]
+        if owner is None:
+            return None
+        dtype = self.modules[path].weight.dtype
+        return within(self.sums[owner] / self.tokens[owner], f"the moments of what {path} is given", dtype)

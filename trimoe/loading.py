@@ -20,7 +20,7 @@ from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed
 from trimoe.site import Site, tensor_at
 from trimoe.skeleton import Skeleton
-from trimoe.stream import give_back, usable_device
+from trimoe.stream import compute_dtype, give_back, usable_device
 
 # The families whose native checkpoints the Auto classes open without a flag, registered by listing. (trimoe.load opens every family.)
 FAMILIES = (
@@ -71,6 +71,7 @@ def load(
     running.check_backend(backend)
     checkpoint = Checkpoint.open(folder)
     config = hf.load_config(checkpoint.folder)
+    dtype = dtype if dtype == "auto" else compute_dtype(dtype)
     if hf.causal_lm_class(config) is None:
         raise UserError(f"{folder} ({config.model_type}) is not a causal language model that transformers knows.")
     if checkpoint.scheme is not None:
@@ -123,8 +124,9 @@ def load_packed(
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[name] = buffer.to(place)
-    model.tie_weights()
+    skeleton.tie()
     give_back()
+    hf.plain_outputs(model.config, like=skeleton.config)
     return _finished(model, checkpoint, [_experts(skeleton, site) for site in skeleton.sites.values()])
 
 
@@ -133,15 +135,10 @@ def _experts(skeleton: Skeleton, site: Site) -> Any:
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        floats = [DTYPES[info.dtype] for info in checkpoint.stored.values() if DTYPES[info.dtype].is_floating_point]
-        return getattr(hf.load_config(checkpoint.folder), "dtype", None) or floats[0]
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise UserError(f"There is no dtype {dtype!r}; give float32, bfloat16, float16 or auto.")
-    return found
+    if dtype != "auto":
+        return compute_dtype(dtype)
+    floats = [DTYPES[info.dtype] for info in checkpoint.stored.values() if DTYPES[info.dtype].is_floating_point]
+    return getattr(hf.load_config(checkpoint.folder), "dtype", None) or floats[0]
 
 
 def _stacks(skeleton: Skeleton, index: int, site: Site) -> dict[str, str]:

@@ -103,11 +103,11 @@ def _grown(
 
 def _distance(a: list[torch.Tensor], b: list[torch.Tensor], team: Team) -> float:
     """Frobenius distance over all processes' tokens, relative to the original."""
-    pairs = [torch.stack([_square(x - y), _square(y)]).cpu() for x, y in zip(a, b, strict=True)]
+    pairs = [torch.stack([_square(x.float() - y.float()), _square(y)]).cpu() for x, y in zip(a, b, strict=True)]
     squares = [pair for own in team.everyone(pairs) for pair in own]
     off, whole = (torch.stack([square[place] for square in squares]).sum() for place in (0, 1))
     return float((off / whole.clamp_min(1e-30)).sqrt())
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dim=-1).double().square().sum()
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().square().sum()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimoe.finite import within
 from trimoe.site import Site
 from trimoe.spill import room
 
@@ -82,10 +83,14 @@ class Given:
 
     def blended(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pool_a: torch.Tensor, pool_b: torch.Tensor) -> torch.Tensor:
         """(n C + n0 C_pool) / (n + n0), float64: C = sum g^2 a b^T / sum g^2 over the expert's n tokens (weighted as they count in the
-        layer's output), C_pool the plain mean of a b^T over the pool. An expert that saw few tokens leans on the layer."""
+        layer's output), C_pool the plain mean of a b^T over the pool. An expert that saw few tokens leans on the layer. Raises Inside where
+        they are not finite."""
         return self._mixed(a_SM, b_SN, lambda: _mean_product(pool_a, pool_b))
 
     def _mixed(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pooled: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return within(self._mean(a_SM, b_SN, pooled), "the moments of what an expert is given", a_SM.dtype)
+
+    def _mean(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pooled: Callable[[], torch.Tensor]) -> torch.Tensor:
         count = len(self.gate_S)
         if not count:
             return pooled()

@@ -102,7 +102,9 @@ class _Probe:
         wrong, right = self.outputs["wrong"], self.outputs["right"]
         if len(wrong) == len(right):
             pairs = zip(wrong, right, strict=True)
-            self.squares = [torch.stack([(a - b).double().square().sum(), b.double().square().sum()]).cpu() for a, b in pairs]
+            self.squares = [
+                torch.stack([(a.float() - b.float()).double().square().sum(), b.double().square().sum()]).cpu() for a, b in pairs
+            ]
             wrong.clear()
             right.clear()
 

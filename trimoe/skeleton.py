@@ -37,6 +37,7 @@ class Skeleton:
         bare, self.model = self._built()
         self.prefix, self.layers = hf.decoder_layers(self.model)
         self.conversion = hf.trial_load(bare, checkpoint.tensors, dtype)
+        self.ties, self.untied = self._tied()
         self._refuse_what_does_not_fit()
         self.sites = {site.layer: site for site in self._find_sites()}
         if not self.sites:
@@ -115,6 +116,43 @@ class Skeleton:
         """The checkpoint keys that make one parameter (full name)."""
         return self.conversion.source_of.get(parameter, [])
 
+    def stored_names(self, parameter: str) -> list[str]:
+        """The parameters that the checkpoint holds this one's numbers under: itself, those that it is tied with, or both."""
+        other = self.ties.get(parameter)
+        group = [parameter, *([other] if other else []), *(name for name, source in self.ties.items() if source in (parameter, other))]
+        return [name for name in dict.fromkeys(group) if self.source_keys(name)]
+
+    # ---- what is tied
+
+    def _tied(self) -> tuple[dict[str, str], list[str]]:
+        """Parameter -> the one that it shares its tensor with, and parameters that the configuration ties though the checkpoint has other
+        numbers for them: transformers 5 leaves those apart, and where only the tied one is stored makes the other of it."""
+        ties, untied = {}, []
+        for target, source in list(self.model.all_tied_weights_keys.items()):
+            if not (self.source_keys(target) and self.source_keys(source)):
+                swapped = bool(self.source_keys(target))
+                ties[source if swapped else target] = target if swapped else source
+            elif self._equal(target, source):
+                ties[target] = source
+            else:
+                untied.append(target)
+                hf.untie(self.model, target)
+        return ties, untied
+
+    def _equal(self, a: str, b: str) -> bool:
+        """Whether two stored parameters are one tensor in the dtype that is computed in; taken for granted where only headers are here."""
+        keys = [*self.source_keys(a), *self.source_keys(b)]
+        here = all((self.checkpoint.folder / self.checkpoint.tensors[key].file).is_file() for key in keys)
+        if len(keys) != 2 or not here:
+            return True
+        first, second = (self.checkpoint.read(key).to(self.dtype) for key in keys)
+        return torch.equal(first, second)
+
+    def tie(self) -> None:
+        """Let tied parameters of the model share their tensors, once those are loaded."""
+        for name, source in self.ties.items():
+            hf.share(self.model, name, source)
+
     # ---- refusals
 
     def _built(self) -> tuple[Any, Any]:
@@ -148,7 +186,10 @@ class Skeleton:
         found = self.conversion
         if found.mismatched:
             raise UserError(f"{self.name}: a tensor's shape does not fit config.json: {found.mismatched[0]}.")
-        for what, names in (("lacks", found.missing), ("has tensors that the architecture does not use:", found.unexpected)):
+        for what, names in (
+            ("lacks", found.missing - set(self.ties)),
+            ("has tensors that the architecture does not use:", found.unexpected),
+        ):
             if names:
                 raise UserError(
                     f"{self.name} {what} {sorted(names)[0]!r} ({len(names)} such); it is damaged or not a {self.config.model_type}."

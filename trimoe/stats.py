@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from trimoe.aside import aside
 from trimoe.errors import UserError, first_line
+from trimoe.finite import within
 from trimoe.routing import RoutingRule
 
 FORMAT = "trimoe-stats-2"
@@ -80,6 +81,11 @@ class LayerStats:
     def to_cpu(self) -> None:
         self.sums = {name: value.cpu() for name, value in self.sums.items()}
         self.bias_E = None if self.bias_E is None else self.bias_E.cpu()
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raises Inside where a sum, or a search token's Gram, is not finite: experts that no token chose run for search tokens alone."""
+        for name, tensor in (*self.sums.items(), *self.search.items()):
+            within(tensor, f"its statistics ({name})", dtype)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.sums[name]

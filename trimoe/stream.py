@@ -21,6 +21,7 @@ from torch import nn
 from trimoe import hf
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError, first_line
+from trimoe.finite import Inside, NotFinite, Range, told
 from trimoe.progress import Reporter
 from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import Carried
@@ -37,8 +38,10 @@ def usable_device(device: str) -> torch.device:
         raise UserError(f"The device {device!r} cannot be used here ({first_line(error)}).") from None
 
 
-def compute_dtype(name: str) -> torch.dtype:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+def compute_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype that layers run in, by name or as torch has it. Raises UserError for any other."""
+    dtypes = {told(one): one for one in (torch.float32, torch.bfloat16, torch.float16)}
+    name = told(dtype)
     if name not in dtypes:
         raise UserError(f"dtype {name!r} is not one of {', '.join(dtypes)}.")
     return dtypes[name]
@@ -91,12 +94,14 @@ class LayerWalk:
                 if buffer is not None and buffer.device != self.device and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
         self.calls: list[list[Call]] = []
-        self.hidden = Carried()
+        self.hidden, self.range = Carried(), Range(skeleton.name, skeleton.dtype)
         with self._outer("head"), torch.no_grad():
             for batch in self.batches:
                 first, calls = self._capture(batch)
+                self.range.see(first)
                 self.hidden.append(first)
                 self.calls.append(self.calls[-1] if self.calls and _same(calls, self.calls[-1]) else calls)
+        self.range.check("the hidden states before layer 0")
 
     # ---- weights in, weights out
 
@@ -107,8 +112,9 @@ class LayerWalk:
         checkpoint, model = self.skeleton.checkpoint, self.model
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         left_out, put = (table, model.set_input_embeddings) if without == "embeddings" else (head, model.set_output_embeddings)
-        apart = head is not None and head.weight is not table.weight and not model.config.get_text_config().tie_word_embeddings
-        names = {f"{name}.weight" for name, module in model.named_modules() if apart and module is left_out}
+        shared = {*self.skeleton.ties, *self.skeleton.ties.values()}
+        names = {f"{name}.weight" for name, module in model.named_modules() if module is left_out} - shared
+        apart = head is not None and bool(names)
         keys = {key for name in names for key in self.skeleton.source_keys(name)}
         for key in self.skeleton.outer_keys:
             if key not in keys:
@@ -116,7 +122,7 @@ class LayerWalk:
         if apart:
             put(_Blank(self.skeleton.dtype, table.weight.shape[1] if left_out is table else None))
         else:
-            model.tie_weights()
+            self.skeleton.tie()
         try:
             yield
         finally:
@@ -130,7 +136,8 @@ class LayerWalk:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index` with its weights; a copy that may be changed freely and is gone afterwards."""
+        """Decoder layer `index` with its weights; a copy that may be changed freely and is gone afterwards. Raises UserError where hidden
+        states did not stay finite in it."""
         layers, pristine = self.skeleton.layers, self.skeleton.layers[index]
         layers[index] = own = deepcopy(pristine)
         try:
@@ -138,6 +145,9 @@ class LayerWalk:
             if index + 1 < len(layers):
                 _ask_ahead(self.skeleton.checkpoint, self.skeleton.keys_by_layer[index + 1])
             yield own
+            self.check(index)
+        except Inside as error:
+            raise NotFinite(f"{self.skeleton.name}, layer {index}: {error}") from None
         finally:
             layers[index] = pristine
             _to_meta(own)  # whoever still holds the module holds no weights
@@ -181,12 +191,19 @@ class LayerWalk:
         """One batch's hidden states through one layer, called as the stock model calls it."""
         args, kwargs = self.calls[batch][index]
         out = layer(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        self.range.see(out)
+        return out
+
+    def check(self, index: int) -> None:
+        """Raises UserError where the hidden states that layer `index` gave are not finite: before anything is made of them."""
+        self.range.check(f"the hidden states after layer {index}")
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """All batches through one layer."""
         for batch in range(len(self.batches)):
             self.hidden[batch] = self.step(index, layer, self.hidden[batch], batch)
+        self.check(index)
 
     def run(self, label: str, reporter: Reporter) -> None:
         """All batches through all layers."""
@@ -213,7 +230,7 @@ class LayerWalk:
     @contextmanager
     def head(self) -> Iterator[Callable[..., torch.Tensor]]:
         """A function (hidden, batch index, positions or None for all) -> logits [B, positions, vocabulary]: the stock final norm, head and
-        whatever scaling follows."""
+        whatever scaling follows. Raises UserError at the end where any were not finite."""
         last = len(self.skeleton.layers) - 1
 
         @torch.no_grad()
@@ -221,10 +238,13 @@ class LayerWalk:
             stands = [_Stand(layer, hidden if index == last else None) for index, layer in enumerate(self.skeleton.layers)]
             wanted = 0 if positions is None or len(positions) == hidden.shape[1] else positions
             with self._stands(stands):
-                return self.model(input_ids=self.batches[batch], use_cache=False, logits_to_keep=wanted).logits
+                made = self.model(input_ids=self.batches[batch], use_cache=False, logits_to_keep=wanted).logits
+            self.range.see(made)
+            return made
 
         with self._outer("embeddings"):
             yield logits
+            self.range.check("the logits")
 
 
 def _ask_ahead(checkpoint: Checkpoint, keys: Sequence[str]) -> None:

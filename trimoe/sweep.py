@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from trimoe import card, disk, distributed
@@ -27,6 +28,7 @@ from trimoe.compress import Job, calibration_for, job_of, possible, record_of, w
 from trimoe.errors import UserError
 from trimoe.evaluate import Ends, evaluate, harness, of_sources, taskset
 from trimoe.finished import lost
+from trimoe.finite import told
 from trimoe.journal import Journal
 from trimoe.plan import Plan
 from trimoe.progress import LOG, QUIET, Reporter, logged
@@ -78,8 +80,8 @@ def sweep(
     keep: str = "none",
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Sweep:
@@ -95,6 +97,7 @@ def sweep(
     Raises UserError before anything is written if any variant is impossible, and at the end if one failed nevertheless.
     """
     out, started, reporter = Path(out), time.monotonic(), reporter.fresh()
+    device, dtype = str(device), told(compute_dtype(dtype))
     changes, text, tasks, include = listed(changes), listed(text), listed(tasks), listed(include)
     if keep not in KEEPS:
         raise UserError(f"keep is {keep!r}; {', '.join(KEEPS)} are known.")

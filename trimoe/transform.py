@@ -159,6 +159,7 @@ def _watched(
             stack.enter_context(_without_experts(layer, site))
         for batch, hidden in enumerate(walk.hidden):
             walk.step(index, layer, hidden, batch)
+    walk.check(index)
     if run.team.count > 1 and linears:
         sums = run.team.fold([{path: total.cpu() for path, total in inputs.sums.items()}], added)
         inputs.sums = {path: total.to(walk.device) for path, total in sums.items()}

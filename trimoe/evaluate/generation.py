@@ -11,8 +11,10 @@ from typing import Any
 import psutil
 import torch
 
+from trimoe import hf
 from trimoe.evaluate.quiet import quiet
 from trimoe.evaluate.texts import Windows
+from trimoe.finite import Range
 from trimoe.loading import load
 from trimoe.progress import Reporter
 from trimoe.skeleton import Skeleton
@@ -80,6 +82,8 @@ def smoke(
     for name, skeleton in reporter.track(models.items(), "Generate", len(models)):
         with quiet(bars=False):
             model = load(skeleton.checkpoint.folder, device=device, dtype=skeleton.dtype)
+        hf.plain_outputs(model.config)
+        Range(skeleton.name, skeleton.dtype).guard(model)
         written = {how: _continue(model, ids.to(device), new, tokenizer, how) for how in ("greedy", "sampled")}
         del model
         give_back()

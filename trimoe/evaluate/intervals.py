@@ -43,6 +43,11 @@ def resampled(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip(values, np.concatenate(parts).T, strict=True))
 
 
+def _exp(nll_R: np.ndarray) -> np.ndarray:
+    """Of nats per token, as far as a float64 holds it."""
+    return np.exp(np.minimum(nll_R, 700.0))
+
+
 def of_text(sums: dict[str, torch.Tensor], document_N: torch.Tensor) -> dict[str, Any]:
     """For a text's row: "intervals", a [low, high] for each number (None where the text is a single window), and "resampled".
 
@@ -55,10 +60,10 @@ def of_text(sums: dict[str, torch.Tensor], document_N: torch.Tensor) -> dict[str
         return {"resampled": what, "intervals": None}
     drawn = resampled({name: np.bincount(unit_N, value.numpy(), minlength=count) for name, value in sums.items()})
     tokens_R = drawn["tokens"]
-    found = {"perplexity": np.exp(drawn["nll"] / tokens_R)}
+    found = {"perplexity": _exp(drawn["nll"] / tokens_R)}
     if "kl" in drawn:
         found |= {
-            "against_perplexity": np.exp(drawn["against_nll"] / tokens_R), "kl": drawn["kl"] / tokens_R,
+            "against_perplexity": _exp(drawn["against_nll"] / tokens_R), "kl": drawn["kl"] / tokens_R,
             "agreement": drawn["agreement"] / tokens_R, "difference_log_perplexity": (drawn["nll"] - drawn["against_nll"]) / tokens_R,
         }  # fmt: skip
     return {"resampled": what, "intervals": {name: [float(end) for end in np.percentile(value, LEVEL)] for name, value in found.items()}}

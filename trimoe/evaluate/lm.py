@@ -18,7 +18,9 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 
+from trimoe import hf
 from trimoe.errors import UserError
+from trimoe.finite import Range
 from trimoe.loading import load
 from trimoe.progress import Reporter
 from trimoe.skeleton import LOGITS, Skeleton
@@ -52,6 +54,8 @@ class InMemory(Counting, HFLM):
     def __init__(self, skeleton: Skeleton, tokenizer: Any, *, device: str, batch: int, bars: bool):
         packed: dict[str, Any] = {"backend": "dequantize"} if skeleton.checkpoint.scheme is not None else {}  # exactly the stored weights
         model = load(skeleton.checkpoint.folder, device=device, dtype=skeleton.dtype, **packed)
+        hf.plain_outputs(model.config)
+        Range(skeleton.name, skeleton.dtype).guard(model)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=skeleton.context, softmax_dtype="float32")
         self.cut, self.bars = Counter(), bars
 

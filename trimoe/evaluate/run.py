@@ -18,7 +18,7 @@ from trimoe.evaluate.cache import Cache
 from trimoe.evaluate.texts import Ends
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Skeleton
-from trimoe.stream import usable_device
+from trimoe.stream import compute_dtype, usable_device
 from trimoe.words import listed
 
 
@@ -37,8 +37,8 @@ def evaluate(
     batch: int = 8,
     stream: bool | None = None,
     generate: bool | None = False,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
     cache: str | os.PathLike[str] | None = None,
     ends: Ends | None = None,
     reporter: Reporter = QUIET,
@@ -54,6 +54,7 @@ def evaluate(
     what is not there or not allowed.
     """
     text, tasks, include = listed(text), listed(tasks), listed(include)
+    device, dtype = str(device), compute_dtype(dtype)
     least = {
         "length": (length, 2),
         "stride": (stride, 1),

@@ -23,6 +23,7 @@ from trimoe.stream import LayerWalk
 from trimoe.traffic import ITEMSIZE, WAYS, Traffic
 
 BATCH_TOKENS = 4096
+LARGEST = 700.0  # nats per token whose exponential a float64 still holds
 End = tuple[LayerWalk, Traffic]  # a walk that has gone through all layers, and what was sent on the way
 
 
@@ -193,14 +194,19 @@ def _compare(student: LayerWalk, teacher: LayerWalk | None, scored_NL: torch.Ten
     return {name: torch.cat(parts) for name, parts in sums.items()}
 
 
+def perplexity(nll: float) -> float:
+    """exp of nats per token, or the largest that JSON and a float64 hold."""
+    return math.exp(min(nll, LARGEST))
+
+
 def _summary(entry: Windows, sums: dict[str, torch.Tensor]) -> dict[str, Any]:
     tokens = float(sums["tokens"].sum())
     row: dict[str, Any] = {
         "name": entry.name, "documents": int(entry.document_N.unique().numel()), "tokens": int(tokens),
-        "perplexity": math.exp(float(sums["nll"].sum()) / tokens), "windows": _digest(entry.ids_NL, entry.scored_NL),
+        "perplexity": perplexity(float(sums["nll"].sum()) / tokens), "windows": _digest(entry.ids_NL, entry.scored_NL),
     }  # fmt: skip
     if "kl" in sums:
-        row["against"] = {"perplexity": math.exp(float(sums["against_nll"].sum()) / tokens)}
+        row["against"] = {"perplexity": perplexity(float(sums["against_nll"].sum()) / tokens)}
         row["kl"] = float(sums["kl"].sum()) / tokens
         row["agreement"] = float(sums["agreement"].sum()) / tokens
     return row

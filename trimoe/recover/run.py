@@ -72,7 +72,7 @@ def recover(
     *,
     teacher: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Recovered:
@@ -82,7 +82,7 @@ def recover(
     teacher   the original; by default the model that trimoe.json names
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
-    out, spec, processes = Path(out), parsed(spec), launcher()
+    out, spec, device, processes = Path(out), parsed(spec), str(device), launcher()
     if processes.num_processes == 1 and distributed.launched():
         raise UserError("recover: torchrun's processes do not share this work on this device; start it with accelerate launch.")
     if processes.num_processes > 1 and spec.method == "experts" and spec.stream:
@@ -196,7 +196,8 @@ def _rounded(run: Run, job: Job) -> dict[str, torch.Tensor]:
         changed = {name: parameter.detach() for name, parameter in job.trained.items()}
     out = {}
     for name, tensor in changed.items():
-        stored = DTYPES[run.student.checkpoint.tensors[run.student.source_keys(name)[0]].dtype]
+        key = run.student.source_keys(run.student.stored_names(name)[0])[0]
+        stored = DTYPES[run.student.checkpoint.tensors[key].dtype]
         out[name] = tensor.to(stored)
         tensor.copy_(out[name])
     return out
@@ -206,8 +207,7 @@ def _loaded(skeleton: Skeleton, place: Any, **options: Any) -> Any:
     """The model in float32, frozen, in eval mode: gradients flow all the same, and nothing is random."""
     with hf._quiet_progress():
         model = load(skeleton.checkpoint.folder, device=place, dtype=torch.float32, **options).requires_grad_(False)
-    if hasattr(model.config, "output_router_logits"):
-        model.config.output_router_logits = False
+    hf.plain_outputs(model.config)
     return model
 
 
@@ -280,7 +280,8 @@ def _rewrite(run: Run, rewriter: Rewriter, changed: Mapping[str, torch.Tensor], 
     """The folder's copy with the trained numbers."""
     with run.reporter.stage("Copy the folder"):
         rewriter.begin()
-    for name, tensor in changed.items():
+    stored = {own: tensor for name, tensor in changed.items() for own in run.student.stored_names(name)}
+    for name, tensor in stored.items():
         disk = hf.to_disk_format(run.student.model, {name: tensor.cpu()}, run.student.conversion)
         assert set(disk) == set(run.student.source_keys(name)), f"{name} would be written under other names than it was read from"
         rewriter.put(disk)
