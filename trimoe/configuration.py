@@ -13,6 +13,46 @@ from trimoe.methods.method import Decisions
 from trimoe.skeleton import Skeleton
 
 
+def native_spec(skeleton: Skeleton, decisions: Decisions) -> dict[str, object] | None:
+    """`moe_compression` of the result; None where stock code can express it."""
+    kept = depth.kept_layers(skeleton, decisions)
+    total, layers = total_of(skeleton, decisions), {}
+    for place, index in enumerate(kept):
+        entry, decision = dict((skeleton.spec or {}).get("layers", {}).get(str(index), {})), decisions.get(index)
+        if decision is not None and decision.gone == "moe":
+            if depth.zero_block(skeleton, index) is not None:
+                continue
+            entry = {"dropped": residual.dropped_entry(skeleton, index)}
+        elif index in skeleton.sites:
+            entry.pop("num_experts", None)
+            if counted(skeleton, decisions, index) != total:
+                entry["num_experts"] = counted(skeleton, decisions, index)
+            if decision is not None and decision.factored:
+                entry |= {"in_ranks": list(decision.in_ranks or ()), "out_ranks": list(decision.out_ranks or ())}
+        if entry:
+            layers[str(place)] = entry
+    squeezed = any(decision.bitmask for decision in decisions.values() if decision.gone != "block")
+    if not layers and not squeezed:
+        return None
+    site = next(iter(skeleton.sites.values()))
+    return {
+        "version": 1, "block": site.block, "experts": site.experts, "count_field": skeleton.count_field, "guard": modeling_trimoe.GUARD,
+        "layers": layers, **({"bitmask": True} if squeezed else {}),
+    }  # fmt: skip
+
+
+def counted(skeleton: Skeleton, decisions: Decisions, index: int) -> int:
+    """The experts that stay in a layer."""
+    return len(decisions[index].keep) if index in decisions else skeleton.sites[index].num_experts
+
+
+def total_of(skeleton: Skeleton, decisions: Decisions) -> int:
+    """What config.json says of all layers: the experts that stay, where these are equally many; else those of the source."""
+    left = [index for index in skeleton.sites if index not in decisions or decisions[index].gone is None]
+    counts = {counted(skeleton, decisions, index) for index in left}
+    return counts.pop() if len(counts) == 1 else skeleton.num_experts
+
+
 def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
     """The source's config.json with the new expert counts and layers. Raises UserError where it cannot describe what is left."""
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key != modeling_trimoe.KEY}
@@ -20,11 +60,8 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
     kept = depth.kept_layers(skeleton, decisions)
     place = {index: new for new, index in enumerate(kept)}
     emptied = [index for index in kept if index in decisions and decisions[index].gone == "moe"]
-    left = {index: site for index, site in skeleton.sites.items() if index in place and index not in emptied}
-    after = {index: len(decisions[index].keep) if index in decisions else site.num_experts for index, site in left.items()}
     field, text = skeleton.count_field, skeleton.config.get_text_config()
-    counts = set(after.values())
-    total = counts.pop() if len(counts) == 1 else skeleton.num_experts
+    total = total_of(skeleton, decisions)
     inner = depth.inner_key(config, field)
     holder: dict[str, object] = dict(config[inner]) if inner else config  # type: ignore[arg-type]
     if len(kept) < len(skeleton.layers):
@@ -43,33 +80,29 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
         if inner:
             holder["tie_word_embeddings"] = False
     _check_depth(skeleton, config, kept, emptied)
-    layers: dict[str, dict[str, object]] = {}
-    for index in kept:
-        entry = dict((skeleton.spec or {}).get("layers", {}).get(str(index), {}))
-        if index in emptied and index not in dense:
-            entry = {"dropped": residual.dropped_entry(skeleton, index)}
-        elif index in left:
-            entry.pop("num_experts", None)
-            if after[index] != total:
-                entry["num_experts"] = after[index]
-            decision = decisions.get(index)
-            if decision is not None and decision.factored:
-                entry |= {"in_ranks": list(decision.in_ranks or ()), "out_ranks": list(decision.out_ranks or ())}
-        if entry and index not in dense:
-            layers[str(place[index])] = entry
-    squeezed = any(decision.bitmask for decision in decisions.values() if decision.gone != "block")
     bits = {(decision.bits, decision.group) for decision in decisions.values() if decision.bits is not None and decision.gone != "block"}
     if bits:
         config["quantization_config"] = quantization_config(skeleton, decisions, *bits.pop(), dense)  # type: ignore[arg-type]
-    if layers or squeezed:
-        site = next(iter(skeleton.sites.values()))
-        config[modeling_trimoe.KEY] = {
-            "version": 1, "block": site.block, "experts": site.experts, "count_field": field, "layers": layers,
-            **({"bitmask": True} if squeezed else {}),
-        }  # fmt: skip
-        architecture = modeling_trimoe.stock_class(skeleton.config).__name__
-        config["auto_map"] = {"AutoModelForCausalLM": f"modeling_trimoe.{architecture}"}
+    spec = native_spec(skeleton, decisions)
+    if spec is not None or skeleton.spec:
+        config["architectures"] = architectures(skeleton, native=spec is not None)
+    if spec is not None:
+        config[modeling_trimoe.KEY] = spec
+        native = modeling_trimoe.PREFIX + modeling_trimoe.stock_class(skeleton.config).__name__
+        config["auto_map"] = {"AutoModelForCausalLM": f"modeling_trimoe.{native}"}
     return config
+
+
+def architectures(skeleton: Skeleton, *, native: bool) -> list[str]:
+    """The source's architecture, with the prefix that no other engine knows if the result is native. (Families have it in several spellings,
+    and engines know that of the published checkpoints.)"""
+    given = skeleton.checkpoint.config.get("architectures")
+    first = (
+        given[0]
+        if isinstance(given, list) and given and isinstance(given[0], str)
+        else modeling_trimoe.stock_class(skeleton.config).__name__
+    )
+    return [(modeling_trimoe.PREFIX if native else "") + first.removeprefix(modeling_trimoe.PREFIX)]
 
 
 def quantization_config(skeleton: Skeleton, decisions: Decisions, bits: int, group: int, dense: Sequence[int]) -> dict[str, object]:

@@ -43,6 +43,7 @@ class Layout:
     def __init__(self, skeleton: Skeleton, decisions: Decisions, *, only: int | None = None):
         """`only`: nothing but this layer's entries is worked out."""
         self.skeleton, self.decisions = skeleton, decisions
+        self.guarded = only is None and configuration.native_spec(skeleton, decisions) is not None
         self.place = {index: new for new, index in enumerate(depth.kept_layers(skeleton, decisions))}  # old number -> new number
         self.groups = [
             self._copies(skeleton.outer_keys),
@@ -69,6 +70,17 @@ class Layout:
         return [replace(entry, key=self._renumbered(entry.key, index)) for entry in self.entries(index)]
 
     def entries(self, index: int) -> list[Entry]:
+        """A layer's entries under its old number, with the guard of the native form if that is the result's."""
+        guard = (self.skeleton.spec or {}).get("guard", modeling_trimoe.GUARD)
+        old = set(self.skeleton.source_keys(f"{self.skeleton.layer_name(index)}.{guard}"))
+        rest = [entry for entry in self._with_linears(index) if entry.key not in old]
+        if not self.guarded:
+            return rest
+        dtype = self.skeleton.checkpoint.tensors[self.skeleton.keys_by_layer[index][0]].dtype
+        disk = self._named(index, {modeling_trimoe.GUARD: torch.empty(1, device="meta")})
+        return rest + [Entry(key, dtype, (1,), zeros=True, stands_for=0) for key in disk]
+
+    def _with_linears(self, index: int) -> list[Entry]:
         entries, decision = self._with_experts(index), self.decisions.get(index)
         if decision is None or not decision.linears:
             return entries

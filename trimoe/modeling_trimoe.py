@@ -7,10 +7,14 @@ This one file needs torch and transformers only; a copy of it lies in every such
 
 works without trimoe. `config.moe_compression` says which layers differ from the stock architecture, and how:
 
-    {"version": 1, "block": "mlp", "experts": "experts", "count_field": "num_local_experts",
+    {"version": 1, "block": "mlp", "experts": "experts", "count_field": "num_local_experts", "guard": "trimoe_guard",
      "layers": {"3": {"num_experts": 5},
                 "4": {"num_experts": 5, "in_ranks": [16, 24, ...], "out_ranks": [16, -1, ...]},   (-1: this matrix stays dense)
                 "5": {"dropped": {"guard": "gate.weight", "norm": "post_attention_layernorm", "pair": false}}}}
+
+Every decoder layer of such a checkpoint holds one number under the name that "guard" says, and config.json's `architectures` bear a prefix
+of their own: no engine that knows the stock architecture has either, so it stops instead of reading the rest wrongly. (Checkpoints made
+before there was a guard have neither, and load here all the same.)
 
 With "bitmask": true, a tensor that has another beside it named as it is with _bitmask (uint8 [..., I / 8], a bit a weight, lowest first) holds
 only the weights [count] whose bits are set; the others are zero. Such tensors are expanded while they are loaded.
@@ -38,6 +42,8 @@ from transformers.utils import cached_file
 # transformers looks for the text "@use_experts_implementation" in a model's source before it lets the implementation be chosen.
 
 KEY = "moe_compression"
+PREFIX = "Trimoe"  # before the stock class's name, in `architectures`, `auto_map` and the class itself
+GUARD = "trimoe_guard"  # a decoder layer's buffer that stock code does not have
 BITMASK = "_bitmask"  # at the end of a key
 DENSE = -1  # in place of a rank: the matrix is not factored
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")  # options of what reads files
@@ -50,8 +56,8 @@ class FactoredExperts(nn.Module):
     likewise V_out [s_e, I], U_out [s_e, H]; the factors of all experts lie one after the other along the rank axis. Matrices that
     stay dense lie in in_w [number, O, H] and out_w [number, H, I], in the order of their experts.
 
-    The two one-expert buffers under the stock parameters' names are the guard: stock code that would otherwise load this checkpoint
-    with randomly initialised experts meets a shape that it rejects.
+    The two one-expert buffers under the stock parameters' names are a guard against transformers' own classes, which ignore tensors that
+    they do not know: they would load this checkpoint with randomly initialised experts, and meet a shape that they reject.
     """
 
     def __init__(self, experts: nn.Module, in_ranks: list[int], out_ranks: list[int]):
@@ -253,6 +259,9 @@ def reshape(model: PreTrainedModel) -> None:
     """Give a freshly built stock model (usually on the meta device) the shapes that its `config.moe_compression` describes."""
     spec, layers = getattr(model.config, KEY), decoder_layers(model)
     donors: dict[int, nn.ModuleList] = {}
+    if "guard" in spec:
+        for layer in layers:
+            layer.register_buffer(spec["guard"], torch.zeros(1))
     for index, entry in spec["layers"].items():
         layer = layers[int(index)]
         if "dropped" in entry:
@@ -305,7 +314,8 @@ _native: dict[type, type[PreTrainedModel]] = {}
 
 
 def native_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`stock` under its own name, reshaped after construction when the configuration asks for it; else unchanged."""
+    """`stock`, reshaped after construction when the configuration asks for it; else unchanged. Its name has the prefix, which
+    transformers writes into `architectures` when such a model is saved."""
     if stock not in _native:
 
         def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -323,7 +333,7 @@ def native_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             return found
 
         _native[stock] = type(
-            stock.__name__,
+            PREFIX + stock.__name__,
             (stock,),
             {"__init__": __init__, "from_pretrained": classmethod(from_pretrained), "__module__": __name__, "__doc__": stock.__doc__,
              "_auto_class": "AutoModelForCausalLM", "_can_set_experts_implementation_cached_value": True, "_can_set_attn_implementation_cached_value": True},
@@ -332,8 +342,8 @@ def native_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
-    """`auto_map` names the stock class: `modeling_trimoe.MixtralForCausalLM` is made when it is asked for."""
-    stock = None if name.startswith("_") else getattr(importlib.import_module("transformers"), name, None)
+    """`auto_map` names a class: `modeling_trimoe.TrimoeMixtralForCausalLM` is made of MixtralForCausalLM when it is asked for."""
+    stock = None if name.startswith("_") else getattr(importlib.import_module("transformers"), name.removeprefix(PREFIX), None)
     if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
         return native_class(stock)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
