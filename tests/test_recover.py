@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from refusals import FACTORED, UNIFORM, snapshot
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import trimoe
 from trimoe import UserError, card
@@ -358,6 +358,42 @@ def test_pruned_zeros_stay(fields: dict[str, Any], finished: Finished, repetitiv
         assert result.metrics["expert_share"] == 0 and moved and not [key for key in moved if ".experts." in key]
     else:
         assert set(sparse) <= moved
+
+
+@pytest.mark.parametrize("fields", [{"method": "logits", "train": "full"}, {"method": "lora"}, {"method": "experts", "stream": False}])
+def test_zeros_of_a_four_bit_grid_are_trained(fields: dict[str, Any], repetitive: Path, tmp_path: Path) -> None:
+    """A checkpoint that was 4-bit floats before: a tenth of its experts' weights is zero, and nothing was pruned."""
+    source, recipe = tmp_path / "source", {"steps": [{"expert_drop": {"ratio": 0.25, "score": "frequency", "counts": "uniform"}}]}
+    families.save("mixtral", source, shard="1GB")
+    given = tensors(source)
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6]) / 6
+    for key in given:
+        if ".experts." in key:
+            scale = given[key].abs().amax(-1, keepdim=True)
+            given[key] = grid[((given[key] / scale).unsqueeze(-1) - grid).abs().argmin(-1)] * scale
+    save_file(given, source / "model.safetensors", metadata={"format": "pt"})
+    trimoe.compress(source, recipe, tmp_path / "small", calibration=[str(repetitive)], samples=4, length=32)
+    said: list[str] = []
+    result = recover(tmp_path / "small", tmp_path / "out", section(**{"text": repetitive, "rate": 5e-4, **fields}), reporter=Heard(said))
+    before, after = tensors(tmp_path / "small"), tensors(tmp_path / "out")
+    experts = [key for key in before if ".experts." in key]
+    assert all((before[key] == 0).float().mean() > 0.05 for key in experts) and not [line for line in said if "zeros " in line.lower()]
+    assert any((after[key][before[key] == 0] != 0).any() for key in experts)
+    if fields["method"] == "lora":
+        assert result.metrics["expert_share"] == 1.0
+
+
+def test_zeros_of_an_earlier_run_stay(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    """Pruned across a layer, so that rows differ, and compressed again: the first run's recipe is in the second's record."""
+    sparse = finished("mixtral", {"steps": [{"weight_prune": {"ratio": 0.1, "compare": "layer", "score": "magnitude"}}]})
+    trimoe.compress(sparse, UNIFORM, tmp_path / "twice", calibration=[str(repetitive)], samples=4, length=32)
+    said: list[str] = []
+    spec = section("logits", repetitive, train="full", rate=1e-3)
+    recover(tmp_path / "twice", tmp_path / "out", spec, reporter=Heard(said))
+    before, after = tensors(tmp_path / "twice"), tensors(tmp_path / "out")
+    assert all(bool((after[key][before[key] == 0] == 0).all()) for key in before if ".experts." in key)
+    (line,) = [line for line in said if "stay zero" in line]
+    assert line == "Zeros in 6 parameters stay zero: weight_prune made them."
 
 
 def test_packed_folders_take_adapters_only(finished: Finished, repetitive: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from trimoe.journal import ANSWERS, FOLDER, Journal
 from trimoe.loading import load
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recover import adapters, experts
-from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for
+from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for, went_over, why_held
 from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
 from trimoe.recover.rewrite import Rewriter
@@ -32,6 +32,7 @@ from trimoe.recover.zeros import Held, zero_masks
 from trimoe.skeleton import Skeleton
 from trimoe.stream import give_back, usable_device
 from trimoe.version import VERSION, versions
+from trimoe.words import counted
 from trimoe.write import write_text
 
 ADAPTER_RECORD = "recovered.json"  # beside a kept adapter, which is no model folder
@@ -230,7 +231,7 @@ def _answers(run: Run, processes: Any) -> Teacher:
 def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job, dict[str, Any]]:
     """What trains, by which loss; and what trimoe.json says of it."""
     spec, student = run.spec, run.student
-    zeros = zero_masks(dict(model.named_parameters()))
+    zeros = zero_masks(dict(model.named_parameters()), went_over(run.record, student))
     if spec.method == "experts":
         return _experts_job(run, model, zeros, place), {}
     loss, goal = (distilled(teacher), "kl") if teacher is not None else (text_loss, "loss")
@@ -238,9 +239,13 @@ def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job
         inside = {name: mask for name, mask in zeros.items() if name.startswith(student.prefix + ".")}
         wanted = adapters.targets(model, student, avoid={} if spec.adapter else inside)
         if inside and spec.adapter:
-            run.reporter.say("Adapters on pruned matrices fill their zeros once they are merged.")
+            run.reporter.say(
+                f"Adapters fill the zeros of {counted(len(inside), 'parameter')} once they are merged ({why_held(run.record)})."
+            )
         elif inside:
-            run.reporter.say(f"Merged adapters would fill pruned zeros: the {len(inside)} parameters that have some get none.")
+            run.reporter.say(
+                f"Merged adapters would fill pruned zeros ({why_held(run.record)}): the {len(inside)} parameters that have some get none."
+            )
         model = adapters.attach(model, wanted, spec, run.seed)
         return Job(model, adapters.trainable(model), loss, goal, teacher), adapters.described(wanted)
     if spec.method == "router":
@@ -248,7 +253,7 @@ def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job
         trained = {name: parameter for name, parameter in model.named_parameters() if name in names}
     else:
         trained = dict(model.named_parameters())
-    return Job(model, _training(trained), loss, goal, teacher, held=_held(trained, zeros)), {}
+    return Job(model, _training(trained), loss, goal, teacher, held=_held(run, trained, zeros)), {}
 
 
 def _experts_job(run: Run, model: Any, zeros: dict[str, torch.Tensor], place: Any) -> Job:
@@ -260,7 +265,7 @@ def _experts_job(run: Run, model: Any, zeros: dict[str, torch.Tensor], place: An
     trained = {name: parameter for name, parameter in model.named_parameters() if name.startswith(tuple(paths))}
     constants: dict[str, float] = {}
     loss = WithExperts(run.student, original, run.teacher, found, constants)
-    return Job(model, _training(trained), loss, constants=constants, held=_held(trained, zeros))
+    return Job(model, _training(trained), loss, constants=constants, held=_held(run, trained, zeros))
 
 
 def _training(trained: dict[str, Any]) -> dict[str, Any]:
@@ -269,8 +274,11 @@ def _training(trained: dict[str, Any]) -> dict[str, Any]:
     return trained
 
 
-def _held(trained: dict[str, Any], zeros: dict[str, torch.Tensor]) -> Held | None:
-    return Held({parameter: zeros[name] for name, parameter in trained.items() if name in zeros}) if zeros else None
+def _held(run: Run, trained: dict[str, Any], zeros: dict[str, torch.Tensor]) -> Held | None:
+    kept = {name for name in trained if name in zeros}
+    if kept:
+        run.reporter.say(f"Zeros in {counted(len(kept), 'parameter')} stay zero: {why_held(run.record)}.")
+    return Held({parameter: zeros[name] for name, parameter in trained.items() if name in kept}) if kept else None
 
 
 # ---- writing
