@@ -74,7 +74,7 @@ def distil(
                     learned = learn(
                         lesson, student.sites[new].experts_of(own), spec, stored[new],
                         size=spec.batch * train[0].shape[1], seed=seed * SEEDS + new,
-                        known=lambda leaf, new=new: known(_name(student, new, leaf)),
+                        known=_leaf_known(known, student, new),
                     )  # fmt: skip
                 held_layers += learned.held
                 if learned.state is not None:
@@ -98,6 +98,10 @@ def distil(
 def _name(student: Skeleton, index: int, leaf: str) -> str:
     site = student.sites[index]
     return f"{student.layer_name(index)}.{site.block}.{site.experts}.{leaf}"
+
+
+def _leaf_known(known: Callable[[str], bool], student: Skeleton, index: int) -> Callable[[str], bool]:
+    return lambda leaf: known(_name(student, index, leaf))
 
 
 def _stored(student: Skeleton, index: int) -> dict[str, torch.dtype]:
@@ -147,14 +151,11 @@ class Lesson:
     @torch.no_grad()
     def held_loss(self, student: Any, size: int) -> float:
         """The same on all tokens held out, `size` of them at a time."""
-        square = torch.zeros(len(self.keep), dtype=torch.float64)
-        count = torch.zeros(len(self.keep), dtype=torch.float64)
+        square_E, count_E = torch.zeros(2, len(self.keep), dtype=torch.float64)
         for tokens in torch.arange(self.train, len(self.seen.x_TH)).split(size):
-            for own, x_SH, y_SH in _taught(self.experts, self.keep, *self.seen.rows(tokens)):
-                error_SH = output_of(student, own, x_SH.to(_dtype(student))) - y_SH
-                square[own] += error_SH.double().square().sum().cpu()
-                count[own] += error_SH.numel()
-        return float((square / count.clamp_min(1)).sum())
+            square, count = expert_errors(self.experts, student, *self.seen.rows(tokens), self.keep)
+            square_E, count_E = square_E + square, count_E + count
+        return float((square_E / count_E.clamp_min(1)).sum())
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,19 @@ def expert_loss(
     for own, x_SH, y_SH in _taught(teacher_experts, keep, x_TH, index_TK):
         total = total + F.mse_loss(output_of(apart, own, x_SH.to(_dtype(student_experts))).float(), y_SH)
     return total
+
+
+@torch.no_grad()
+def expert_errors(
+    teacher_experts: Any, student_experts: Any, x_TH: torch.Tensor, index_TK: torch.Tensor, keep: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `expert_loss` divides, in float64 on the CPU: of each of the student's experts the squared error, and how many numbers it is of."""
+    square_E, count_E = torch.zeros(2, len(keep), dtype=torch.float64)
+    for own, x_SH, y_SH in _taught(teacher_experts, keep, x_TH, index_TK):
+        error_SH = output_of(student_experts, own, x_SH.to(_dtype(student_experts))) - y_SH
+        square_E[own] += error_SH.double().square().sum().cpu()
+        count_E[own] += error_SH.numel()
+    return square_E, count_E
 
 
 def _taught(
