@@ -197,6 +197,33 @@ def test_a_process_that_dies_ends_the_run_which_any_number_of_processes_resumes(
     assert snapshot(tmp_path / "again" / "gptq") == snapshot(tmp_path / "one" / "gptq")
 
 
+TRAINED = """
+import json, sys
+import trimoe
+folder, text, out = sys.argv[1:]
+spec = dict(method="experts", stream=False, data=text, samples=24, length=32, batch=4, holdout=0.2, rate=1e-3, steps=1)
+made = trimoe.recover(folder, out, spec)
+print(json.dumps(made.metrics["factor"]), file=open(out + "." + __import__("os").environ.get("RANK", "alone"), "w"))
+"""
+
+
+@NEW
+@pytest.mark.slow
+def test_lambda_of_a_recovery_is_the_same_in_any_number_of_processes(family_folder: Family, letters: Path, tmp_path: Path) -> None:
+    trimoe.compress(
+        family_folder("mixtral"), {"steps": RECIPES["low_rank"]}, tmp_path / "small", calibration=[str(letters)], samples=4, length=32
+    )
+    script = tmp_path / "train.py"
+    script.write_text(TRAINED, encoding="utf-8")
+    arguments = [script, tmp_path / "small", letters]
+    ran = torchrun(2, *arguments, tmp_path / "two", ACCELERATE_USE_CPU="true")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    ran = subprocess.run([sys.executable, *map(str, arguments), str(tmp_path / "one")], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    first, second, alone = (float((tmp_path / name).read_text()) for name in ("two.0", "two.1", "one.alone"))
+    assert first == second == pytest.approx(alone, rel=1e-6)
+
+
 LEFT = """
 import os, sys
 from trimoe import cli, distributed

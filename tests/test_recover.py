@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import peft
 import pytest
 import torch
 from refusals import FACTORED, UNIFORM, snapshot
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import trimoe
 from trimoe import UserError, card
 from trimoe.checkpoint import Checkpoint
 from trimoe.progress import Reporter
-from trimoe.recover import adapters, loop, recover
+from trimoe.recover import adapters, apart, footprint, head, layers, loop, recover
 from trimoe.recover.spec import parsed, schedule
 from trimoe.recover.teacher import Kept, distillation, keep
 from trimoe.skeleton import Skeleton
@@ -199,7 +200,7 @@ def test_targets_spare_routers_gates_and_head(finished: Finished) -> None:
     assert not [name for name in wanted.weights if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight", "lm_head.weight"))]
     assert "model.layers.0.mlp.shared_expert.gate_proj.weight" in wanted.parameters
     adapted = adapters.attach(model, wanted, parsed({"method": "lora"}), 0)
-    assert sorted(adapters._reached(adapted)) == sorted(wanted.weights)
+    assert sorted(name for name, _ in adapters._reached(adapted)) == sorted(wanted.weights)
     torch.testing.assert_close(logits(adapted), logits(trimoe.load(folder)), atol=1e-5, rtol=1e-5)
 
 
@@ -248,6 +249,133 @@ def test_a_run_that_only_harms_gives_the_folder_back(finished: Finished, text_fi
     assert card.unimproved(told) is None is card.unimproved({"best": 3})
 
 
+# ---- what is held in memory
+
+
+def noted(sizes: list[int], tensor: torch.Tensor) -> torch.Tensor:
+    """Adds how many numbers a tensor holds, if it is not a parameter or a view of one."""
+    base = tensor._base if tensor._is_view() else tensor
+    sizes.append(0 if isinstance(base, torch.nn.Parameter) else tensor.numel())
+    return tensor
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_adapters_beside_stacks_are_those_of_peft(family: str, finished: Finished) -> None:
+    """The same outputs and gradients as peft's own way, without anything of a stack's size kept for the backward pass."""
+    folder, found = finished(family), []
+    for own in (True, False):
+        model, skeleton = trimoe.load(folder).requires_grad_(False), Skeleton.of(str(folder))
+        wanted = adapters.targets(model, skeleton)
+        adapted = adapters.attach(model, wanted, parsed({"method": "lora", "rank": 3}), 0)
+        generator = torch.Generator().manual_seed(1)
+        trained = adapters.trainable(adapted)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.1, generator=generator)
+        if not own:
+            apart.put_back(adapted.trimoe_replaced)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(noted, kept), lambda tensor: tensor):
+            out = adapted(input_ids=torch.arange(3, 19).view(1, 16)).logits
+        out.square().sum().backward()
+        found.append((out.detach(), {name: parameter.grad for name, parameter in trained.items()}, max(kept)))
+    (ours, grads, largest), (theirs, expected, large) = found
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, atol=1e-3 * float(grad.abs().max()) + 1e-6, rtol=1e-3, msg=name)
+    stack = 6 * 2 * 24 * 32
+    assert largest < stack <= large, (largest, large)
+
+
+@pytest.mark.parametrize("case", ["qwen2_moe", "factored"])
+@pytest.mark.parametrize("fields", [{"method": "lora"}, {"method": "logits", "train": "full"}, {"method": "experts", "stream": False}])
+def test_layers_that_compute_again_give_the_same_bytes(
+    fields: dict[str, Any], case: str, finished: Finished, repetitive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, spec, called = finished(*CASES[case]), section(**{"text": repetitive, "epochs": 1, **fields}), []
+    recover(folder, tmp_path / "once", spec)
+    monkeypatch.setattr(footprint, "computed_again", lambda *args: True)
+    monkeypatch.setattr(
+        layers, "checkpoint", lambda *args, **kwargs: (called.append(1), torch.utils.checkpoint.checkpoint(*args, **kwargs))[1]
+    )
+    recover(folder, tmp_path / "twice", spec)
+    assert called and snapshot(tmp_path / "once") == snapshot(tmp_path / "twice")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_losses_of_logits_in_pieces(family: str, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """granitemoe scales its logits after the head."""
+    model = trimoe.load(family_folder(family))
+    ids = torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(0))
+    teacher = keep(torch.randn(2, 11, 96, generator=torch.Generator().manual_seed(1)), 2.0, 7)
+    whole = model(input_ids=ids).logits
+    expected = [
+        torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), distillation(whole, teacher, 2.0),
+    ]  # fmt: skip
+    monkeypatch.setattr(head, "LOGITS", 2 * 96 * 4)
+    logits = head.Logits(model, ids)
+    found = [loop.cross_entropy(logits), loop.divergence(logits, teacher, 2.0)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        grads = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True) for loss in (ours, theirs)]
+        for grad, reference in zip(*grads, strict=True):
+            assert (grad is None) == (reference is None)
+            if grad is not None:
+                torch.testing.assert_close(grad, reference, atol=1e-5, rtol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(loop.cross_entropy(head.Logits(model, ids)), expected[0])
+
+
+BF16: list[dict[str, Any]] = [
+    {"method": "lora"}, {"method": "router"}, {"method": "logits"}, {"method": "logits", "train": "full", "rate": 1e-3},
+    {"method": "experts", "stream": False}, {"method": "experts"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", BF16, ids=str)
+def test_computing_in_bfloat16(fields: dict[str, Any], finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    """What trains is float32 all the same, and a float32 checkpoint keeps the bits that the model did not compute with."""
+    folder, seen = finished("mixtral", FACTORED), {}
+    with pytest.MonkeyPatch.context() as patch:
+        init = loop.Training.__init__
+
+        def noted(self: loop.Training, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            seen["model"] = {parameter.dtype for parameter in self.job.model.parameters() if not parameter.requires_grad}
+            seen["masters"] = {master.dtype for master in self.masters.values()}
+
+        patch.setattr(loop.Training, "__init__", noted)
+        result = recover(
+            folder, tmp_path / "out", section(**{"text": repetitive, "epochs": 4, "samples": 48, "dtype": "bfloat16", **fields})
+        )
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    moved = changed(folder, tmp_path / "out")
+    name = "expert_error" if fields == {"method": "experts"} else "kl" if fields["method"] in ("router", "logits") else "perplexity"
+    assert moved and result.metrics["after"][name] < result.metrics["before"][name]
+    if seen:
+        assert seen["model"] <= {torch.bfloat16} and seen["masters"] == {torch.float32}
+    assert all(not torch.equal(after[key].bfloat16().float(), after[key]) for key in moved if after[key].numel() > 100)
+    assert all(torch.equal(before[key], after[key]) for key in before.keys() - moved)
+
+
+def test_other_dtypes_are_refused(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recover\.dtype: input should be 'float32' or 'bfloat16'"):
+        recover(finished("mixtral"), tmp_path / "out", section("lora", repetitive, dtype="float16"))
+    skeleton = Skeleton.of(str(finished("mixtral")))
+    spec = parsed({"method": "lora"})
+    assert JOB.precision(spec, skeleton, "cuda") == JOB.precision(spec, skeleton, "cpu") == torch.float32
+
+
+def test_lambda_is_of_the_whole_first_batch(finished: Finished, repetitive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, spec = finished("mixtral", FACTORED), section("experts", repetitive, stream=False, steps=1)
+    whole = recover(folder, tmp_path / "whole", spec).metrics["factor"]
+    for share in (1, 3):
+        monkeypatch.setattr(loop, "samples_at_once", lambda length, vocabulary, share=share: share)
+        assert recover(folder, tmp_path / f"{share}", spec).metrics["factor"] == pytest.approx(whole, rel=1e-5)
+    assert recover(folder, tmp_path / "other", spec, seed=1).metrics["factor"] != pytest.approx(whole, rel=1e-3)
+
+
 # ---- interrupted and repeated runs
 
 
@@ -293,7 +421,13 @@ def cut(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(loop.Training, "_optimise", dying)
 
 
-@pytest.mark.parametrize("fields", [{"method": "lora"}, {"method": "logits", "train": "full"}, {"method": "experts", "stream": False}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "lora"}, {"method": "logits", "train": "full"}, {"method": "experts", "stream": False},
+        {"method": "logits", "train": "full", "dtype": "bfloat16"},
+    ],
+)  # fmt: skip
 def test_resumed_training_writes_the_same_bytes(fields: dict[str, Any], finished: Finished, repetitive: Path, tmp_path: Path) -> None:
     folder, spec = finished("mixtral", FACTORED), section(**{"text": repetitive, "patience": 20, **fields})
     torch.manual_seed(1)
@@ -358,6 +492,42 @@ def test_pruned_zeros_stay(fields: dict[str, Any], finished: Finished, repetitiv
         assert result.metrics["expert_share"] == 0 and moved and not [key for key in moved if ".experts." in key]
     else:
         assert set(sparse) <= moved
+
+
+@pytest.mark.parametrize("fields", [{"method": "logits", "train": "full"}, {"method": "lora"}, {"method": "experts", "stream": False}])
+def test_zeros_of_a_four_bit_grid_are_trained(fields: dict[str, Any], repetitive: Path, tmp_path: Path) -> None:
+    """A checkpoint that was 4-bit floats before: a tenth of its experts' weights is zero, and nothing was pruned."""
+    source, recipe = tmp_path / "source", {"steps": [{"expert_drop": {"ratio": 0.25, "score": "frequency", "counts": "uniform"}}]}
+    families.save("mixtral", source, shard="1GB")
+    given = tensors(source)
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6]) / 6
+    for key in given:
+        if ".experts." in key:
+            scale = given[key].abs().amax(-1, keepdim=True)
+            given[key] = grid[((given[key] / scale).unsqueeze(-1) - grid).abs().argmin(-1)] * scale
+    save_file(given, source / "model.safetensors", metadata={"format": "pt"})
+    trimoe.compress(source, recipe, tmp_path / "small", calibration=[str(repetitive)], samples=4, length=32)
+    said: list[str] = []
+    result = recover(tmp_path / "small", tmp_path / "out", section(**{"text": repetitive, "rate": 5e-4, **fields}), reporter=Heard(said))
+    before, after = tensors(tmp_path / "small"), tensors(tmp_path / "out")
+    experts = [key for key in before if ".experts." in key]
+    assert all((before[key] == 0).float().mean() > 0.05 for key in experts) and not [line for line in said if "zeros " in line.lower()]
+    assert any((after[key][before[key] == 0] != 0).any() for key in experts)
+    if fields["method"] == "lora":
+        assert result.metrics["expert_share"] == 1.0
+
+
+def test_zeros_of_an_earlier_run_stay(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    """Pruned across a layer, so that rows differ, and compressed again: the first run's recipe is in the second's record."""
+    sparse = finished("mixtral", {"steps": [{"weight_prune": {"ratio": 0.1, "compare": "layer", "score": "magnitude"}}]})
+    trimoe.compress(sparse, UNIFORM, tmp_path / "twice", calibration=[str(repetitive)], samples=4, length=32)
+    said: list[str] = []
+    spec = section("logits", repetitive, train="full", rate=1e-3)
+    recover(tmp_path / "twice", tmp_path / "out", spec, reporter=Heard(said))
+    before, after = tensors(tmp_path / "twice"), tensors(tmp_path / "out")
+    assert all(bool((after[key][before[key] == 0] == 0).all()) for key in before if ".experts." in key)
+    (line,) = [line for line in said if "stay zero" in line]
+    assert line == "Zeros in 6 parameters stay zero: weight_prune made them."
 
 
 def test_packed_folders_take_adapters_only(finished: Finished, repetitive: Path, tmp_path: Path) -> None:

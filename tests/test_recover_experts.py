@@ -25,6 +25,7 @@ from trimoe.methods.method import LayerDecision
 from trimoe.modeling_trimoe import FactoredExperts
 from trimoe.progress import QUIET
 from trimoe.recover.experts import distil, expert_loss
+from trimoe.recover.given import pruned
 from trimoe.recover.pairs import Pair, pairs
 from trimoe.recover.rewrite import Rewriter
 from trimoe.recover.spec import Recover
@@ -292,16 +293,74 @@ def test_masks_of_what_is_sparse() -> None:
     dense, few, sparse = torch.ones(10, 20), torch.ones(40, 50), torch.ones(10, 20)
     few[0, 0] = 0
     sparse[0, :2] = -0.0
-    masks = zero_masks({"dense": dense, "few": few, "sparse": sparse, "stack": sparse.view(2, 5, 20), "bias": torch.zeros(9)})
-    assert masks.keys() == {"sparse", "stack"}
+    named = {"dense": dense, "few": few, "sparse": sparse, "stack": sparse.view(2, 5, 20), "bias": torch.zeros(9)}
+    masks = zero_masks(named, lambda name: name != "few")
+    assert masks.keys() == {"sparse", "stack"} and not zero_masks(named)
     assert torch.equal(masks["sparse"], sparse != 0) and masks["stack"].dtype == torch.bool
+
+
+def on_grid(weight: torch.Tensor, levels: list[float], group: int) -> torch.Tensor:
+    """Every `group` weights of a row rounded to the nearest of +-levels times their largest magnitude (of two levels, their mean one)."""
+    parts = weight.unflatten(-1, (-1, group))
+    grid = torch.tensor(levels + [-level for level in levels]) / max(levels)
+    scale = parts.abs().mean(-1, keepdim=True) if len(levels) == 2 else parts.abs().amax(-1, keepdim=True)
+    return (grid[((parts / scale).unsqueeze(-1) - grid).abs().argmin(-1)] * scale).flatten(-2)
+
+
+GRIDS = {
+    "mxfp4": ([0, 0.5, 1, 1.5, 2, 3, 4, 6], 32), "nvfp4": ([0, 0.5, 1, 1.5, 2, 3, 4, 6], 16), "int4": (list(range(8)), 32),
+    "int4 rows": (list(range(8)), 256), "int3": (list(range(4)), 64), "ternary": ([0, 1], 256),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_zeros_of_a_grid_are_not_pruned(grid: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 96, 256, generator=torch.Generator().manual_seed(0))
+    weight[:, :, 7] *= 6  # a loud input, as in real models
+    rounded = on_grid(weight, *GRIDS[grid]).to(dtype)
+    assert (rounded == 0).float().mean() > 0.05
+    named = {"stack": rounded, "transposed": rounded.mT.contiguous(), "matrix": rounded[0]}
+    assert not zero_masks(named), grid
+    assert zero_masks(named, lambda name: True).keys() == named.keys()
+    pruned = keep_half(rounded)
+    assert zero_masks({"2:4": pruned, "transposed": pruned.mT.contiguous()}).keys() == {"2:4", "transposed"}
+
+
+def keep_half(weight: torch.Tensor) -> torch.Tensor:
+    """2 of every 4."""
+    parts = weight.unflatten(-1, (-1, 4))
+    return parts.scatter(-1, parts.abs().topk(2, -1, largest=False).indices, 0.0).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pruning_is_seen_without_a_record(dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 96, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    by_row = weight.scatter(-1, weight.abs().topk(26, -1, largest=False).indices, 0.0)  # a tenth of each row
+    unstructured = torch.where(weight.abs() > 0.6, weight, 0)
+    named = {"row": by_row, "column": by_row.mT.contiguous(), "unstructured": unstructured, "2:4": keep_half(weight), "none": weight * 0}
+    assert zero_masks(named).keys() == named.keys()
+    scattered = weight.masked_fill(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.1, 0)
+    assert not zero_masks({"scattered": scattered, "dense": weight})
+
+
+def test_which_scopes_were_pruned_is_in_the_record() -> None:
+    step = {"weight_prune": {"ratio": 0.5}}
+    cases = [
+        ({}, set()), (None, set()), ({"recipe": {"steps": [step]}}, {"experts"}),
+        ({"recipe": {"steps": [{"weight_prune": {"ratio": 0.0}}]}}, set()),
+        ({"recipe": {"steps": [DROPPED]}, "earlier": [{"steps": [{"weight_prune": {"pattern": "2:4", "scope": "moe"}}]}, {"steps": []}]}, {"moe"}),
+        ({"recipe": {"steps": None}, "earlier": ["broken", {"steps": ["odd"]}]}, set()),
+    ]  # fmt: skip
+    for record, scopes in cases:
+        assert pruned(record) == scopes
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_held_zeros_have_no_moments(held: bool) -> None:
     weight = nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
     weight.data[:, ::2] = 0
-    zeros = Held({weight: zero_masks({"w": weight})["w"]} if held else {})
+    zeros = Held({weight: weight.detach() != 0} if held else {})
     handles = zeros.register()
     optimiser = torch.optim.AdamW([weight], lr=0.1)
     for _ in range(3):

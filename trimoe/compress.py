@@ -195,7 +195,8 @@ class Job:
             record = {
                 "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
                 "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
-                "parts": recorded.parts(layout), "source_card": card_metadata.inherited(skeleton.checkpoint.folder),
+                "parts": recorded.parts(layout), "earlier": recorded.earlier(source := skeleton.checkpoint.folder),
+                "source_card": card_metadata.inherited(source),
                 "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
                 "command": self.command, "seed": run.seed, "versions": versions(), "inputs": self.inputs,
             }  # fmt: skip

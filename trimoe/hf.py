@@ -288,6 +288,17 @@ def stack_into(
     setattr(owner, attribute, nn.Parameter(stack, requires_grad=False))
 
 
+def read_parameter(model: PreTrainedModel, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """One parameter in float32, made of the checkpoint tensors that are its sources; the model, on the meta device, stays so."""
+    path, _, attribute = name.rpartition(".")
+    owner: Any = model.get_submodule(path)
+    before = getattr(owner, attribute)
+    load_into(model, tensors, torch.device("cpu"), torch.float32)
+    found = getattr(owner, attribute).detach().float()
+    setattr(owner, attribute, before)
+    return found
+
+
 def to_disk_format(model: PreTrainedModel, state: Mapping[str, torch.Tensor], conversion: Conversion) -> dict[str, torch.Tensor]:
     """Module-format tensors (full names) in the key format that the checkpoint was found in."""
     model._weight_conversions = list(conversion.used)

@@ -112,6 +112,7 @@ def recover(
     steps: Annotated[int | None, typer.Option(help="optimiser steps, at most")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="keep the adapters instead of merging them")] = False,
     changes: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="any other field, e.g. rate=1e-4, rank=32, train=full")] = [],
+    dtype: Annotated[str | None, typer.Option(help="what the model computes in: float32 or bfloat16; by default as stored on a GPU, else float32")] = None,
     seed: Seed = 0, device: Device = "cpu", json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Train a compressed model to win back quality. Killed and run again with the same arguments, it resumes."""
@@ -119,7 +120,15 @@ def recover(
     from trimoe import recipe
 
     check_writable(json_file)
-    given = {"data": list(data) or None, "samples": samples, "length": length, "epochs": epochs, "steps": steps, "adapter": adapter or None}
+    given = {
+        "data": list(data) or None,
+        "samples": samples,
+        "length": length,
+        "epochs": epochs,
+        "steps": steps,
+        "adapter": adapter or None,
+        "dtype": dtype,
+    }
     body = {"method": method, **{key: value for key, value in given.items() if value is not None}}
     made = trimoe.recover(
         folder,

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from trimoe.aside import disk_errors
 from trimoe.errors import UserError
+from trimoe.recover import apart
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
 from trimoe.write import write_text
@@ -85,23 +87,27 @@ def attach(model: Any, wanted: Targets, spec: Recover, seed: int) -> Any:
         warnings.simplefilter("ignore")  # of transformers, about names that peft uses
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, config)
-    reached = sorted(_reached(adapted))
+    reached = sorted(name for name, _ in _reached(adapted))
     assert reached == sorted(wanted.weights), sorted(set(reached) ^ set(wanted.weights))  # peft skips what it does not find
+    object.__setattr__(adapted, "trimoe_replaced", apart.take_apart(adapted))  # not a part of it: no parameter is named twice
     return adapted
 
 
-def _reached(adapted: Any) -> Iterator[str]:
-    """Full names of the weights that have an adapter."""
+def _reached(adapted: Any) -> Iterator[tuple[str, Any]]:
+    """Full names of the weights that have an adapter, and the adapters."""
     for name, module in adapted.base_model.model.named_modules():
         if hasattr(module, "lora_A") and len(module.lora_A):
-            yield f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
+            yield f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}", module
 
 
-def merged(adapted: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """Full parameter name -> weight with its adapter added, and the model that has these. The adapters are gone afterwards."""
-    names = sorted(_reached(adapted))
-    model = adapted.merge_and_unload()
-    return {name: model.get_parameter(name).detach() for name in names}, model
+def merged(adapted: Any) -> tuple[dict[str, Callable[[], torch.Tensor]], Any]:
+    """Full parameter name -> what its adapter adds to the weight, as a product that is made when asked for, in float32; and the model without
+    adapters."""
+    found: dict[str, Callable[[], torch.Tensor]] = {
+        name: partial(apart.delta, wrapper) for name, wrapper in sorted(_reached(adapted), key=lambda pair: pair[0])
+    }
+    apart.put_back(adapted.trimoe_replaced)
+    return found, adapted.unload()
 
 
 def save(adapted: Any, base: Path, aside: Path, out: Path, about: str) -> None:

@@ -11,7 +11,7 @@ Letters: T tokens, k experts per token, S tokens routed to one expert, H hidden 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from trimoe.journal import Journal
 from trimoe.modeling_trimoe import DENSE, FactoredExperts
 from trimoe.observe import by_expert
 from trimoe.progress import Reporter
+from trimoe.recover.given import went_over, why_held
 from trimoe.recover.pairs import Pair, pairs
 from trimoe.recover.rewrite import Rewriter
 from trimoe.recover.spec import Recover, schedule
@@ -34,6 +35,7 @@ from trimoe.recover.zeros import Held, zero_masks
 from trimoe.seen import Recorder, Seen
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
+from trimoe.words import counted
 
 CHECKS = 10  # validations of a layer, about
 BETAS = (0.9, 0.95)
@@ -54,6 +56,7 @@ def distil(
     assert student.dtype == torch.float32, "experts are trained in float32"
     metrics = {index: journal.get(f"layer-{index}") for index in found}
     waiting = {found[index].teacher_layer: index for index in found if metrics[index] is None}
+    known, held_layers = went_over(record, student), 0
     if waiting:
         walk, own_walk = LayerWalk(teacher, [*train, *held], device=device), LayerWalk(student, [], device=device)
         count = max(waiting) + 1
@@ -71,7 +74,9 @@ def distil(
                     learned = learn(
                         lesson, student.sites[new].experts_of(own), spec, stored[new],
                         size=spec.batch * train[0].shape[1], seed=seed * SEEDS + new,
+                        known=_leaf_known(known, student, new),
                     )  # fmt: skip
+                held_layers += learned.held
                 if learned.state is not None:
                     rewriter.put(_on_disk(student, new, learned.state))
                 else:  # a run that was killed while it wrote may have left other numbers there
@@ -85,12 +90,18 @@ def distil(
                 metrics[new] = learned.to_json()
                 journal.put(f"layer-{new}", learned.to_json())
                 del recorder, lesson, learned  # not beside the next layer
+        if held_layers:
+            reporter.say(f"Zeros in the experts of {counted(held_layers, 'layer')} stay zero: {why_held(record)}.")
     return {str(index): metrics[index] for index in sorted(metrics)}
 
 
 def _name(student: Skeleton, index: int, leaf: str) -> str:
     site = student.sites[index]
     return f"{student.layer_name(index)}.{site.block}.{site.experts}.{leaf}"
+
+
+def _leaf_known(known: Callable[[str], bool], student: Skeleton, index: int) -> Callable[[str], bool]:
+    return lambda leaf: known(_name(student, index, leaf))
 
 
 def _stored(student: Skeleton, index: int) -> dict[str, torch.dtype]:
@@ -140,14 +151,11 @@ class Lesson:
     @torch.no_grad()
     def held_loss(self, student: Any, size: int) -> float:
         """The same on all tokens held out, `size` of them at a time."""
-        square = torch.zeros(len(self.keep), dtype=torch.float64)
-        count = torch.zeros(len(self.keep), dtype=torch.float64)
+        square_E, count_E = torch.zeros(2, len(self.keep), dtype=torch.float64)
         for tokens in torch.arange(self.train, len(self.seen.x_TH)).split(size):
-            for own, x_SH, y_SH in _taught(self.experts, self.keep, *self.seen.rows(tokens)):
-                error_SH = output_of(student, own, x_SH.to(_dtype(student))) - y_SH
-                square[own] += error_SH.double().square().sum().cpu()
-                count[own] += error_SH.numel()
-        return float((square / count.clamp_min(1)).sum())
+            square, count = expert_errors(self.experts, student, *self.seen.rows(tokens), self.keep)
+            square_E, count_E = square_E + square, count_E + count
+        return float((square_E / count_E.clamp_min(1)).sum())
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,7 @@ class Learned:
     before: float
     after: float
     steps: int
+    held: bool = False  # whether it has zeros that stay
 
     def to_json(self) -> dict[str, Any]:
         return {"before": self.before, "after": self.after, "steps": self.steps}
@@ -173,10 +182,11 @@ def trainable(experts: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def learn(
-    lesson: Lesson, student: nn.Module, spec: Recover, stored: Mapping[str, torch.dtype], *, size: int, seed: int
+    lesson: Lesson, student: nn.Module, spec: Recover, stored: Mapping[str, torch.dtype], *, size: int, seed: int,
+    known: Callable[[str], bool],
 ) -> Learned:  # fmt: skip
     """Train one layer's experts on minibatches of `size` tokens. `stored`: in which dtype each parameter will be written; the result is
-    judged as it reads then."""
+    judged as it reads then. `known`: as in zero_masks."""
     student.requires_grad_(False)
     parameters = trainable(student)
     before = lesson.held_loss(student, size)
@@ -184,18 +194,18 @@ def learn(
         return Learned(None, before, before, 0)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    masks = zero_masks(parameters)
+    masks = zero_masks(parameters, known)
     zeros = Held({parameters[name]: mask for name, mask in masks.items()})
     zeros.register()
     best, steps = _descend(lesson, student, parameters, zeros, spec, before, size, seed)
     if best is None:
-        return Learned(None, before, before, steps)
+        return Learned(None, before, before, steps, bool(masks))
     with torch.no_grad():
         for name, parameter in parameters.items():
             best[name] = best[name].to(stored[name])
             parameter.copy_(best[name])
     after = lesson.held_loss(student, size)
-    return Learned(best, before, after, steps) if after < before else Learned(None, before, before, steps)
+    return Learned(best, before, after, steps, bool(masks)) if after < before else Learned(None, before, before, steps, bool(masks))
 
 
 def _descend(
@@ -209,7 +219,7 @@ def _descend(
     best, idle, scale, step = None, 0, 0.0, 0
     for step, tokens in zip(range(1, total + 1), _minibatches(lesson.train, per_epoch, seed), strict=False):
         error = lesson.loss(student, tokens)
-        scale = scale or 1.0 / (error.item() or 1.0)
+        scale = scale or 1.0 / (error.item() or math.inf)  # a batch without an error says nothing of it
         if error.requires_grad:  # else none of these tokens goes to an expert that is left
             optimiser.zero_grad()
             (scale * error).backward()
@@ -248,6 +258,19 @@ def expert_loss(
     for own, x_SH, y_SH in _taught(teacher_experts, keep, x_TH, index_TK):
         total = total + F.mse_loss(output_of(apart, own, x_SH.to(_dtype(student_experts))).float(), y_SH)
     return total
+
+
+@torch.no_grad()
+def expert_errors(
+    teacher_experts: Any, student_experts: Any, x_TH: torch.Tensor, index_TK: torch.Tensor, keep: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `expert_loss` divides, in float64 on the CPU: of each of the student's experts the squared error, and how many numbers it is of."""
+    square_E, count_E = torch.zeros(2, len(keep), dtype=torch.float64)
+    for own, x_SH, y_SH in _taught(teacher_experts, keep, x_TH, index_TK):
+        error_SH = output_of(student_experts, own, x_SH.to(_dtype(student_experts))) - y_SH
+        square_E[own] += error_SH.double().square().sum().cpu()
+        count_E[own] += error_SH.numel()
+    return square_E, count_E
 
 
 def _taught(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,40 @@ def record_of(folder: Path) -> dict[str, Any]:
     return record
 
 
+def pruned(record: Mapping[str, Any] | None) -> frozenset[str]:
+    """Return the scopes of the weight_prune steps that a finished folder, or a folder it was made from, went through."""
+    scopes = set()
+    for recipe in [*(record or {}).get("earlier", []), (record or {}).get("recipe")]:
+        for step in (recipe.get("steps") or []) if isinstance(recipe, Mapping) else []:
+            body = step.get("weight_prune") if isinstance(step, Mapping) else None
+            if isinstance(body, Mapping) and (body.get("ratio") or body.get("pattern")):
+                scopes.add(str(body.get("scope", "experts")))
+    return frozenset(scopes)
+
+
+def went_over(record: Mapping[str, Any] | None, student: Skeleton) -> Callable[[str], bool]:
+    """Return whether a pruning step is known to have gone over the parameter of a given full name."""
+    scopes = pruned(record)
+    experts = tuple(f"{student.layer_name(index)}.{site.block}.{site.experts}." for index, site in student.sites.items())
+    blocks = tuple(f"{student.layer_name(index)}.{site.block}." for index, site in student.sites.items())
+    reached = {"experts": experts, "moe": blocks, "all-linear": (f"{student.prefix}.",)}
+    prefixes = tuple(prefix for scope in scopes for prefix in reached.get(scope, ()))
+    return lambda name: name.startswith(prefixes) if prefixes else False
+
+
+def why_held(record: Mapping[str, Any] | None) -> str:
+    """Return what says that zeros were pruned, for people."""
+    return "weight_prune made them" if pruned(record) else "they lie in the pattern of pruning"
+
+
 def teacher_of(
-    spec: Recover, given: str | os.PathLike[str] | None, folder: Path, record: dict[str, Any], student: Skeleton
+    spec: Recover, given: str | os.PathLike[str] | None, folder: Path, record: dict[str, Any], student: Skeleton, dtype: torch.dtype
 ) -> Skeleton | None:
     if spec.method == "lora":
         if given is not None:
             raise UserError("recover: lora learns from the text alone; leave the teacher out, or take method: logits.")
         return None
-    teacher = Skeleton.of(str(given if given is not None else origin(folder)))
+    teacher = Skeleton.of(str(given if given is not None else origin(folder)), dtype)
     refuse_other_vocabulary(teacher, student)
     if spec.method == "experts":
         pairs(record, teacher, student)

@@ -26,12 +26,15 @@ from torch.nn import functional as F
 from trimoe.aside import aside
 from trimoe.errors import UserError
 from trimoe.progress import Reporter
-from trimoe.recover.experts import expert_loss
+from trimoe.recover.experts import expert_errors, expert_loss
+from trimoe.recover.footprint import samples_at_once
+from trimoe.recover.head import Logits
+from trimoe.recover.layers import Again
 from trimoe.recover.pairs import Pair
 from trimoe.recover.spec import Diverged, Recover, schedule
-from trimoe.recover.teacher import Teacher, distillation, save_aside
+from trimoe.recover.teacher import Kept, Teacher, distillation, save_aside
 from trimoe.recover.zeros import Held
-from trimoe.skeleton import LOGITS, Skeleton
+from trimoe.skeleton import Skeleton
 from trimoe.words import counted
 
 VALIDATIONS = 10  # over a whole run, beside the one at the start
@@ -39,6 +42,17 @@ SAVE_EVERY = 60.0  # seconds between two states on disk
 STATE = "training.pt"
 
 Loss = Callable[[nn.Module, torch.Tensor, Sequence[int]], torch.Tensor]  # (model, ids [B, L], their sample numbers) -> scalar
+
+
+class Learner(nn.Module):
+    """A model and its loss as one module: what processes share is all computed inside one forward."""
+
+    def __init__(self, model: nn.Module, loss: Loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, ids_BL: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+        return self.loss(self.model, ids_BL, samples)
 
 
 @dataclass
@@ -55,43 +69,69 @@ class Job:
     held: Held | None = None
 
 
-def cross_entropy(logits_BLV: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
+def cross_entropy(logits: Logits) -> torch.Tensor:
     """Mean over the tokens that have one before them."""
-    return F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), ids_BL[:, 1:].flatten())
+    ids_BL = logits.ids_BL
+
+    def part(logits_BPV: torch.Tensor, at_P: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits_BPV.flatten(0, 1).float(), ids_BL[:, at_P + 1].flatten())
+
+    return logits.mean(ids_BL.shape[1] - 1, part)
+
+
+def divergence(logits: Logits, kept: Kept, temperature: float) -> torch.Tensor:
+    """The distance from the original's distributions, which know every position."""
+    return logits.mean(logits.ids_BL.shape[1], lambda logits_BPV, at_P: distillation(logits_BPV, kept.at(at_P), temperature))
 
 
 def text_loss(model: nn.Module, ids_BL: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
-    return cross_entropy(_logits(model, ids_BL), ids_BL)
+    return cross_entropy(Logits(model, ids_BL))
 
 
 def distilled(teacher: Teacher) -> Loss:
-    """The distance from the original's distributions, which know every position."""
-
     def loss(model: nn.Module, ids_BL: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
-        return distillation(_logits(model, ids_BL), teacher.rows(samples).to(ids_BL.device), teacher.temperature)
+        return divergence(Logits(model, ids_BL), teacher.rows(samples).to(ids_BL.device), teacher.temperature)
 
     return loss
 
 
 class WithExperts:
     """MoE-Pruner's loss (https://arxiv.org/abs/2410.12013): L_CE + factor * sum over the MoE layers of the experts' squared errors on the
-    original's hidden states; factor = L_CE / L_expert on the first batch, then fixed."""
+    original's hidden states; factor = L_CE / L_expert on the first batch, all of it, of all processes, then fixed. `again`: as in the function
+    of that name."""
 
-    def __init__(self, skeleton: Skeleton, teacher: nn.Module, of: Skeleton, pairs: Mapping[int, Pair], constants: dict[str, float]):
-        self.teacher, self.constants = teacher, constants
+    def __init__(
+        self, skeleton: Skeleton, teacher: nn.Module, of: Skeleton, pairs: Mapping[int, Pair], constants: dict[str, float], again: Again
+    ):
+        self.teacher, self.constants, self.again = teacher, constants, again
         self.paths = {i: (_experts_path(of, pair.teacher_layer), _experts_path(skeleton, i), pair.keep) for i, pair in pairs.items()}
 
     def __call__(self, model: nn.Module, ids_BL: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
         loss = text_loss(model, ids_BL, samples)
-        inner: Any = getattr(model, "module", model)
         experts = loss.new_zeros(())
         seen = self._calls(ids_BL)
         for path, own, keep in self.paths.values():
             x_TH, index_TK = seen[path]
-            experts = experts + expert_loss(self.teacher.get_submodule(path), inner.get_submodule(own), x_TH, index_TK, keep)
-        if "factor" not in self.constants:
-            self.constants["factor"] = float(loss.detach() / experts.detach().clamp_min(1e-20))
+            experts = experts + self.again(expert_loss, self.teacher.get_submodule(path), model.get_submodule(own), x_TH, index_TK, keep)
         return loss + self.constants["factor"] * experts
+
+    @torch.no_grad()
+    def measured(self, model: nn.Module, ids_BL: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+        """What adds up over the parts of a batch to what the factor is made of, float64: the text's loss times its samples, their number,
+        and of every expert the squared error and how many numbers it is of."""
+        seen = self._calls(ids_BL)
+        sums = [torch.stack([text_loss(model, ids_BL, samples).double() * len(ids_BL), torch.tensor(float(len(ids_BL))).to(ids_BL.device)])]
+        for path, own, keep in self.paths.values():
+            sums += expert_errors(self.teacher.get_submodule(path), model.get_submodule(own), *seen[path], keep)
+        return torch.cat([part.double().to(ids_BL.device) for part in sums])
+
+    def fix(self, total: torch.Tensor) -> None:
+        """Set the factor by the sum of all `measured`."""
+        experts, start = 0.0, 2
+        for _, _, keep in self.paths.values():
+            square_E, count_E = total[start : start + 2 * len(keep)].view(2, -1)
+            experts, start = experts + float((square_E / count_E.clamp_min(1)).sum()), start + 2 * len(keep)
+        self.constants["factor"] = float(total[0] / total[1]) / max(experts, 1e-20)
 
     @torch.no_grad()
     def _calls(self, ids_BL: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -121,10 +161,6 @@ def _experts_path(skeleton: Skeleton, index: int) -> str:
     return f"{skeleton.layer_name(index)}.{site.block}.{site.experts}"
 
 
-def _logits(model: nn.Module, ids_BL: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids_BL, use_cache=False).logits
-
-
 # ---- the loop
 
 
@@ -149,8 +185,17 @@ class Training:
             reporter.say(f"There is room for only {self.steps} of the {spec.steps} steps asked for in {text}; give more epochs.")
         self.every = max(1, -(-self.steps // VALIDATIONS))
         self.step, self.bad, self.curve = 0, 0, list[dict[str, Any]]()
-        self.model = accelerator.prepare(job.model)
-        self.optimizer = accelerator.prepare(torch.optim.AdamW(job.trained.values(), lr=spec.peak, weight_decay=0.0))
+        self.learner = accelerator.prepare(Learner(job.model, job.loss))
+        # What trains in fewer bits has a float32 master each, in which its steps and its gradients add up; the others are their own.
+        self.masters = {
+            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            for name, parameter in job.trained.items()
+        }
+        self.optimizer = accelerator.prepare(torch.optim.AdamW(self.masters.values(), lr=spec.peak, weight_decay=0.0))
+        if world == 1:  # each gradient goes over as it comes; among several processes only once all have theirs
+            for name, parameter in job.trained.items():
+                if self.masters[name] is not parameter:
+                    parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._over(name))  # type: ignore[misc]
 
     @property
     def best(self) -> dict[str, Any]:
@@ -161,6 +206,8 @@ class Training:
         if self.job.held is not None:
             self.job.held.register()
         if not self._resume():
+            if isinstance(self.job.loss, WithExperts):
+                self._fix(self.job.loss)
             self._validate()
         saved = time.monotonic()
         tokens = self.batch * self.samples_NL.shape[1]
@@ -190,16 +237,41 @@ class Training:
         total = 0.0
         for part in self._pieces(mine):
             ids_BL = self.samples_NL[part].to(self.device)
-            loss = self.job.loss(self.model, ids_BL, part) * (len(part) / len(mine))
+            loss = self.learner(ids_BL, part) * (len(part) / len(mine))
             self.accelerator.backward(loss)
+            for name in self.masters:
+                self._over(name)
             total += float(loss.detach())
         if not math.isfinite(self._of_all(total)):  # of any process: they stop together
             raise Diverged(f"Training diverged at step {self.step + 1}: the loss is {total}; give a rate below {self.spec.peak:g}.")
-        self.accelerator.clip_grad_norm_(list(self.job.trained.values()), self.spec.clip)
+        self.accelerator.clip_grad_norm_(list(self.masters.values()), self.spec.clip)
         self.optimizer.step()
+        self._publish()
         if self.job.held is not None:
             self.job.held.hold()
         return total
+
+    def _fix(self, loss: WithExperts) -> None:
+        """The factor, from the first batch: the same for any number of processes and whatever goes through the model at once."""
+        mine = self._order(0)[: self.batch][self.accelerator.process_index :: self.accelerator.num_processes]
+        parts = [loss.measured(self.job.model, self.samples_NL[part].to(self.device), part) for part in self._pieces(mine)]
+        total = torch.stack(parts).sum(0)
+        loss.fix((total if self.accelerator.num_processes == 1 else self.accelerator.reduce(total, reduction="sum")).cpu())
+
+    @torch.no_grad()
+    def _over(self, name: str) -> None:
+        """Move a parameter's gradient to its master."""
+        parameter, master = self.job.trained[name], self.masters[name]
+        if master is not parameter and parameter.grad is not None:
+            given, parameter.grad = parameter.grad, None
+            master.grad = given.float() if master.grad is None else master.grad.add_(given)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Give the model what its masters have become."""
+        for name, parameter in self.job.trained.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
 
     def _of_all(self, value: float) -> float:
         """The sum over the processes."""
@@ -213,9 +285,9 @@ class Training:
         return torch.randperm(self.count, generator=generator).tolist()
 
     def _pieces(self, samples: Sequence[int]) -> list[list[int]]:
-        """Samples whose logits fit in memory together."""
+        """Samples that go through the model together."""
         vocabulary = self.job.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        share = max(1, LOGITS // (self.samples_NL.shape[1] * vocabulary))
+        share = samples_at_once(self.samples_NL.shape[1], vocabulary)
         return [list(samples[start : start + share]) for start in range(0, len(samples), share)]
 
     # ---- validation
@@ -227,11 +299,11 @@ class Training:
         loss = kl = 0.0
         for part in self._pieces(held):
             ids_BL = self.samples_NL[part].to(self.device)
-            logits_BLV = _logits(self.job.model, ids_BL)
-            loss += float(cross_entropy(logits_BLV, ids_BL)) * len(part) / len(held)
+            logits = Logits(self.job.model, ids_BL)
+            loss += float(cross_entropy(logits)) * len(part) / len(held)
             if self.job.teacher is not None:
                 kept = self.job.teacher.rows(part).to(self.device)
-                kl += float(distillation(logits_BLV, kept, self.job.teacher.temperature)) * len(part) / len(held)
+                kl += float(divergence(logits, kept, self.job.teacher.temperature)) * len(part) / len(held)
         entry = {"step": self.step, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if self.job.teacher is not None:
             entry["kl"] = kl
@@ -247,7 +319,7 @@ class Training:
         if self.best is entry:
             self.bad = 0
             if self.accelerator.is_main_process:
-                save_aside({name: parameter.detach().cpu() for name, parameter in self.job.trained.items()}, self._best_file())
+                save_aside({name: master.detach().cpu() for name, master in self.masters.items()}, self._best_file())
         else:
             self.bad += 1
 
@@ -260,7 +332,7 @@ class Training:
         if not self.accelerator.is_main_process:
             return
         state = {
-            "trained": {name: parameter.detach().cpu() for name, parameter in self.job.trained.items()},
+            "trained": {name: master.detach().cpu() for name, master in self.masters.items()},
             "optimizer": self.optimizer.state_dict(), "step": self.step, "bad": self.bad, "curve": self.curve,
             "constants": dict(self.job.constants),
         }  # fmt: skip
@@ -286,8 +358,9 @@ class Training:
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.job.trained.items():
-            parameter.copy_(values[name])
+        for name, master in self.masters.items():
+            master.copy_(values[name])
+        self._publish()
 
 
 def numbers(entry: dict[str, Any]) -> dict[str, float]:

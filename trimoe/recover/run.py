@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from trimoe.headers import DTYPES
 from trimoe.journal import ANSWERS, FOLDER, Journal
 from trimoe.loading import load
 from trimoe.progress import LOG, QUIET, Reporter, logged
-from trimoe.recover import adapters, experts
-from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for
+from trimoe.recover import adapters, experts, footprint, layers
+from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for, went_over, why_held
 from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
 from trimoe.recover.rewrite import Rewriter
@@ -32,8 +33,10 @@ from trimoe.recover.zeros import Held, zero_masks
 from trimoe.skeleton import Skeleton
 from trimoe.stream import give_back, usable_device
 from trimoe.version import VERSION, versions
+from trimoe.words import counted
 from trimoe.write import write_text
 
+Changed = Mapping[str, Callable[[], torch.Tensor]]  # full parameter name -> its new value, made when it is asked for
 ADAPTER_RECORD = "recovered.json"  # beside a kept adapter, which is no model folder
 
 
@@ -58,6 +61,7 @@ class Run:
     out: Path
     seed: int
     device: str
+    dtype: torch.dtype
     reporter: Reporter
 
     @property
@@ -94,7 +98,8 @@ def recover(
     record = record_of(Path(folder))
     with reporter.stage("Read headers"):
         student = Skeleton.of(str(folder))
-        original = teacher_of(spec, teacher, Path(folder), record, student)
+        dtype = precision(spec, student, device)
+        original = teacher_of(spec, teacher, Path(folder), record, student, dtype)
     refuse_packed(spec, student)
     for skeleton in (student, original):
         refuse_inside(out, skeleton)
@@ -106,7 +111,7 @@ def recover(
     inputs = {
         "folder": student.checkpoint.fingerprint,
         "teacher": original.checkpoint.fingerprint if original else None, "recover": spec.to_json(), "seed": seed,
-        "text": text.fingerprint, "version": VERSION, "batch": len(in_batches(text.samples_NL, device)[0]),
+        "text": text.fingerprint, "version": VERSION, "dtype": str(dtype).removeprefix("torch."), "batch": len(in_batches(text.samples_NL, device)[0]),
     }  # fmt: skip
     finished = _finished(out, spec, inputs, student)
     if finished is not None:
@@ -116,7 +121,7 @@ def recover(
         return finished
     journal = Journal(out, inputs)
     journal.refuse_other_content()
-    run = Run(student, original, record, spec, text, count, out, seed, device, reporter)
+    run = Run(student, original, record, spec, text, count, out, seed, device, dtype, reporter)
     main = processes.is_main_process
     with journal if main else contextlib.nullcontext(), logged(reporter, out / LOG, command or call, main=main):
         rewriter = Rewriter(student.checkpoint, out)
@@ -155,30 +160,32 @@ def _by_layer(run: Run, rewriter: Rewriter, journal: Journal) -> dict[str, Any]:
     with run.reporter.stage("Copy the folder"):
         rewriter.begin()
     samples_NL = run.text.samples_NL
-    layers = experts.distil(
+    learned = experts.distil(
         run.student, run.teacher, run.record, run.spec, in_batches(samples_NL[: run.count], run.device),
         in_batches(samples_NL[run.count :], run.device), rewriter, journal, seed=run.seed, device=run.device, reporter=run.reporter,
     )  # fmt: skip
-    sums = {when: {"expert_error": sum(layer[when] for layer in layers.values())} for when in ("before", "after")}
-    return {**sums, "layers": layers}
+    sums = {when: {"expert_error": sum(layer[when] for layer in learned.values())} for when in ("before", "after")}
+    return {**sums, "layers": learned}
 
 
-def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, dict[str, torch.Tensor]]:
+def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, Changed]:
     """The other methods: the model, and for `experts` the original too, in memory. The last of the three are the weights to be written, none
     where the start was best."""
     teacher = _answers(run, processes) if run.spec.method in ("router", "logits") else None
     place = processes.device if processes.num_processes > 1 else run.device
     options: dict[str, Any] = {} if run.student.checkpoint.scheme is None else {"backend": "dequantize"}  # gradients flow through it
     with run.reporter.stage("Load the model"):
-        model = _loaded(run.student, place, **options)
+        model = _loaded(run.student, place, run.dtype, **options)
+    if _twice(run):
+        layers.checkpointed(hf.decoder_layers(model)[1])
     job, about = _job(run, model, teacher, place)
     training = Training(
         job, run.text.samples_NL, run.count, run.spec, run.folder, processes, seed=run.seed, device=run.device, reporter=run.reporter,
     )  # fmt: skip
     metrics = {**training.run(), **about, "trained": sum(parameter.numel() for parameter in job.trained.values())}
-    changed: dict[str, torch.Tensor] = {}
+    changed: Changed = {}
     if metrics["best"] > 0 and not run.spec.adapter:
-        changed = _rounded(run, job)
+        changed = _rounded(run, job, training)
         after = training.measured()
         if after[job.goal] < metrics["before"][job.goal]:
             metrics["after"] = numbers(after)
@@ -188,25 +195,44 @@ def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, dict[str
 
 
 @torch.no_grad()
-def _rounded(run: Run, job: Job) -> dict[str, torch.Tensor]:
-    """The trained weights, adapters merged, in the dtypes that they are stored in; the job's model has them from now on."""
-    if hasattr(job.model, "merge_and_unload"):
-        changed, job.model = adapters.merged(job.model)
+def _rounded(run: Run, job: Job, training: Training) -> Changed:
+    """The trained weights, adapters merged, in the dtypes that they are stored in; the job's model has them from now on. They are made anew when
+    they are written: the model holds fewer bits where it computes in fewer than are stored."""
+    made: Changed
+    if hasattr(job.model, "unload"):
+        added, job.model = adapters.merged(job.model)
+        made = {name: partial(_merged, run, name, product) for name, product in added.items()}
     else:
-        changed = {name: parameter.detach() for name, parameter in job.trained.items()}
-    out = {}
-    for name, tensor in changed.items():
-        key = run.student.source_keys(run.student.stored_names(name)[0])[0]
-        stored = DTYPES[run.student.checkpoint.tensors[key].dtype]
-        out[name] = tensor.to(stored)
-        tensor.copy_(out[name])
-    return out
+        made = {name: partial(_stored_as, run, name, master.detach()) for name, master in training.masters.items()}
+    for name, value in made.items():
+        job.model.get_parameter(name).copy_(value())
+    return made
 
 
-def _loaded(skeleton: Skeleton, place: Any, **options: Any) -> Any:
-    """The model in float32, frozen, in eval mode: gradients flow all the same, and nothing is random."""
+def _stored_as(run: Run, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A parameter's new value in the dtype that it is stored in."""
+    key = run.student.source_keys(run.student.stored_names(name)[0])[0]
+    return value.to(DTYPES[run.student.checkpoint.tensors[key].dtype])
+
+
+def _merged(run: Run, name: str, product: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A stored weight with what its adapter adds, rounded once."""
+    added, sources = product(), run.student.checkpoint.read_together(run.student.source_keys(name))
+    return _stored_as(run, name, hf.read_parameter(run.student.model, name, sources).to(added.device) + added)
+
+
+def precision(spec: Recover, student: Skeleton, device: str) -> torch.dtype:
+    """The dtype that the model computes in."""
+    if spec.dtype is not None:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[spec.dtype]
+    narrow = {DTYPES[info.dtype] for info in student.checkpoint.tensors.values() if len(info.shape) > 1} == {torch.bfloat16}
+    return torch.bfloat16 if narrow and torch.device(device).type == "cuda" else torch.float32
+
+
+def _loaded(skeleton: Skeleton, place: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """The model in `dtype`, frozen, in eval mode: gradients flow all the same, and nothing is random."""
     with hf._quiet_progress():
-        model = load(skeleton.checkpoint.folder, device=place, dtype=torch.float32, **options).requires_grad_(False)
+        model = load(skeleton.checkpoint.folder, device=place, dtype=dtype, **options).requires_grad_(False)
     hf.plain_outputs(model.config)
     return model
 
@@ -215,7 +241,7 @@ def _answers(run: Run, processes: Any) -> Teacher:
     """The original's distributions for all samples, computed by the main process."""
     assert run.teacher is not None
     spec, samples_NL = run.spec, run.text.samples_NL
-    of = json.dumps([run.teacher.checkpoint.fingerprint, run.text.fingerprint, spec.temperature, spec.top_k])
+    of = json.dumps([run.teacher.checkpoint.fingerprint, run.text.fingerprint, spec.temperature, spec.top_k, str(run.dtype)])
     folder = run.folder / f"{ANSWERS}{hashlib.sha256(of.encode()).hexdigest()[:16]}"  # another rate may take them over
     if processes.is_main_process:
         folder.mkdir(exist_ok=True)
@@ -230,7 +256,7 @@ def _answers(run: Run, processes: Any) -> Teacher:
 def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job, dict[str, Any]]:
     """What trains, by which loss; and what trimoe.json says of it."""
     spec, student = run.spec, run.student
-    zeros = zero_masks(dict(model.named_parameters()))
+    zeros = zero_masks(dict(model.named_parameters()), went_over(run.record, student))
     if spec.method == "experts":
         return _experts_job(run, model, zeros, place), {}
     loss, goal = (distilled(teacher), "kl") if teacher is not None else (text_loss, "loss")
@@ -238,9 +264,13 @@ def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job
         inside = {name: mask for name, mask in zeros.items() if name.startswith(student.prefix + ".")}
         wanted = adapters.targets(model, student, avoid={} if spec.adapter else inside)
         if inside and spec.adapter:
-            run.reporter.say("Adapters on pruned matrices fill their zeros once they are merged.")
+            run.reporter.say(
+                f"Adapters fill the zeros of {counted(len(inside), 'parameter')} once they are merged ({why_held(run.record)})."
+            )
         elif inside:
-            run.reporter.say(f"Merged adapters would fill pruned zeros: the {len(inside)} parameters that have some get none.")
+            run.reporter.say(
+                f"Merged adapters would fill pruned zeros ({why_held(run.record)}): the {len(inside)} parameters that have some get none."
+            )
         model = adapters.attach(model, wanted, spec, run.seed)
         return Job(model, adapters.trainable(model), loss, goal, teacher), adapters.described(wanted)
     if spec.method == "router":
@@ -248,19 +278,24 @@ def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job
         trained = {name: parameter for name, parameter in model.named_parameters() if name in names}
     else:
         trained = dict(model.named_parameters())
-    return Job(model, _training(trained), loss, goal, teacher, held=_held(trained, zeros)), {}
+    return Job(model, _training(trained), loss, goal, teacher, held=_held(run, trained, zeros)), {}
+
+
+def _twice(run: Run) -> bool:
+    """Whether layers compute again in the backward pass."""
+    return footprint.computed_again(run.student, run.spec, run.dtype, footprint.weights(run.student))
 
 
 def _experts_job(run: Run, model: Any, zeros: dict[str, torch.Tensor], place: Any) -> Job:
     """The paper's own form: both models in memory; the experts' weights and biases train."""
     assert run.teacher is not None
-    original = _loaded(run.teacher, place)
+    original = _loaded(run.teacher, place, run.dtype)
     found = pairs(run.record, run.teacher, run.student)
     paths = [f"{run.student.layer_name(i)}.{run.student.sites[i].block}.{run.student.sites[i].experts}." for i in found]
     trained = {name: parameter for name, parameter in model.named_parameters() if name.startswith(tuple(paths))}
     constants: dict[str, float] = {}
-    loss = WithExperts(run.student, original, run.teacher, found, constants)
-    return Job(model, _training(trained), loss, constants=constants, held=_held(trained, zeros))
+    loss = WithExperts(run.student, original, run.teacher, found, constants, layers.again if _twice(run) else layers.at_once)
+    return Job(model, _training(trained), loss, constants=constants, held=_held(run, trained, zeros))
 
 
 def _training(trained: dict[str, Any]) -> dict[str, Any]:
@@ -269,20 +304,23 @@ def _training(trained: dict[str, Any]) -> dict[str, Any]:
     return trained
 
 
-def _held(trained: dict[str, Any], zeros: dict[str, torch.Tensor]) -> Held | None:
-    return Held({parameter: zeros[name] for name, parameter in trained.items() if name in zeros}) if zeros else None
+def _held(run: Run, trained: dict[str, Any], zeros: dict[str, torch.Tensor]) -> Held | None:
+    kept = {name for name in trained if name in zeros}
+    if kept:
+        run.reporter.say(f"Zeros in {counted(len(kept), 'parameter')} stay zero: {why_held(run.record)}.")
+    return Held({parameter: zeros[name] for name, parameter in trained.items() if name in kept}) if kept else None
 
 
 # ---- writing
 
 
-def _rewrite(run: Run, rewriter: Rewriter, changed: Mapping[str, torch.Tensor], entry: dict[str, Any]) -> None:
+def _rewrite(run: Run, rewriter: Rewriter, changed: Changed, entry: dict[str, Any]) -> None:
     """The folder's copy with the trained numbers."""
     with run.reporter.stage("Copy the folder"):
         rewriter.begin()
-    stored = {own: tensor for name, tensor in changed.items() for own in run.student.stored_names(name)}
-    for name, tensor in stored.items():
-        disk = hf.to_disk_format(run.student.model, {name: tensor.cpu()}, run.student.conversion)
+    stored = {own: value for name, value in changed.items() for own in run.student.stored_names(name)}
+    for name, value in stored.items():
+        disk = hf.to_disk_format(run.student.model, {name: value().cpu()}, run.student.conversion)
         assert set(disk) == set(run.student.source_keys(name)), f"{name} would be written under other names than it was read from"
         rewriter.put(disk)
     record = {name: value for name, value in run.record.items() if name not in ("evaluation", "bench")}  # which were of other numbers

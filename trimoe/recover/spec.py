@@ -42,6 +42,8 @@ class Recover:
     patience     validations (ten a run) without improvement after which training stops; the best state is what is written. At a high rate
                  the numbers get worse before they get better
     adapter      keep the adapters beside the untouched model (peft's format) instead of merging them
+    dtype        float32 or bfloat16, in which the model computes; null: bfloat16 where a checkpoint is stored so and trains on a GPU. What
+                 trains is float32 in any case (adapters, or masters of weights), and its optimiser
     stream       `experts` only: layer by layer, neither model is held in memory. false: both are, and the language-modelling loss is
                  added, as the paper does
     """
@@ -64,6 +66,7 @@ class Recover:
     top_k: Annotated[int, Field(ge=1)] = 64
     patience: Annotated[int, Field(ge=1)] = 8
     adapter: bool = False
+    dtype: Literal["float32", "bfloat16"] | None = None
     stream: bool = True
 
     def __post_init__(self) -> None:

@@ -34,6 +34,12 @@ class Kept:
     index_BLK: torch.Tensor
     rest_BL: torch.Tensor
 
+    def at(self, places_P: torch.Tensor) -> Kept:
+        """Of some positions."""
+        if len(places_P) == self.rest_BL.shape[1]:
+            return self
+        return Kept(self.value_BLK[:, places_P], self.index_BLK[:, places_P], self.rest_BL[:, places_P])
+
     def to(self, device: torch.device | str) -> Kept:
         return Kept(self.value_BLK.to(device), self.index_BLK.to(device), self.rest_BL.to(device))
 
@@ -47,7 +53,8 @@ def keep(logits_BLV: torch.Tensor, temperature: float, top_k: int) -> Kept:
 
 def distillation(logits_BLV: torch.Tensor, cached: Kept, temperature: float) -> torch.Tensor:
     """T^2 times the mean KL(teacher || student) per token, in nats; exact where nothing is pooled."""
-    log_q_BLV = (logits_BLV / temperature).log_softmax(-1)
+    wide_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
+    log_q_BLV = (wide_BLV / temperature).log_softmax(-1)
     index_BLK = cached.index_BLK.long()
     value_BLK = cached.value_BLK.to(log_q_BLV.dtype)
     kl_BL = (value_BLK.exp() * (value_BLK - log_q_BLV.gather(-1, index_BLK))).sum(-1)
