@@ -19,9 +19,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import trimoe
@@ -159,6 +161,20 @@ def test_streamed_equals_in_memory_equals_the_model_itself(family: str, family_f
 def test_a_rolling_task_alone(stream: bool, family_folder: Callable[[str], Path], files: SimpleNamespace) -> None:
     report = trimoe.evaluate(family_folder("mixtral"), text=[], tasks=["long"], include=[files.yaml], stream=stream, limit=2)
     assert rows_of(report)["long", "word_perplexity"]["value"] > 1 and all(row["cut"] == 0 for row in report["tasks"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tokenizer_with_neither_a_beginning_nor_an_end(stream: bool, source: Path, files: SimpleNamespace) -> None:
+    """What has a context is scored as with them; what has none, or writes, cannot be: one sentence."""
+    with_them = trimoe.evaluate(source, text=[], tasks=["quiz"], include=[files.yaml], stream=stream)["tasks"]
+    transformers.PreTrainedTokenizerFast(tokenizer_object=families.tokenizer()._tokenizer).save_pretrained(source)
+    assert trimoe.evaluate(source, text=[], tasks=["quiz"], include=[files.yaml], stream=stream)["tasks"] == with_them
+    for tasks in (["long"], [files.blimp]):
+        with pytest.raises(UserError, match="neither a beginning nor an end token"):
+            trimoe.evaluate(source, text=[], tasks=tasks, include=[files.yaml], stream=stream)
+    if not stream:
+        with pytest.raises(UserError, match="has no end token"):
+            trimoe.evaluate(source, text=[], tasks=["writes"], include=[files.yaml], stream=stream)
 
 
 def test_many_walks_give_what_one_gives(

@@ -38,6 +38,24 @@ class Counting(TemplateLM):
     cut: Counter[str]
     bars: bool
     max_length: int
+    tokenizer: Any
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has nothing before it: the beginning token, else the end token, as in HFLM."""
+        first = self.marker
+        if first is None:
+            raise UserError(
+                "The model's tokenizer has neither a beginning nor an end token, and the tasks score text that has nothing before it, "
+                "which needs one of them; leave those tasks out, or set bos_token in tokenizer_config.json."
+            )
+        return first
+
+    @property
+    def marker(self) -> int | None:
+        """The beginning token, else the end token, else None."""
+        found: int | None = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        return found
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self.asked = [request.task_name for request in requests]
@@ -58,6 +76,23 @@ class InMemory(Counting, HFLM):
         Range(skeleton.name, skeleton.dtype).guard(model)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=skeleton.context, softmax_dtype="float32")
         self.cut, self.bars = Counter(), bars
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any
+    ) -> list[int]:
+        """HFLM looks whether a string begins with the beginning token already; where there is none, it cannot."""
+        asked = True if add_special_tokens is None and self.marker is None else add_special_tokens
+        found: list[int] = super().tok_encode(string, asked, left_truncate_len, **options)
+        return found
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "The model's tokenizer has no end token, so tasks that let the model write cannot tell where it ends; leave them out, or set "
+                "eos_token in tokenizer_config.json."
+            )
+        written: list[str] = super().generate_until(requests, disable_tqdm)
+        return written
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         self.asked = []  # windows fit the context; nothing is cut
@@ -80,15 +115,12 @@ class Streamed(Counting):
     # ---- tokens, as HFLM makes them
 
     @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+    def eot_token_id(self) -> int | None:
+        found: int | None = self.tokenizer.eos_token_id
+        return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+        if add_special_tokens is None and self.marker is not None and string.startswith(self.tokenizer.decode(self.marker)):
             add_special_tokens = False
         return self.tokenizer.encode(string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}))
 
