@@ -23,8 +23,9 @@ import torch
 from trimoe import hf
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
+from trimoe.precision import compute_dtype
 from trimoe.progress import QUIET, Reporter
-from trimoe.stream import compute_dtype, usable_device
+from trimoe.stream import usable_device
 
 SERVE = "from trimoe import benchmark; benchmark.serve()"
 MEASURES = ("prefill_tokens_s", "decode_tokens_s", "first_token_s")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from trimoe import card, disk, distributed
@@ -29,13 +30,13 @@ from trimoe.evaluate import Ends, evaluate, harness, of_sources, taskset
 from trimoe.finished import lost
 from trimoe.journal import Journal
 from trimoe.plan import Plan
+from trimoe.precision import compute_dtype, dtype_name
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe import Recipe
 from trimoe.shared_statistics import Shared
 from trimoe.skeleton import Skeleton
 from trimoe.spill import BUDGET
 from trimoe.standings import Row, frontier, plot, write_tables
-from trimoe.stream import compute_dtype
 from trimoe.version import VERSION
 from trimoe.words import counted, duration, listed
 from trimoe.write import write_text
@@ -79,7 +80,7 @@ def sweep(
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "auto",
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Sweep:
@@ -113,7 +114,8 @@ def sweep(
         raise UserError("A sweep compares by KL on held-out text; give at least one (builtin:mixed is one).")
     several = isinstance(recipe, list | tuple) or (isinstance(recipe, dict) and "steps" not in recipe)
     found = variants(recipe if several else [recipe], changes)
-    skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+    skeleton = Skeleton.of(str(model), compute_dtype(dtype, device))
+    precision = dtype_name(skeleton.dtype)
 
     def planned(variant: Variant) -> tuple[Recipe, Plan]:
         parsed = with_calibration(variant.recipe(), calibration, samples, length)
@@ -130,13 +132,13 @@ def sweep(
         spec = json.dumps(parsed.to_json()["calibration"])
         if spec not in read:
             read[spec] = calibration_for(skeleton, parsed.calibration, seed, reporter)
-        command = _command(model, out, variant, seed, device, dtype)
-        return job_of(skeleton, parsed, read[spec], seed, device, dtype, command, reporter)
+        command = _command(model, out, variant, seed, device, precision)
+        return job_of(skeleton, parsed, read[spec], seed, device, command, reporter)
 
     jobs = _all(found, ready)
     settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
     settings |= {"tasks": harness.task_settings(asked, limit)} if asked is not None else {}
-    inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": dtype, "evaluation": settings, "version": VERSION}
+    inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": precision, "evaluation": settings, "version": VERSION}
 
     entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
     unmeasured = sum(not entry.measured() for entry in entries)
@@ -145,7 +147,7 @@ def sweep(
     def score(folder: Path) -> dict[str, Any]:
         return evaluate(
             folder, against=str(model), text=text, length=window, stride=stride, tokens=tokens, tasks=tasks, limit=limit, include=include, device=device,
-            dtype=compute_dtype(dtype), cache=cache, ends=ends, reporter=reporter,
+            dtype=skeleton.dtype, cache=cache, ends=ends, reporter=reporter,
         )  # fmt: skip
 
     journal = Journal(out, inputs, of="a sweep")

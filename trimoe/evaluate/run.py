@@ -16,6 +16,7 @@ from trimoe.errors import UserError, reading
 from trimoe.evaluate import generation, harness, taskset, texts
 from trimoe.evaluate.cache import Cache
 from trimoe.evaluate.texts import Ends
+from trimoe.precision import compute_dtype
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Skeleton
 from trimoe.stream import usable_device
@@ -38,7 +39,7 @@ def evaluate(
     stream: bool | None = None,
     generate: bool | None = False,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = "auto",
     cache: str | os.PathLike[str] | None = None,
     ends: Ends | None = None,
     reporter: Reporter = QUIET,
@@ -69,9 +70,10 @@ def evaluate(
         raise UserError("There is nothing to evaluate on; give a text (builtin:mixed is one) or tasks.")
     taskset.check_asked(tasks, limit=limit, fewshot=fewshot, include=include, stream=stream)
     usable_device(device)
+    precision = compute_dtype(dtype, device)
     checkpoint = Checkpoint.open(model)
-    skeleton = Skeleton(checkpoint, dtype)
-    other = Skeleton.of(str(against), dtype) if against is not None else None
+    skeleton = Skeleton(checkpoint, precision)
+    other = Skeleton.of(str(against), precision) if against is not None else None
     vocabulary = skeleton.config.get_text_config().vocab_size
     if other is not None and other.config.get_text_config().vocab_size != vocabulary:
         raise UserError(
