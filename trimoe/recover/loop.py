@@ -32,6 +32,7 @@ from trimoe.recover.spec import Diverged, Recover, schedule
 from trimoe.recover.teacher import Teacher, distillation, save_aside
 from trimoe.recover.zeros import Held
 from trimoe.skeleton import LOGITS, Skeleton
+from trimoe.spill import wider
 from trimoe.words import counted
 
 VALIDATIONS = 10  # over a whole run, beside the one at the start
@@ -215,7 +216,7 @@ class Training:
     def _pieces(self, samples: Sequence[int]) -> list[list[int]]:
         """Samples whose logits fit in memory together."""
         vocabulary = self.job.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        share = max(1, LOGITS // (self.samples_NL.shape[1] * vocabulary))
+        share = max(1, LOGITS * wider(self.device) // (self.samples_NL.shape[1] * vocabulary))
         return [list(samples[start : start + share]) for start in range(0, len(samples), share)]
 
     # ---- validation
