@@ -369,6 +369,8 @@ def test_groups_fall_back_to_a_common_divisor(family_folder: Callable[[str], Pat
     site = next(iter(Skeleton.of(str(family_folder("mixtral"))).sites.values()))
     for pairs, wanted, expected in [
         ([(2048, 768)], 128, 128), ([(2048, 1408), (2048, 1408)], 128, 128), ([(2048, 1408), (2048, 96)], 128, 32), ([(2048, 768)], 40, 32),
+        ([(2880, 2880)], 128, 64), ([(96, 96)], 128, 32), ([(2880, 1440)], 128, 32), ([(2880, 2880)], 120, 120), ([(2048, 768)], 256, 256),
+        ([(2048, 384)], 256, 128), ([(72, 24)], 128, 24), ([(2048, 768)], 8, 8),
     ]:  # fmt: skip
         assert Quantize(group=wanted).group_of([replace(site, hidden=hidden, width=width) for hidden, width in pairs]) == expected
 

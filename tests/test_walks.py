@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import trimoe
-from trimoe import cli, receptive_field, spill
+from trimoe import cli, receptive_field, spill, stream
 from trimoe.calibration import load_tokenizer
 from trimoe.evaluate import windows
 from trimoe.methods.expert_drop import ReceptiveField
@@ -29,7 +31,8 @@ from trimoe.observe import masked
 from trimoe.sensitivity import sensitivity, shrunk
 from trimoe.skeleton import Skeleton
 from trimoe.spill import FLOOR, SAMPLES
-from trimoe.variants import affordable
+from trimoe.stream import LayerWalk
+from trimoe.variants import affordable, divergence, without_moe
 
 WALKED = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 BATCHES = [torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]
@@ -198,3 +201,29 @@ def test_what_lies_in_files_is_what_would_lie_in_memory(
     assert mapped and not list((tmp_path / "files").iterdir())
     for path in (tmp_path / "memory").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "spilled" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("device", "gibibytes", "times"),
+    [("cpu", 8, 1), ("cpu", 24, 1), ("cpu", 64, 2), ("cpu", 512, 16), ("cuda", 8, 1), ("cuda:0", 24, 4), ("cuda", 80, 16), ("mps", 512, 1)],
+)
+def test_logits_held_at_once_go_by_memory(device: str, gibibytes: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than a sixteenth of a GPU, a sixty-fourth of the host, beyond what is always held; always a power of two."""
+    memory = SimpleNamespace(total=gibibytes << 30, total_memory=gibibytes << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: memory)
+    assert spill.wider(device) == times
+
+
+def test_wider_pieces_give_the_same_divergence(family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = Skeleton.of(str(family_folder("mixtral")))
+    batches = [torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))]
+    versions: dict[str, dict[int, Any]] = {"whole": {}, "less": {1: without_moe}}
+    found = []
+    monkeypatch.setattr(stream, "LOGITS", 96 * 2 * 3)  # three positions
+    for times, pieces in ((1, 6), (2, 3), (4, 2)):
+        monkeypatch.setattr(stream, "wider", lambda device, times=times: times)
+        assert len(LayerWalk(skeleton, batches).pieces(0)) == pieces
+        found.append(divergence(skeleton, batches, versions, "whole")["less"])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6) and found[0] > 0

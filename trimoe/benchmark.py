@@ -23,9 +23,10 @@ import torch
 from trimoe import hf
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError
-from trimoe.finite import Range, told
+from trimoe.finite import Range
+from trimoe.precision import compute_dtype, dtype_name
 from trimoe.progress import QUIET, Reporter
-from trimoe.stream import compute_dtype, usable_device
+from trimoe.stream import usable_device
 
 SERVE = "from trimoe import benchmark; benchmark.serve()"
 MEASURES = ("prefill_tokens_s", "decode_tokens_s", "first_token_s")
@@ -55,7 +56,7 @@ def bench(
     for name, value, least in (("prompt", prompt, 1), ("generate", generate, 2), ("batch", batch, 1), ("rounds", rounds, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; at least {least} is needed.")
-    device, dtype = str(device), dtype if dtype == "auto" else told(compute_dtype(dtype))
+    device, dtype = str(device), dtype if dtype == "auto" else dtype_name(compute_dtype(dtype))
     usable_device(device)
     job = {"prompt": prompt, "generate": generate, "batch": batch, "device": device, "dtype": dtype, "threads": torch.get_num_threads()}
     folders = [str(path) for path in (folder, against) if path is not None]
@@ -162,7 +163,7 @@ class Runner:
         return {
             "load_s": self.load_s,
             "before_bytes": self.before_bytes,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.model.dtype),
             "backends": getattr(self.model, "trimoe_backends", None),
         }
 

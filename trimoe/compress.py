@@ -20,7 +20,7 @@ from trimoe.disk import human
 from trimoe.distributed import ALONE, Team, team
 from trimoe.errors import UserError, reading
 from trimoe.finished import lost, refuse_lost
-from trimoe.finite import NotFinite, told
+from trimoe.finite import NotFinite
 from trimoe.gather import statistics
 from trimoe.headers import DTYPES, read_json
 from trimoe.journal import FOLDER, STAGE, Journal
@@ -29,6 +29,7 @@ from trimoe.linears import linears
 from trimoe.methods import ExpertDrop, LowRank, WeightPrune
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.plan import Plan, final_plan, plan
+from trimoe.precision import compute_dtype, dtype_name
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe import CalibrationSpec, Recipe, with_calibration
 from trimoe.recover import recover
@@ -36,7 +37,7 @@ from trimoe.recover.given import check, refuse_inside
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
-from trimoe.stream import compute_dtype, usable_device
+from trimoe.stream import usable_device
 from trimoe.transform import transform
 from trimoe.version import VERSION, versions
 from trimoe.words import listed
@@ -67,7 +68,7 @@ def compress(
     seed: int = 0,
     stats: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype = "auto",
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Result:
@@ -77,15 +78,17 @@ def compress(
     calibration     text sources in place of the recipe's; `samples`, `length` likewise
     stats           a statistics file (trimoe stats) to take the first step's statistics from
     A recipe with a `recover` section compresses into OUT/.trimoe first, and what is trained from there is written to `out`.
-    device, dtype   where and in which precision the layers run; the result keeps the source's dtypes
+    device, dtype   where and in which precision the layers run (`auto`: bfloat16 on a GPU that computes in it, else float32); the result
+                    keeps the source's dtypes
     Started by torchrun the processes share the work (docs/scale.md); rank 0 writes, all return the result.
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
     out, changes, calibration = Path(out), listed(changes), listed(calibration)
-    device, dtype = str(device), told(compute_dtype(dtype))
+    device = str(device)
+    precision = compute_dtype(dtype, device)
     call = (
         f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={changes!r}, calibration={calibration!r}, "
-        f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
+        f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype_name(precision)!r})"
     )
     with team(device) as processes:
         reporter = (reporter if processes.main else QUIET).fresh()
@@ -93,10 +96,10 @@ def compress(
         def on_paper() -> tuple[Job, Plan]:
             parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
             with reporter.stage("Read headers and plan"):
-                skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+                skeleton = Skeleton.of(str(model), precision)
                 before = possible(skeleton, parsed, out, device, processes)
             text = calibration_for(skeleton, parsed.calibration, seed, reporter)
-            job = job_of(skeleton, parsed, text, seed, device, dtype, command or call, reporter, processes)
+            job = job_of(skeleton, parsed, text, seed, device, command or call, reporter, processes)
             return replace(job, warnings=tuple(before.warnings)), before
 
         job, before = processes.after_main(on_paper)
@@ -117,7 +120,7 @@ def possible(skeleton: Skeleton, parsed: Recipe, out: Path, device: str, process
 
 
 def job_of(
-    skeleton: Skeleton, parsed: Recipe, text: Calibration, seed: int, device: str, dtype: str, command: str, reporter: Reporter,
+    skeleton: Skeleton, parsed: Recipe, text: Calibration, seed: int, device: str, command: str, reporter: Reporter,
     processes: Team = ALONE,
 ) -> Job:  # fmt: skip
     """What is left to do once the plan is known and the text is read."""
@@ -125,7 +128,12 @@ def job_of(
         check(parsed.recover, skeleton, parsed.calibration.data, seed)
     place = processes.place(device)
     with reporter.stage("Fingerprint the model"):
-        about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
+        about = {
+            "model": skeleton.checkpoint.fingerprint,
+            "seed": seed,
+            "calibration": text.fingerprint,
+            "dtype": dtype_name(skeleton.dtype),
+        }
     run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes)
     inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
     return Job(run, text, inputs, command)
@@ -210,18 +218,19 @@ class Job:
 
 def gather_statistics(
     model: str | os.PathLike[str], out: str | os.PathLike[str], *, calibration: str | Sequence[str] = (), samples: int | None = None,
-    length: int | None = None, seed: int = 0, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32",
+    length: int | None = None, seed: int = 0, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto",
     reporter: Reporter = QUIET,
 ) -> Stats:  # fmt: skip
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
-    base, device, dtype = Recipe(steps=(ExpertDrop(ratio=0.25),)), str(device), told(compute_dtype(dtype))
+    base, device = Recipe(steps=(ExpertDrop(ratio=0.25),)), str(device)
+    precision = compute_dtype(dtype, device)
     with team(device) as processes:
         reporter = (reporter if processes.main else QUIET).fresh()
 
         def on_paper() -> tuple[Skeleton, CalibrationSpec, Calibration]:
             spec = with_calibration(base, calibration, samples, length).calibration
             with reporter.stage("Read headers"):
-                skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+                skeleton = Skeleton.of(str(model), precision)
             refuse_inside(Path(out), skeleton)
             usable_device(processes.place(device))
             if processes.main and Path(out).exists():
@@ -231,9 +240,12 @@ def gather_statistics(
             return skeleton, spec, calibration_for(skeleton, spec, seed, reporter)
 
         skeleton, spec, text = processes.after_main(on_paper)
-        about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype}
+        about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype_name(precision)}
         reach, place = max(site.num_experts for site in skeleton.sites.values()), processes.place(device)
-        call = f"trimoe.gather_statistics({str(model)!r}, out, calibration={listed(calibration)!r}, seed={seed!r}, device={device!r}, dtype={dtype!r})"
+        call = (
+            f"trimoe.gather_statistics({str(model)!r}, out, calibration={listed(calibration)!r}, seed={seed!r}, device={device!r}, "
+            f"dtype={dtype_name(precision)!r})"
+        )
         if processes.main:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
         with logged(reporter, Path(f"{out}.log"), call, main=processes.main):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trimoe.errors import UserError
+from trimoe.precision import dtype_name
 
 WIDER = {torch.float16: "give --dtype bfloat16 or float32", torch.bfloat16: "give --dtype float32"}
 
@@ -39,7 +40,7 @@ class Range:
         """Raises NotFinite where anything seen since the last check was not finite; `what` says which numbers these are, and where."""
         ends, self._ends = self._ends, []
         if ends and not bool(torch.stack(ends).isfinite().all()):
-            raise NotFinite(f"{self.name}: {what} hold NaN or infinite numbers in {told(self.dtype)}; {advice(self.dtype)}.")
+            raise NotFinite(f"{self.name}: {what} hold NaN or infinite numbers in {dtype_name(self.dtype)}; {advice(self.dtype)}.")
 
     def guard(self, model: nn.Module) -> None:
         """From now on `model` raises NotFinite where its logits are not finite; it waits for the device at every call."""
@@ -54,13 +55,8 @@ class Range:
 def within(made: torch.Tensor, what: str, dtype: torch.dtype) -> torch.Tensor:
     """`made` if all of it is finite, else Inside; `what` names it in words, `dtype` is what it comes of. It waits for the device."""
     if made.numel() and not bool(torch.stack(made.aminmax()).isfinite().all()):
-        raise Inside(f"{what} hold NaN or infinite numbers in {told(dtype)}; {advice(dtype)}.")
+        raise Inside(f"{what} hold NaN or infinite numbers in {dtype_name(dtype)}; {advice(dtype)}.")
     return made
-
-
-def told(dtype: str | torch.dtype) -> str:
-    """A dtype's name without torch's."""
-    return str(dtype).removeprefix("torch.")
 
 
 def advice(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from trimoe.recipe import Recipe
 from trimoe.recover.spec import Recover
 from trimoe.site import Site
 from trimoe.skeleton import LOGITS, Skeleton
-from trimoe.spill import BUDGET, FLOOR
+from trimoe.spill import BUDGET, FLOOR, wider
 from trimoe.subset import gram_bytes, search_budget
 
 IMPORTS = 480 << 20  # bytes that Python, torch, transformers and their buffers take
@@ -28,15 +28,15 @@ def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: 
     """Bytes of memory at the peak of each stage, the host's and the device's together. `decisions`: final ones, or stand-ins of
     the right sizes; `parameters`: the result's."""
     found: dict[str, int] = {}
-    for name, size in _stages(skeleton, recipe, decisions, tokens, batch_tokens(device)):
+    for name, size in _stages(skeleton, recipe, decisions, tokens, batch_tokens(device), LOGITS * wider(device)):
         found[name] = max(found.get(name, 0), IMPORTS + size)
     if recipe.recover is not None:
         found["recovery"] = IMPORTS + _recovery(skeleton, recipe.recover, parameters)
     return found
 
 
-def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, wide: int) -> Iterator[tuple[str, int]]:
-    """`wide`: tokens of a batch."""
+def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, wide: int, together: int) -> Iterator[tuple[str, int]]:
+    """`wide`: tokens of a batch; `together`: logits that are held at once."""
     site, item = max(skeleton.sites.values(), key=lambda site: site.num_experts * site.width), skeleton.dtype.itemsize
     hidden = min(BUDGET, site.hidden * tokens * item)
     outside = sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.outer_keys) * item
@@ -51,7 +51,7 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
         recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
         yield "statistics", max(outside + hidden, layer + batch + hidden + recorded + kept)
         if _compares(step):
-            logits = TABLES * 4 * min(LOGITS, wide * skeleton.config.get_text_config().vocab_size)
+            logits = TABLES * 4 * min(together, wide * skeleton.config.get_text_config().vocab_size)
             streams = max(FLOOR, skeleton.largest_layer // 2)
             yield "measuring", kept + streams + max(layer + batch, outside + logits)
     last = [step for step in recipe.steps if isinstance(step, LowRank | Quantize | WeightPrune)]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from trimoe import memory
 from trimoe.advice import advice
 from trimoe.calibration import most_tokens
@@ -18,6 +20,7 @@ from trimoe.layout import Layout
 from trimoe.methods import Quantize
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.paper import WIDEST, Paper
+from trimoe.precision import compute_dtype
 from trimoe.recipe import Recipe, with_calibration
 from trimoe.recipe import load as load_recipe
 from trimoe.site import Site
@@ -95,11 +98,13 @@ def plan(
     samples: int | None = None,
     length: int | None = None,
     device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
 ) -> Plan:
     """Before any statistics: exact where the recipe fixes the result, an interval where decisions will. `calibration`, `samples`, `length`
-    take the place of the recipe's. Raises UserError for a recipe that cannot be, and for a text of this machine that is not there or too short."""
+    take the place of the recipe's; `device` and `dtype` are as for compress (a skeleton has its own dtype). Raises
+    UserError for a recipe that cannot be, and for a text of this machine that is not there or too short."""
     parsed = with_calibration(load_recipe(recipe, changes), calibration, samples, length)
-    skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, weights=False)
+    skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, compute_dtype(dtype, device), weights=False)
     forms, spec = _forms(skeleton, parsed), parsed.calibration
     layout, smaller, most = forms.layout, forms.smaller, forms.most
     tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))

@@ -3,10 +3,11 @@
 The experts keep transformers' own module and dispatch (generate, caches and adapters see nothing unusual); its stacked weights are
 empty, and a matrix per expert and projection, each in the form that a backend's kernel wants, hangs on the module instead. Backends:
 
-    int8-dynamic       CPU (fbgemm)    int8 x int8. The fastest; weights and activations are rounded (see Int8Dynamic).
     int4-weight-only   CPU and CUDA    the stored 4-bit integers and scales as they are, computed in bf16. The smallest.
-    int8-weight-only   CPU and CUDA    int8 integers with one scale a row, computed in bf16.
+    int8-weight-only   CPU and CUDA    the stored 8-bit integers and scales as they are, computed in bf16.
     dequantize         everywhere      one matrix at a time is expanded when its expert is used. Exact, differentiable, slow.
+    int8-dynamic       CPU (fbgemm)    int8 x int8. Weights and activations are rounded once more (see Int8Dynamic), so the model is another
+                                       than the one that trimoe eval measures: only by name.
 
 Letters: O outputs, I inputs of a matrix, G groups along I; T tokens, k experts a token, S = T k pairs or those of one expert, E experts.
 """
@@ -131,19 +132,28 @@ class Int4WeightOnlyCuda(Int4WeightOnly):
 
 
 class Int8WeightOnly(Backend):
-    """int8 integers with a bf16 scale a row (several groups are rounded to that as Int8Dynamic does); bf16 activations."""
+    """Exactly the stored integers and groups: torch's kernel has a scale a row, so each group is a product of its own. bf16 scales and
+    inputs, sums of groups in float32."""
 
     name = "int8-weight-only"
 
     def fits(self, bits: int, group: int, shape: tuple[int, int], device: torch.device) -> bool:
-        return bits == 8 and device.type in ("cpu", "cuda") and shape[1] % 32 == 0  # elsewhere the CPU kernel reads past its rows
+        whole = group % 32 == 0 and shape[1] % group == 0  # elsewhere the CPU kernel reads past its rows
+        return bits == 8 and device.type in ("cpu", "cuda") and whole
 
     def pack(self, packed: Packed) -> Any:
-        q_OI, scale_O = per_row(packed)
-        return q_OI.contiguous(), scale_O.to(torch.bfloat16)
+        q_GOI = packed.q_OI.unflatten(1, (-1, packed.group)).transpose(0, 1).contiguous()
+        return q_GOI, packed.scale_OG.to(torch.bfloat16).T.contiguous()
 
     def linear(self, x_SI: torch.Tensor, handle: Any) -> torch.Tensor:
-        return torch._weight_int8pack_mm(x_SI.to(torch.bfloat16).contiguous(), *handle).to(x_SI.dtype)
+        q_GOI, scale_GO = handle
+        parts = x_SI.to(torch.bfloat16).split(q_GOI.shape[-1], dim=1)
+        y_SO = torch._weight_int8pack_mm(parts[0].contiguous(), q_GOI[0], scale_GO[0])
+        if len(parts) > 1:
+            y_SO = y_SO.float()
+        for x, q_OI, scale_O in zip(parts[1:], q_GOI[1:], scale_GO[1:], strict=True):
+            y_SO += torch._weight_int8pack_mm(x.contiguous(), q_OI, scale_O)
+        return y_SO.to(x_SI.dtype)
 
 
 class Dequantize(Backend):
@@ -164,8 +174,8 @@ class Dequantize(Backend):
         return F.linear(x_SI, Packed(q_OI, scale_OG, bits, group).dense(x_SI.dtype))
 
 
-# "auto" takes the first that fits: int8-dynamic on a CPU, weight-only on CUDA, dequantize where no kernel allows the group size.
-BACKENDS: tuple[Backend, ...] = (Int8Dynamic(), Int4WeightOnly(), Int4WeightOnlyCuda(), Int8WeightOnly(), Dequantize())
+# "auto" takes the first that fits: weight-only, or dequantize where no kernel allows the group size. int8-dynamic is taken by name alone.
+BACKENDS: tuple[Backend, ...] = (Int4WeightOnly(), Int4WeightOnlyCuda(), Int8WeightOnly(), Dequantize(), Int8Dynamic())
 
 
 def per_row(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:

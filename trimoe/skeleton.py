@@ -22,7 +22,7 @@ from trimoe.errors import FOREIGN, UserError, first_line, stop_if_told
 from trimoe.routing import RoutingRule
 from trimoe.site import Site, keep_experts, tensor_at
 
-LOGITS = 1 << 24  # logits that are held at once, several times over, where versions of a model are compared
+LOGITS = 1 << 24  # logits that are held at once, several times over, where versions of a model are compared (spill.wider: or more)
 
 
 class Skeleton:

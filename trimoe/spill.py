@@ -13,13 +13,29 @@ from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from trimoe.aside import disk_errors
 
 BUDGET = 2 << 30  # bytes of hidden states in memory, and of what one layer's experts are given
 FLOOR = 96 << 20  # bytes of hidden states that several versions of a model walked together may always take
+LOGITS_BYTES = 5 * 4 << 24  # of five float32 tables of so many logits as are always held at once
 SAMPLES = 24  # what versions are measured on, where memory allows
+
+
+def wider(device: str | torch.device) -> int:
+    """How many times as many logits as LOGITS are held at once on a device: a power of two, so that those take no more than a sixteenth of
+    a GPU's memory, or a sixty-fourth of the host's. It goes by all memory, not by what is free, because where a sum is split shows in its last
+    digits: the same machine splits it the same way each time, and so do all hosts below 40 GiB."""
+    place = str(device).partition(":")[0]
+    if place == "cuda" and torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(device).total_memory // 16
+    elif place == "cpu":
+        room = psutil.virtual_memory().total // 64
+    else:
+        room = 0
+    return 1 << max(0, (room // LOGITS_BYTES).bit_length() - 1)
 
 
 def samples_for(streams: int, sample: int, layer: int) -> int:

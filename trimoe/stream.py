@@ -21,10 +21,10 @@ from torch import nn
 from trimoe import hf
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError, first_line
-from trimoe.finite import Inside, NotFinite, Range, told
+from trimoe.finite import Inside, NotFinite, Range
 from trimoe.progress import Reporter
 from trimoe.skeleton import LOGITS, Skeleton
-from trimoe.spill import Carried
+from trimoe.spill import Carried, wider
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, after the hidden states
 
@@ -36,15 +36,6 @@ def usable_device(device: str) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"The device {device!r} cannot be used here ({first_line(error)}).") from None
-
-
-def compute_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype that layers run in, by name or as torch has it. Raises UserError for any other."""
-    dtypes = {told(one): one for one in (torch.float32, torch.bfloat16, torch.float16)}
-    name = told(dtype)
-    if name not in dtypes:
-        raise UserError(f"dtype {name!r} is not one of {', '.join(dtypes)}.")
-    return dtypes[name]
 
 
 class _Stand(nn.Module):
@@ -225,7 +216,7 @@ class LayerWalk:
         """Positions of a batch in pieces whose logits are few enough to be held several times over."""
         rows, length = self.batches[batch].shape
         vocabulary = self.skeleton.config.get_text_config().vocab_size
-        return list(torch.arange(length, device=self.device).split(max(1, LOGITS // (rows * vocabulary))))
+        return list(torch.arange(length, device=self.device).split(max(1, LOGITS * wider(self.device) // (rows * vocabulary))))
 
     @contextmanager
     def head(self) -> Iterator[Callable[..., torch.Tensor]]:

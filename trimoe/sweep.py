@@ -28,16 +28,15 @@ from trimoe.compress import Job, calibration_for, job_of, possible, record_of, w
 from trimoe.errors import UserError
 from trimoe.evaluate import Ends, evaluate, harness, of_sources, taskset
 from trimoe.finished import lost
-from trimoe.finite import told
 from trimoe.journal import Journal
 from trimoe.plan import Plan
+from trimoe.precision import compute_dtype, dtype_name
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe import Recipe
 from trimoe.shared_statistics import Shared
 from trimoe.skeleton import Skeleton
 from trimoe.spill import BUDGET
 from trimoe.standings import Row, frontier, plot, write_tables
-from trimoe.stream import compute_dtype
 from trimoe.version import VERSION
 from trimoe.words import counted, duration, listed
 from trimoe.write import write_text
@@ -81,7 +80,7 @@ def sweep(
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype = "auto",
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Sweep:
@@ -97,7 +96,7 @@ def sweep(
     Raises UserError before anything is written if any variant is impossible, and at the end if one failed nevertheless.
     """
     out, started, reporter = Path(out), time.monotonic(), reporter.fresh()
-    device, dtype = str(device), told(compute_dtype(dtype))
+    device = str(device)
     changes, text, tasks, include = listed(changes), listed(text), listed(tasks), listed(include)
     if keep not in KEEPS:
         raise UserError(f"keep is {keep!r}; {', '.join(KEEPS)} are known.")
@@ -116,7 +115,8 @@ def sweep(
         raise UserError("A sweep compares by KL on held-out text; give at least one (builtin:mixed is one).")
     several = isinstance(recipe, list | tuple) or (isinstance(recipe, dict) and "steps" not in recipe)
     found = variants(recipe if several else [recipe], changes)
-    skeleton = Skeleton.of(str(model), compute_dtype(dtype))
+    skeleton = Skeleton.of(str(model), compute_dtype(dtype, device))
+    precision = dtype_name(skeleton.dtype)
 
     def planned(variant: Variant) -> tuple[Recipe, Plan]:
         parsed = with_calibration(variant.recipe(), calibration, samples, length)
@@ -133,13 +133,13 @@ def sweep(
         spec = json.dumps(parsed.to_json()["calibration"])
         if spec not in read:
             read[spec] = calibration_for(skeleton, parsed.calibration, seed, reporter)
-        command = _command(model, out, variant, seed, device, dtype)
-        return job_of(skeleton, parsed, read[spec], seed, device, dtype, command, reporter)
+        command = _command(model, out, variant, seed, device, precision)
+        return job_of(skeleton, parsed, read[spec], seed, device, command, reporter)
 
     jobs = _all(found, ready)
     settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
     settings |= {"tasks": harness.task_settings(asked, limit)} if asked is not None else {}
-    inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": dtype, "evaluation": settings, "version": VERSION}
+    inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": precision, "evaluation": settings, "version": VERSION}
 
     entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
     unmeasured = sum(not entry.measured() for entry in entries)
@@ -148,7 +148,7 @@ def sweep(
     def score(folder: Path) -> dict[str, Any]:
         return evaluate(
             folder, against=str(model), text=text, length=window, stride=stride, tokens=tokens, tasks=tasks, limit=limit, include=include, device=device,
-            dtype=compute_dtype(dtype), cache=cache, ends=ends, reporter=reporter,
+            dtype=skeleton.dtype, cache=cache, ends=ends, reporter=reporter,
         )  # fmt: skip
 
     journal = Journal(out, inputs, of="a sweep")

@@ -43,7 +43,7 @@ def plan(
     stats: Annotated[Path | None, typer.Option(help="a file written by trimoe stats: how stable its choices are, expert-parallel traffic")] = None,
     time: Annotated[bool, typer.Option(help="measure this machine (two seconds, once) and say how long it takes")] = True,
     processes: Annotated[int, typer.Option(min=1, help="say how long so many processes take, and what they send to each other")] = 1,
-    device: Device = "cpu", dtype: Dtype = "float32", as_json: JsonFlag = False,
+    device: Device = "cpu", dtype: Dtype = "auto", as_json: JsonFlag = False,
 ) -> None:  # fmt: skip
     """Sizes before and after, what a token costs, what will load the result, how long it takes. Reads no weight."""
     from dataclasses import replace
@@ -52,16 +52,16 @@ def plan(
     from trimoe import plan_table
     from trimoe.calibration import check_here
     from trimoe.known import known
+    from trimoe.precision import compute_dtype
     from trimoe.recipe import load, with_calibration
     from trimoe.skeleton import Skeleton
-    from trimoe.stream import compute_dtype
     from trimoe.timing import check_device, check_processes, estimate
 
     check_device(device)
     parsed = with_calibration(load(recipe, changes), calibration, samples, length)
     for source in parsed.calibration.sources:
         check_here(source)
-    skeleton = Skeleton.of(model, compute_dtype(dtype), weights=False)
+    skeleton = Skeleton.of(model, compute_dtype(dtype, device), weights=False)
     made, traffic = trimoe.plan(skeleton, parsed, device=device), None
     check_processes(skeleton, parsed, processes, device)
     if stats is not None:
@@ -81,7 +81,7 @@ def bench(
     generate: Annotated[int, typer.Option(help="new tokens")] = 64,
     batch: Annotated[int, typer.Option(help="prompts at once")] = 1,
     rounds: Annotated[int, typer.Option(help="measurements of each model")] = 5,
-    backend: Annotated[str, typer.Option(help="how packed experts run: auto, int8-dynamic, int4-weight-only ...")] = "auto",
+    backend: Annotated[str, typer.Option(help="how packed experts run; auto: on their stored numbers. int8-dynamic rounds activations too")] = "auto",
     device: Device = "cpu", dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: each checkpoint's own")] = "auto",
     json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip

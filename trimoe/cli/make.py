@@ -31,7 +31,7 @@ from trimoe.cli.options import (
 
 def stats(
     model: Model, out: Annotated[Path, typer.Option(help="the statistics file to write")], calibration: Texts = [], samples: Samples = None,
-    length: Length = None, seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", quiet: Quiet = False,
+    length: Length = None, seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "auto", quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """The statistics pass alone; compress --stats then starts from the file."""
     import trimoe
@@ -54,7 +54,7 @@ def compress(
     model: Model, recipe: RecipeName, out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
     changes: Changes = [], calibration: Texts = [], samples: Samples = None, length: Length = None, seed: Seed = 0,
     stats: Annotated[Path | None, typer.Option(help="a file written by trimoe stats")] = None, device: Device = "cpu",
-    dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,
+    dtype: Dtype = "auto", json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Compress a model into a new folder. Killed and run again with the same arguments, it resumes."""
     import trimoe
@@ -82,7 +82,7 @@ def sweep(
     limit: Annotated[int | None, typer.Option(help="documents of each task, at most")] = None,
     include: Annotated[list[Path], typer.Option(help="a folder of lm-eval task files (YAML, whose functions are run); repeatable")] = [],
     keep: Annotated[str, typer.Option(help="whose weights stay: none, frontier (variants that no other beats), all")] = "none",
-    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32", json_file: JsonFile = None, quiet: Quiet = False,
+    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "auto", json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Compress and evaluate every variant of a recipe: a table, sweep.csv, sweep.json and the frontier. Run again, it goes on."""
     import trimoe

@@ -20,7 +20,9 @@ Samples = Annotated[int | None, typer.Option(help="calibration samples")]
 Length = Annotated[int | None, typer.Option(help="tokens in a sample (cut to the model's context)")]
 Seed = Annotated[int, typer.Option(help="of every random choice")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str, typer.Option(help="precision the layers run in: float32, bfloat16, float16 (the result keeps the source's)")]
+Dtype = Annotated[
+    str, typer.Option(help="precision the layers run in: float32, bfloat16, float16; auto: bfloat16 on a GPU that has it, else float32")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]

@@ -24,6 +24,7 @@ from trimoe.finite import Range
 from trimoe.loading import load
 from trimoe.progress import Reporter
 from trimoe.skeleton import LOGITS, Skeleton
+from trimoe.spill import wider
 from trimoe.stream import LayerWalk
 
 BATCH_TOKENS = 4096  # of a batch of the walk
@@ -195,7 +196,7 @@ class Streamed(Counting):
                 row_S, position_S, token_S, request_S = torch.tensor(scored).T
                 wanted = position_S.unique()
                 vocabulary = self.skeleton.config.get_text_config().vocab_size
-                for positions in wanted.split(max(1, LOGITS // (len(batch) * vocabulary))):
+                for positions in wanted.split(max(1, LOGITS * wider(walk.device) // (len(batch) * vocabulary))):
                     log_BPV = head(walk.hidden[number], number, positions.to(walk.device)).float().log_softmax(-1)
                     here = (position_S >= positions[0]) & (position_S <= positions[-1])
                     at = (row_S[here], torch.searchsorted(positions, position_S[here]))

@@ -16,9 +16,10 @@ from trimoe.errors import UserError, reading
 from trimoe.evaluate import generation, harness, taskset, texts
 from trimoe.evaluate.cache import Cache
 from trimoe.evaluate.texts import Ends
+from trimoe.precision import compute_dtype
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Skeleton
-from trimoe.stream import compute_dtype, usable_device
+from trimoe.stream import usable_device
 from trimoe.words import listed
 
 
@@ -38,7 +39,7 @@ def evaluate(
     stream: bool | None = None,
     generate: bool | None = False,
     device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype = "auto",
     cache: str | os.PathLike[str] | None = None,
     ends: Ends | None = None,
     reporter: Reporter = QUIET,
@@ -54,7 +55,7 @@ def evaluate(
     what is not there or not allowed.
     """
     text, tasks, include = listed(text), listed(tasks), listed(include)
-    device, dtype = str(device), compute_dtype(dtype)
+    device = str(device)
     least = {
         "length": (length, 2),
         "stride": (stride, 1),
@@ -70,9 +71,10 @@ def evaluate(
         raise UserError("There is nothing to evaluate on; give a text (builtin:mixed is one) or tasks.")
     taskset.check_asked(tasks, limit=limit, fewshot=fewshot, include=include, stream=stream)
     usable_device(device)
+    precision = compute_dtype(dtype, device)
     checkpoint = Checkpoint.open(model)
-    skeleton = Skeleton(checkpoint, dtype)
-    other = Skeleton.of(str(against), dtype) if against is not None else None
+    skeleton = Skeleton(checkpoint, precision)
+    other = Skeleton.of(str(against), precision) if against is not None else None
     vocabulary = skeleton.config.get_text_config().vocab_size
     if other is not None and other.config.get_text_config().vocab_size != vocabulary:
         raise UserError(

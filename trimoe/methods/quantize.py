@@ -26,6 +26,7 @@ from trimoe.quantization import awq_scale, clipped, common_group, gptq, rounded
 from trimoe.seen import FEW, Given, Seen
 from trimoe.site import Site
 
+KERNEL_GROUPS = (32, 64, 128)  # inputs that share a scale in vLLM's and torch's kernels
 SMALLEST = 8  # inputs in a group: below, the scales weigh as much as the integers save
 
 
@@ -34,7 +35,8 @@ class Quantize(Fitted):
     """Store each expert's weights as integers with a scale per group of inputs; routers, norms, embeddings and the head stay.
 
     bits     4 or 8
-    group    inputs that share a scale, or the largest smaller number that divides every expert's widths
+    group    inputs that share a scale; where it does not divide every expert's widths, the largest smaller one of 32, 64 and 128 that does
+             (engines' kernels know these), else the largest number that does
     method   `gptq`: rounding errors are made up for on the expert's own inputs; `awq`: inputs that fire much get finer steps, ranges
              are clipped; `round`: to the nearest, without calibration text
     scope    `experts`: the routed ones alone; `all-linear`: the decoder layers' other matrices too (attention, shared experts, dense MLPs),
@@ -71,8 +73,12 @@ class Quantize(Fitted):
             )
 
     def group_of(self, sites: Iterable[Site]) -> int:
-        """The one group size of the whole model: checkpoints in this format are read with one."""
-        return common_group([width for site in sites for width in (site.hidden, site.width)], self.group)
+        """The one group size of the whole model, because checkpoints in this format are read with one: as asked for if it divides every width,
+        else the largest smaller one that kernels know, else the largest that divides."""
+        widths = [width for site in sites for width in (site.hidden, site.width)]
+        most = common_group(widths, self.group)
+        known = [group for group in KERNEL_GROUPS if group <= self.group and common_group(widths, group) == group]
+        return most if most == self.group or not known else max(known)
 
     def decide(self, sites: Mapping[int, Site], decisions: Decisions) -> Decisions:
         """Bits and group of every layer that has experts left."""
