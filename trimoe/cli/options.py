@@ -18,7 +18,7 @@ Texts = Annotated[
     typer.Option(
         "--calibration",
         "-c",
-        help="text, jsonl, json or parquet file, name=path, data set NAME:CONFIG/SPLIT#COLUMN, builtin:mixed; repeatable",
+        help="file, name=path, data set (NAME:CONFIG/SPLIT#COLUMN), builtin:mixed; repeatable",
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="calibration samples")]
