@@ -30,7 +30,7 @@ NATIVE_SOURCE = (
 def reads_text(step: Step) -> bool:
     """Whether what the step decides or fits depends on calibration text."""
     if isinstance(step, ExpertDrop):
-        return bool(step.needs) or step.score not in ("weights", "random")
+        return bool(step.needs) or step.protect_super_experts or step.score not in ("weights", "random")
     return (
         step.calibrated
         if isinstance(step, Quantize | WeightPrune)

@@ -44,7 +44,9 @@ def text(record: dict[str, Any]) -> str:
         _loading(plan) + (SQUEEZED if any(fields.get("form") == "bitmask" for _, fields in steps) else ""),
         "## What was done",
         "\n".join(f"- `{name}`: {_fields(fields)}" for name, fields in steps),
-        f"Calibration: {given['samples']} samples of {given['length']} tokens ({_escaped(', '.join(given['domains']))}), seed {record['seed']}.",
+        f"Calibration: {given['samples']} samples of {given['length']} tokens ({_escaped(', '.join(given['domains']))}), seed {record['seed']}."
+        if given["samples"]
+        else f"Calibration: none, no step reads text; seed {record['seed']}.",
         _layers(plan["layers"]),
         "## Size",
         _table(

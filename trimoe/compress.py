@@ -13,11 +13,13 @@ import torch
 
 from trimoe import card, card_metadata, disk, recorded
 from trimoe import recipe as recipes
-from trimoe.calibration import Calibration, calibrate, check_shared_out
+from trimoe.advice import reads_text
+from trimoe.calibration import NO_TEXT, Calibration, calibrate, check_shared_out
 from trimoe.checkpoint import Checkpoint
 from trimoe.decide import Run, decide, rounded
 from trimoe.disk import human
 from trimoe.distributed import ALONE, Team, team
+from trimoe.documents import START
 from trimoe.errors import UserError, reading
 from trimoe.finished import lost, refuse_lost
 from trimoe.finite import NotFinite
@@ -37,7 +39,7 @@ from trimoe.recover.given import check, refuse_inside
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
-from trimoe.stream import usable_device
+from trimoe.stream import LayerWalk, usable_device
 from trimoe.transform import transform
 from trimoe.version import VERSION, versions
 from trimoe.words import listed
@@ -98,7 +100,7 @@ def compress(
             with reporter.stage("Read headers and plan"):
                 skeleton = Skeleton.of(str(model), precision)
                 before = possible(skeleton, parsed, out, device, processes)
-            text = calibration_for(skeleton, parsed.calibration, seed, reporter)
+            text = text_of(skeleton, parsed, seed, reporter, processes)
             job = job_of(skeleton, parsed, text, seed, device, command or call, reporter, processes)
             return replace(job, warnings=tuple(before.warnings)), before
 
@@ -205,7 +207,8 @@ class Job:
                 "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
                 "parts": recorded.parts(layout), "earlier": recorded.earlier(source := skeleton.checkpoint.folder),
                 "source_card": card_metadata.inherited(source),
-                "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains))},
+                "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains)),
+                    "domain_samples": text.counts},
                 "command": self.command, "seed": run.seed, "versions": versions(), "inputs": self.inputs,
             }  # fmt: skip
             if run.team.main:
@@ -267,6 +270,22 @@ def _lasting(skeleton: Skeleton) -> str:
 # ---- input
 
 
+def text_of(skeleton: Skeleton, parsed: Recipe, seed: int, reporter: Reporter, processes: Team = ALONE) -> Calibration:
+    """The recipe's calibration text; none where no step reads any: then the model needs no tokenizer."""
+    if processes.count == 1 and not any(map(reads_text, parsed.steps)):
+        return NO_TEXT
+    try:
+        return calibration_for(skeleton, parsed.calibration, seed, reporter)
+    except UserError as mistake:
+        lone = [step for step in parsed.steps if isinstance(step, ExpertDrop) and step.protect_super_experts]
+        spared = [replace(step, protect_super_experts=False) if step in lone else step for step in parsed.steps]
+        if "has no tokenizer" in str(mistake) and lone and not any(map(reads_text, spared)):
+            raise UserError(
+                f"{mistake} Text is read only to know which experts are never dropped; with protect_super_experts: false none is needed."
+            ) from None
+        raise
+
+
 def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, reporter: Reporter) -> Calibration:
     if spec.length > skeleton.context:
         reporter.say(f"Samples of {spec.length} tokens are cut to {skeleton.context}, the model's context.")
@@ -280,7 +299,15 @@ def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, report
             context=skeleton.context,
             vocabulary=vocabulary,
             seed=seed,
+            apart=spec.packing == "separate",
         )
+    for note in text.notes:
+        reporter.say(note)
+    if spec.packing == "separate":
+        marked_N = (text.samples_NL[:, 1:] >= START).any(1)
+        LayerWalk(skeleton, [text.samples_NL[marked_N][:1]])  # refuses a model that cannot, before anything is written
+    if len(text.samples_NL) > spec.samples or len(set(text.counts.values())) > 1:
+        reporter.say(f"Calibration samples: {', '.join(f'{count} of {domain}' for domain, count in text.counts.items())}.")
     if len(text.samples_NL) < spec.samples:
         reporter.say(f"The calibration text gives {len(text.samples_NL)} of the {spec.samples} samples asked for.")
     return text
@@ -289,7 +316,8 @@ def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, report
 def _batches(text: Calibration, device: str, processes: Team) -> list[torch.Tensor]:
     """The batches of one process, whatever the number of processes: each takes some whole."""
     batches = text.batches(device)
-    check_shared_out(len(batches), processes.count)
+    if batches or processes.count > 1:
+        check_shared_out(len(batches), processes.count)
     return batches
 
 

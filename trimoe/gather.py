@@ -123,6 +123,8 @@ def statistics(
             walk.check(index)
             parts.put_together()
             layer_stats.sums["weight_score_E"] = weight_scores(experts)
+            if not batches:  # of weights alone
+                layer_stats.sums["count_E"] = torch.zeros(site.num_experts, dtype=torch.float64)
             if extra is not None:
                 part = share(team, experts, site, recorder.seen(), first, tokens)
                 made = LayerStats(index, site.rule)

@@ -79,7 +79,7 @@ def _other_text(skeleton: Skeleton, recipe: Recipe, stats: Stats, path: Path) ->
         return
     text = calibrate(
         checkpoint, spec.sources, samples=spec.samples, length=spec.length, context=skeleton.context,
-        vocabulary=skeleton.config.get_text_config().vocab_size, seed=seed,
+        vocabulary=skeleton.config.get_text_config().vocab_size, seed=seed, apart=spec.packing == "separate",
     )  # fmt: skip
     if stats.about.get("calibration") != text.fingerprint:
         yield (

@@ -28,10 +28,13 @@ LARGEST = 1 << 16  # bytes of a recipe; a long one has two thousand
 class CalibrationSpec:
     """Which text, and how much.
 
-    data           one or several of: a .txt or .jsonl file, `name=path`, a `datasets` id, `builtin:mixed`, `builtin:english`, `builtin:docs`,
+    data           one or several of: a file (text, JSON lines or array, parquet, table), `name=path`, `path#field`, a data set
+                   `NAME:CONFIG/SPLIT#COLUMN` or `NAME[CONFIG](SPLIT):SAMPLES`, `builtin:mixed`, `builtin:english`, `builtin:docs`,
                    `builtin:code`
-    samples        how many samples are drawn, from every text equally many
+    samples        how many samples are drawn, from every text equally many and at least one
     length         tokens in a sample; cut to the model's context
+    packing        documents that share a sample: `joined`, tokens see those of the document before; `separate`, they do not, and positions
+                   start again (not for models with recurrent layers)
     search_tokens  tokens whose exact Gram is kept for searching
     search_memory  GiB that the Grams of all layers may take; fewer search tokens are taken, and said, where more would not fit
     """
@@ -39,6 +42,7 @@ class CalibrationSpec:
     data: str | list[str] = "builtin:mixed"
     samples: Annotated[int, Field(ge=1)] = 128
     length: Annotated[int, Field(ge=2)] = 2048
+    packing: Literal["joined", "separate"] = "joined"
     search_tokens: Annotated[int, Field(ge=16)] = 4096
     search_memory: Annotated[float, Field(gt=0, le=1e6)] = 2.0
 

@@ -47,7 +47,7 @@ def scarce(counts: Mapping[int, Sequence[int]]) -> list[str]:
     """One sentence if experts saw few tokens. `counts`: calibration tokens of each expert, by layer."""
     few = {index: sum(count < FEW for count in layer) for index, layer in counts.items()}
     total, experts = sum(few.values()), sum(map(len, counts.values()))
-    if not total:
+    if not total or not any(map(any, counts.values())):  # enough; or no text was read at all
         return []
     worst = max(few, key=lambda index: few[index])
     return [f"{total} of {experts} experts saw fewer than {FEW} calibration tokens ({few[worst]} in layer {worst}); more samples help."]

@@ -20,6 +20,7 @@ from torch import nn
 
 from trimoe import hf
 from trimoe.checkpoint import Checkpoint
+from trimoe.documents import unmarked
 from trimoe.errors import UserError, first_line
 from trimoe.finite import Inside, NotFinite, Range
 from trimoe.progress import Reporter
@@ -73,13 +74,15 @@ class _Blank(nn.Module):
 class LayerWalk:
     """Runs token batches through a checkpoint, layer by layer.
 
-    `batches` are int64 [B, L] without padding. `hidden[b]` holds each batch's current hidden states [B, L, H] in the skeleton's dtype; beyond a
+    `batches` are int64 [B, L] without padding; tokens that carry a mark begin a document that does not see what stands before it
+    (documents.py). `hidden[b]` holds each batch's current hidden states [B, L, H] in the skeleton's dtype; beyond a
     budget they lie in a mapped file (spill.py). While one layer runs, the system is asked to read the next one's bytes ahead.
     """
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[torch.Tensor], *, device: str | torch.device = "cpu"):
         self.skeleton, self.model, self.device = skeleton, skeleton.model, torch.device(device)
-        self.batches = [batch.to(self.device) for batch in batches]
+        unpacked = [unmarked(batch.to(self.device)) for batch in batches]
+        self.batches = [ids for ids, _ in unpacked]
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != self.device and not buffer.is_meta:
@@ -87,8 +90,8 @@ class LayerWalk:
         self.calls: list[list[Call]] = []
         self.hidden, self.range = Carried(), Range(skeleton.name, skeleton.dtype)
         with self._outer("head"), torch.no_grad():
-            for batch in self.batches:
-                first, calls = self._capture(batch)
+            for batch, positions in unpacked:
+                first, calls = self._capture(batch, positions)
                 self.range.see(first)
                 self.hidden.append(first)
                 self.calls.append(self.calls[-1] if self.calls and _same(calls, self.calls[-1]) else calls)
@@ -160,10 +163,22 @@ class LayerWalk:
 
     # ---- calls
 
-    def _capture(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+    def _capture(self, batch: torch.Tensor, positions: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
+        packed = {} if positions is None else {"position_ids": positions}
         with self._stands([_Stand(layer) for layer in self.skeleton.layers]) as stands:
-            self.model(input_ids=batch, use_cache=False, logits_to_keep=1)
-        return stands[0].seen, [stand.call for stand in stands]
+            self.model(input_ids=batch, use_cache=False, logits_to_keep=1, **packed)
+        calls = [stand.call for stand in stands]
+        if positions is not None:
+            own_BL = (positions == 0).cumsum(1)
+            same_BLL = (own_BL.unsqueeze(2) == own_BL.unsqueeze(1)).unsqueeze(1)
+            made: dict[int, torch.Tensor] = {}
+            calls = [_within(call, same_BLL, made) for call in calls]
+            if (mixed := next((i for i, call in enumerate(calls) if not _apart(call, positions)), None)) is not None:
+                raise UserError(
+                    f"packing: separate is not possible with {self.skeleton.name}: layer {mixed} takes no mask that keeps documents apart "
+                    "(recurrent layers and convolutions take none); leave packing at joined."
+                )
+        return stands[0].seen, calls
 
     @contextmanager
     def _stands(self, stands: list[_Stand]) -> Iterator[list[_Stand]]:
@@ -262,6 +277,45 @@ def _to_meta(module: nn.Module) -> None:
         for name, parameter in part._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _within(value: Any, same_BLL: torch.Tensor, made: dict[int, torch.Tensor]) -> Any:
+    """A layer's call whose masks hide all other documents too, as most models make them of the positions themselves; layers that share a
+    mask go on sharing it (`made`, by the mask that it was)."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 4 or value.shape[-2:] != same_BLL.shape[-2:]:
+            return value
+        if id(value) not in made:
+            made[id(value)] = value & same_BLL if value.dtype == torch.bool else value.masked_fill(~same_BLL, torch.finfo(value.dtype).min)
+        return made[id(value)]
+    if isinstance(value, dict):
+        return {name: _within(one, same_BLL, made) for name, one in value.items()}
+    return type(value)(_within(one, same_BLL, made) for one in value) if type(value) in (list, tuple) else value
+
+
+def _apart(call: Call, positions_BL: torch.Tensor) -> bool:
+    """Whether a layer is called with a mask that hides, from a document's first token, the token before it, and with positions that start
+    again there."""
+    length = positions_BL.shape[1]
+    row_S, place_S = (positions_BL[:, 1:] == 0).nonzero(as_tuple=True)
+    masks = [one for one in _tensors(call) if one.dim() == 4 and one.shape[-2:] == (length, length)]
+    turns = [one for one in _tensors(call) if one.dim() == 3 and one.shape[:2] == positions_BL.shape and one.is_floating_point()]
+    hidden = [_masked(one.expand(len(positions_BL), -1, -1, -1)[row_S, 0, place_S + 1, place_S]) for one in masks]
+    again = [torch.equal(one[row_S, place_S + 1], one[row_S, 0]) for one in turns]
+    return bool(masks) and all(bool(one.all()) for one in hidden) and all(again)
+
+
+def _masked(values: torch.Tensor) -> torch.Tensor:
+    """Where a mask hides: False, or a number that leaves nothing after the softmax."""
+    return ~values if values.dtype == torch.bool else values < -1e4
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
 
 
 def _same(a: Any, b: Any) -> bool:

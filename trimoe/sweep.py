@@ -22,9 +22,10 @@ import torch
 import yaml
 
 from trimoe import card, disk, distributed
+from trimoe.advice import reads_text
 from trimoe.alternatives import Variant, variants
 from trimoe.calibration import Calibration, load_tokenizer, read_text
-from trimoe.compress import Job, calibration_for, job_of, possible, record_of, with_calibration
+from trimoe.compress import Job, job_of, possible, record_of, text_of, with_calibration
 from trimoe.errors import UserError
 from trimoe.evaluate import Ends, evaluate, harness, of_sources, taskset
 from trimoe.finished import lost
@@ -130,14 +131,14 @@ def sweep(
 
     def ready(variant: Variant) -> Job:
         parsed, _ = plans[variant.name]
-        spec = json.dumps(parsed.to_json()["calibration"])
+        spec = json.dumps([parsed.to_json()["calibration"], any(map(reads_text, parsed.steps))])
         if spec not in read:
-            read[spec] = calibration_for(skeleton, parsed.calibration, seed, reporter)
+            read[spec] = text_of(skeleton, parsed, seed, reporter)
         command = _command(model, out, variant, seed, device, precision)
         return job_of(skeleton, parsed, read[spec], seed, device, command, reporter)
 
     jobs = _all(found, ready)
-    settings = {"text": list(text), "documents": _fingerprint(text), "tokens": tokens, "window": window, "stride": stride}
+    settings = {"text": list(text), "documents": _fingerprint(text, tokens), "tokens": tokens, "window": window, "stride": stride}
     settings |= {"tasks": harness.task_settings(asked, limit)} if asked is not None else {}
     inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": precision, "evaluation": settings, "version": VERSION}
 
@@ -339,7 +340,7 @@ def _command(model: Any, out: Path, variant: Variant, seed: int, device: str, dt
     return shlex.join(["trimoe", "compress", str(model), *words])
 
 
-def _fingerprint(text: Sequence[str]) -> str:
+def _fingerprint(text: Sequence[str], tokens: int) -> str:
     """Of the documents that are evaluated on."""
-    parts = [(part.domain, part.documents) for source in text for part in read_text(source, "eval")]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    parts = [(part.domain, part.documents) for source in text for part in read_text(source, "eval", tokens=tokens)]
+    return hashlib.sha256(json.dumps(parts, default=vars).encode()).hexdigest()[:32]

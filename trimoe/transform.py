@@ -45,7 +45,7 @@ def transform(run: Run, decisions: Decisions, writer: Writer, journal: Journal) 
     done = set(run.team.from_main(lambda: [group for group in range(len(run.skeleton.layers) + 1) if writer.done(group)]))
     _put(run, writer, 0)
     label = f"{change.label} and write" if change else "Factor and write" if factor else "Write"
-    fitted = factor is not None or (change is not None and change.calibrated)
+    fitted = any(step is not None and step.calibrated for step in (factor, change))
     walk = None
     if computed and not all(index + 1 in done for index in computed):
         walk = LayerWalk(run.skeleton, run.own if fitted else [], device=run.device)
@@ -73,7 +73,7 @@ def transform(run: Run, decisions: Decisions, writer: Writer, journal: Journal) 
                 recorder = Recorder(sum(batch.numel() for batch in walk.batches))
                 with recorder.attached(layer, site):
                     walk.advance(index, layer)
-                part = share(run.team, site.experts_of(layer), site, recorder.seen(), run.first, run.tokens)
+                part = share(run.team, site.experts_of(layer), site, recorder.seen() if walk.batches else None, run.first, run.tokens)
                 new = factored(part, factor, decisions[index])
                 _put(run, writer, index + 1, partial(_factored_form, writer, site, index, new))
                 del recorder, part, new  # not beside the next layer
@@ -101,7 +101,7 @@ def _change(
         whole = isinstance(change, WeightPrune) and change.compare == "layer"
         part = share(run.team, site.experts_of(layer), site, seen, run.first, run.tokens, divide=not whole)
         if decision.in_ranks is not None:
-            assert factor is not None and seen is not None
+            assert factor is not None
             factored(part, factor, decision)
     weights = {path: tensor_at(layer, f"{path}.weight") for path in decision.linears}
     moments = {path: None if inputs is None else inputs.moment(path) for path in weights}

@@ -14,7 +14,7 @@ from trimoe.cli.options import Device, Dtype, JsonFile, Model, Quiet, check_writ
 def evaluate(
     folder: Model,
     against: Annotated[str | None, typer.Option(help="the model to compare with; a trimoe folder's origin is taken by default")] = None,
-    text: Annotated[list[str], typer.Option(help="text or jsonl file, name=path, wikitext2, ptb, datasets id, builtin:mixed, none; repeatable")] = [],
+    text: Annotated[list[str], typer.Option(help="file, name=path, wikitext2, ptb, data set (NAME:CONFIG/SPLIT#COLUMN), builtin:mixed, none; repeatable")] = [],
     length: Annotated[int, typer.Option(help="window, in tokens (cut to the model's context)")] = 2048,
     stride: Annotated[int | None, typer.Option(help="how far windows advance; half the window by default")] = None,
     tokens: Annotated[int, typer.Option(help="scored tokens of each text, to the end of a window")] = 32768,

@@ -14,7 +14,12 @@ Model = Annotated[str, typer.Argument(help="a folder, a hub id, or builtin:NAME"
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a built-in recipe (see trimoe recipes) or a YAML file")]
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a recipe field, e.g. steps.0.ratio=0.5")]
 Texts = Annotated[
-    list[str], typer.Option("--calibration", "-c", help="text or jsonl file, name=path, datasets id, builtin:mixed; repeatable")
+    list[str],
+    typer.Option(
+        "--calibration",
+        "-c",
+        help="file, name=path, data set (NAME:CONFIG/SPLIT#COLUMN), builtin:mixed; repeatable",
+    ),
 ]
 Samples = Annotated[int | None, typer.Option(help="calibration samples")]
 Length = Annotated[int | None, typer.Option(help="tokens in a sample (cut to the model's context)")]

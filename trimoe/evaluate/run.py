@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trimoe.calibration import load_tokenizer
+from trimoe.calibration import load_tokenizer, opening
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError, reading
 from trimoe.evaluate import generation, harness, taskset, texts
@@ -47,7 +47,8 @@ def evaluate(
     """Perplexity of `model` on each text and, with `against`, mean KL(against || model) in nats per token and top-1 agreement, all with
     95 % intervals; lm-eval tasks; what both write.
 
-    `length` is cut to the model's context; `stride` (default half of it) is stated in the result; `tokens` tokens of each text are scored,
+    `length` is cut to the model's context (what the tokenizer opens every text with stands before every window, and is neither scored nor
+    counted); `stride` (default half of it) is stated in the result; `tokens` tokens of each text are scored,
     and those that are left of the last window. `tasks` are lm-eval's, `moe-i2-nine`, or `FORM=FILE` (taskset.py), `limit` documents of
     each, with task files from the folders `include`; `stream` runs them layer by layer (None: where a model does not fit in memory).
     `generate`: whether prompts from the texts are continued (None: if the models are small). `cache`: a folder of earlier results. `ends`:
@@ -82,7 +83,8 @@ def evaluate(
         )
     tokenizer = load_tokenizer(checkpoint)
     sets = texts.of_sources(skeleton, tokenizer, text, length, stride, tokens)
-    length, stride = texts.sizes(skeleton, length, stride)
+    first = len(opening(tokenizer)) if text else 0
+    length, stride = texts.sizes(skeleton, length, stride, first)
     found, how = taskset.TaskSet(), harness.How(limit=limit, batch=batch, stream=stream, device=device)
     if tasks:  # what cannot be had is said before hours of work
         found = taskset.find(tasks, include, fewshot, reporter)

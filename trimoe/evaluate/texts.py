@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trimoe.calibration import encode, read_text
+from trimoe.calibration import encode, opening, read_text
 from trimoe.errors import UserError
 from trimoe.evaluate import intervals
 from trimoe.evaluate.cache import Cache, digest, identity
@@ -38,18 +38,20 @@ class Windows:
     document_N: torch.Tensor
 
 
-def windows(name: str, documents: Sequence[torch.Tensor], length: int, stride: int, tokens: int) -> Windows:
-    """Windows of `length` that advance by `stride`: after a document's first window, only the last `stride` tokens of each are scored,
-    so that every token has at least length - stride tokens of context. Stops after about `tokens` scored tokens."""
-    ids, scored, owner, count = [], [], [], 0
+def windows(name: str, documents: Sequence[torch.Tensor], length: int, stride: int, tokens: int, first: tuple[int, ...] = ()) -> Windows:
+    """Windows of `length` text tokens that advance by `stride`: after a document's first window, only the last `stride` tokens of each are
+    scored, so that every token has at least length - stride tokens of context. `first` stands before every window, is never scored, and
+    does not count as text. Stops after about `tokens` scored tokens."""
+    ids, scored, owner, count, before = [], [], [], 0, len(first)
     for number, row in enumerate(documents):
         start = done = 0
         while done < len(row) - 1 and count < tokens:
             end = min(start + length, len(row))
-            window = torch.zeros(length, dtype=torch.int64)
-            window[: end - start] = row[start:end]
-            mask = torch.zeros(length, dtype=torch.bool)
-            mask[done - start : end - start - 1] = True  # position p scores token p + 1
+            window = torch.zeros(before + length, dtype=torch.int64)
+            window[:before] = torch.tensor(first, dtype=torch.int64)
+            window[before : before + end - start] = row[start:end]
+            mask = torch.zeros(before + length, dtype=torch.bool)
+            mask[before + done - start : before + end - start - 1] = True  # position p scores token p + 1
             ids.append(window)
             scored.append(mask)
             owner.append(number)
@@ -63,18 +65,23 @@ def windows(name: str, documents: Sequence[torch.Tensor], length: int, stride: i
 
 def of_sources(skeleton: Skeleton, tokenizer: Any, sources: Sequence[str], length: int, stride: int | None, tokens: int) -> list[Windows]:
     """Windows over every text of `sources`, as this model reads them. Raises UserError for a text that is not there, or too short."""
-    length, stride = sizes(skeleton, length, stride)
+    first = opening(tokenizer)
+    length, stride = sizes(skeleton, length, stride, len(first))
     vocabulary = skeleton.config.get_text_config().vocab_size
-    parts = [part for source in sources for part in read_text(source, "eval")]
+    parts = [part for source in sources for part in read_text(source, "eval", tokens=tokens)]
     names = [part.domain for part in parts]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"Two texts to evaluate on are called {twice!r}; give each once, and files of one name others (name=path).")
-    return [windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens) for part in parts]
+    return [windows(part.domain, encode(tokenizer, part, vocabulary), length, stride, tokens, first) for part in parts]
 
 
-def sizes(skeleton: Skeleton, length: int, stride: int | None) -> tuple[int, int]:
-    """A window's length, cut to the model's context, and its stride: half of it where none is given."""
-    length = min(length, skeleton.context)
+def sizes(skeleton: Skeleton, length: int, stride: int | None, first: int = 0) -> tuple[int, int]:
+    """A window's length, cut to what the model's context holds beside the `first` tokens that open it, and its stride: half of it where none
+    is given."""
+    room = skeleton.context - first
+    if room < 2:
+        raise UserError(f"The tokenizer begins every text with {first} tokens, which fill the model's context of {skeleton.context}.")
+    length = min(length, room)
     return length, min(stride or max(1, length // 2), length)
 
 

@@ -62,6 +62,11 @@ class LowRank:
     def gathers(self) -> bool:
         return bool(self.needs)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether factors are fitted to what the experts are given."""
+        return self.whiten == "input"
+
     # ---- on paper
 
     def reach(self, sites: Mapping[int, Site]) -> int:
@@ -154,7 +159,7 @@ class LowRank:
     # ---- tensors in, tensors out
 
     @torch.no_grad()
-    def transform(self, experts: Any, site: Site, decision: LayerDecision, seen: Seen) -> nn.Module:
+    def transform(self, experts: Any, site: Site, decision: LayerDecision, seen: Seen | None) -> nn.Module:
         """The factored (or multiplied-out) experts. `site` and `experts` are those after dropping; `seen` is what the layer's block saw."""
         assert decision.in_ranks is not None and decision.out_ranks is not None
         factored = FactoredExperts(experts, list(decision.in_ranks), list(decision.out_ranks))
@@ -165,6 +170,7 @@ class LowRank:
                 cut_in = factor(w_in, None, decision.in_ranks[expert])
                 cut_out = factor(w_out, None, decision.out_ranks[expert])
             else:
+                assert seen is not None
                 given = seen.of(expert)
                 cut_in = factor(w_in, damped(given.moment, DAMP), decision.in_ranks[expert])
                 target, moment = _refit(experts, expert, given, cut_in, w_out)

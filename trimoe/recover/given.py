@@ -117,9 +117,12 @@ def text_for(student: Skeleton, record: dict[str, Any], spec: Recover, seed: int
         calibrate(
             student.checkpoint, [data] if isinstance(data, str) else list(data), samples=count, length=spec.length,
             context=student.context, vocabulary=student.config.get_text_config().vocab_size, seed=seed, part=part,
+            tokens=spec.samples * min(spec.length, student.context),
         ) for count, part in ((max(1, spec.samples - held), (0.0, share)), (held, (share, 1.0)))
     )  # fmt: skip
     count = len(train.samples_NL)
+    for note in train.notes:
+        reporter.say(note)
     if count + len(kept.samples_NL) < spec.samples:
         reporter.say(f"The text gives {count} of the {spec.samples - held} samples asked for, and {len(kept.samples_NL)} held out.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

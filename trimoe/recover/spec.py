@@ -25,7 +25,7 @@ class Recover:
     method       `lora`: adapters on attention and experts, trained on the text itself (MoE-I2); `logits`: distillation of the original's
                  next-token distribution into adapters, or into all weights with `train: full`; `router`: the same, but only routers
                  train; `experts`: each expert learns its original's outputs on the original's hidden states, layer by layer (MoE-Pruner)
-    data         training text: files, datasets ids or builtin:NAME; the recipe's calibration text by default
+    data         training text: files, data sets by name or builtin:NAME; the recipe's calibration text by default
     samples      how many sequences
     length       tokens in a sequence; cut to the model's context
     holdout      share of the sequences that is kept apart for validation

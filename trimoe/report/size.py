@@ -156,7 +156,10 @@ def origin(folder: Finished) -> Section:
     facts = [
         ("model", folder.model), ("seed", str(record["seed"])), ("trimoe", str(record["trimoe"])),
         *((str(name), str(version)) for name, version in record["versions"].items()),
-        ("calibration", f"{given['samples']} samples of {given['length']} tokens: {', '.join(map(str, given['domains']))}"),
+        (
+            "calibration",
+            f"{given['samples']} samples of {given['length']} tokens: {', '.join(map(str, given['domains']))}" if given["samples"] else "none",
+        ),
         *((f"fingerprint, {name}", str(value)) for name, value in (record.get("inputs") or {}).items() if name in ("model", "calibration")),
         *((f"{name} of the run", str(value)) for name, value in (record.get("inputs") or {}).items() if name == "dtype"),
     ]  # fmt: skip
