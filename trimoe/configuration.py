@@ -51,6 +51,8 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
             decision = decisions.get(index)
             if decision is not None and decision.factored:
                 entry |= {"in_ranks": list(decision.in_ranks or ()), "out_ranks": list(decision.out_ranks or ())}
+                if decision.separate:
+                    entry["separate"] = True
         if entry and index not in dense:
             layers[str(place[index])] = entry
     squeezed = any(decision.bitmask for decision in decisions.values() if decision.gone != "block")
