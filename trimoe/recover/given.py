@@ -42,9 +42,9 @@ def record_of(folder: Path) -> dict[str, Any]:
 def teacher_of(
     spec: Recover, given: str | os.PathLike[str] | None, folder: Path, record: dict[str, Any], student: Skeleton
 ) -> Skeleton | None:
-    if spec.method == "lora":
+    if spec.method in ("lora", "sft"):
         if given is not None:
-            raise UserError("recover: lora learns from the text alone; leave the teacher out, or take method: logits.")
+            raise UserError(f"recover: {spec.method} learns from the text alone; leave the teacher out, or take method: logits.")
         return None
     teacher = Skeleton.of(str(given if given is not None else origin(folder)))
     refuse_other_vocabulary(teacher, student)
