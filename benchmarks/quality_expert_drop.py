@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -27,6 +28,8 @@ from trimoe.progress import QUIET
 from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.skeleton import Skeleton
 from trimoe.subset import SubsetLoss
+
+PAPER: dict[str, Any] = {"layer_limit": None, "protect_super_experts": False}
 
 
 class Held:
@@ -95,7 +98,9 @@ def main() -> None:
             "genetic": ExpertDrop(ratio=ratio, counts="uniform", search=Genetic()),
             "exhaustive": ExpertDrop(ratio=ratio, counts="uniform", search=Exhaustive()),
             "genetic + KT": ExpertDrop(ratio=ratio, counts="uniform", search=Genetic(), receptive_field=field),
-            "genetic, importance": ExpertDrop(ratio=ratio, counts="importance", search=Genetic()),
+            "genetic, importance": ExpertDrop(ratio=ratio, counts="importance", search=Genetic(), **PAPER),
+            "genetic, importance + KT": ExpertDrop(ratio=ratio, counts="importance", search=Genetic(), receptive_field=field, **PAPER),
+            "genetic, relative importance": ExpertDrop(ratio=ratio, counts="importance", normalize="relative", search=Genetic()),
             "genetic, optimal": ExpertDrop(ratio=ratio, counts="optimal", search=Genetic()),
             "genetic, optimal + KT": ExpertDrop(ratio=ratio, counts="optimal", search=Genetic(), receptive_field=field),
             "reap, global": ExpertDrop(ratio=ratio, score="reap", counts="global"),

@@ -598,3 +598,24 @@ def test_bf16_folders_keep_their_dtype(tmp_path: Path, repetitive: Path) -> None
 def test_kept_is_moved_whole() -> None:
     kept = keep(torch.randn(1, 2, 5), 1.0, 3).to("cpu")
     assert isinstance(kept, Kept) and kept.value_BLK.shape == (1, 2, 3) and kept.index_BLK.dtype == torch.int32
+
+
+def test_sft_takes_the_steps_of_adamw_on_the_text(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    """One step by hand: all weights, the next-token loss, the first rate of the schedule."""
+    folder, spec = finished("mixtral"), section("sft", repetitive, steps=1, batch=4, warmup=0.0, clip=1e9)
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        loss = JOB.text_loss
+        patch.setattr(JOB, "text_loss", lambda model, ids, samples: (seen.append(ids), loss(model, ids, samples))[1])
+        result = recover(folder, tmp_path / "out", spec)
+    assert result.metrics["best"] == 1 and len(seen) == 1
+    model = trimoe.load(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    model(input_ids=seen[0], labels=seen[0]).loss.backward()
+    optimizer.step()
+    after = trimoe.load(tmp_path / "out", dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(after.get_parameter(name), parameter, rtol=1e-3, atol=1e-4, msg=name)
+    assert parsed({"method": "sft"}).peak == 2e-5
+    with pytest.raises(UserError, match="sft learns from the text alone"):
+        recover(folder, tmp_path / "no", spec, teacher=folder)

@@ -29,6 +29,8 @@ def native_spec(skeleton: Skeleton, decisions: Decisions) -> dict[str, object] |
                 entry["num_experts"] = counted(skeleton, decisions, index)
             if decision is not None and decision.factored:
                 entry |= {"in_ranks": list(decision.in_ranks or ()), "out_ranks": list(decision.out_ranks or ())}
+                if decision.separate:
+                    entry["separate"] = True
         if entry:
             layers[str(place)] = entry
     squeezed = any(decision.bitmask for decision in decisions.values() if decision.gone != "block")

@@ -21,7 +21,7 @@ from trimoe import depth, hf
 from trimoe.errors import FOREIGN, stop_if_told
 from trimoe.headers import DTYPES
 from trimoe.layout import Layout
-from trimoe.methods.low_rank import rank_share
+from trimoe.methods.low_rank import factor_share
 from trimoe.methods.method import LayerDecision
 from trimoe.site import Site, tensor_at
 from trimoe.skeleton import Skeleton
@@ -131,8 +131,7 @@ def expert_parameters(skeleton: Skeleton, site: Site, decision: LayerDecision) -
 def expert_matrices(skeleton: Skeleton, site: Site, decision: LayerDecision) -> int:
     """The same without biases."""
     if decision.factored:
-        assert decision.in_ranks is not None and decision.out_ranks is not None
-        return rank_share(decision.in_ranks, site.first, site.hidden) + rank_share(decision.out_ranks, site.hidden, site.width)
+        return factor_share(decision, site)
     if site.factored:
         parts = site.experts_of(skeleton.layers[site.layer]).named_parameters()
         return sum(tensor.numel() for name, tensor in parts if not name.endswith("_bias"))

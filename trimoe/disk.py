@@ -70,7 +70,7 @@ def trained(skeleton: Skeleton, spec: Recover) -> int:
         return 0  # into the result itself
     if spec.method == "router":
         return sum(site.num_experts * site.hidden for site in skeleton.sites.values())
-    if spec.method == "experts" or spec.train == "full":
+    if spec.method == "experts" or spec.whole:
         return sum(tensor.numel() for tensor in matrices)
     return sum(spec.rank * _edges(tensor) for tensor in matrices)
 

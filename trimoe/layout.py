@@ -247,7 +247,8 @@ class Layout:
         if decision.merged:
             weights = [path.removeprefix(site.experts + ".") for path in site.weight_paths()]
             return {name: tensor_at(experts, name)[: len(decision.keep)].to("meta") for name in weights}
-        factored = modeling_trimoe.FactoredExperts(experts, list(decision.in_ranks or ()), list(decision.out_ranks or ()))
+        ranks = list(decision.in_ranks or ()), list(decision.out_ranks or ())
+        factored = modeling_trimoe.FactoredExperts(experts, *ranks, decision.separate)
         return {name: tensor.to("meta") for name, tensor in factored.state_dict().items() if not name.endswith("_bias")}
 
     def disk_form(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ def with_linears(skeleton: Skeleton, decisions: Decisions, step: Quantize | Weig
     if step.scope == "experts":
         return decisions
     like = next(decision for decision in decisions.values() if decision.changed)
-    plain = replace(like, keep=(), in_ranks=None, out_ranks=None, merged=False)
+    plain = replace(like, keep=(), in_ranks=None, out_ranks=None, separate=False, merged=False)
     out = dict(decisions)
     for index in range(len(skeleton.layers)):
         decision = decisions.get(index)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from trimoe import disk
 from trimoe.calibration import batch_tokens
 from trimoe.methods import LowRank, Quantize, Step, WeightPrune
-from trimoe.methods.low_rank import rank_share
+from trimoe.methods.low_rank import factor_share
 from trimoe.methods.method import Decisions
 from trimoe.recipe import Recipe
 from trimoe.recover.spec import Recover
@@ -159,9 +159,7 @@ def _made(skeleton: Skeleton, decisions: Decisions, step: Step) -> int:
         if isinstance(step, Quantize):
             most = max(most, 3 * whole)  # int8, stacked, packed
         elif isinstance(step, LowRank) and decision.factored:
-            assert decision.in_ranks is not None and decision.out_ranks is not None
-            factors = rank_share(decision.in_ranks, site.first, site.hidden) + rank_share(decision.out_ranks, site.hidden, site.width)
-            most = max(most, 2 * factors * skeleton.dtype.itemsize)
+            most = max(most, 2 * factor_share(decision, site) * skeleton.dtype.itemsize)
         else:
             most = max(most, whole * skeleton.dtype.itemsize)
     return most

@@ -10,7 +10,8 @@ works without trimoe. `config.moe_compression` says which layers differ from the
     {"version": 1, "block": "mlp", "experts": "experts", "count_field": "num_local_experts", "guard": "trimoe_guard",
      "layers": {"3": {"num_experts": 5},
                 "4": {"num_experts": 5, "in_ranks": [16, 24, ...], "out_ranks": [16, -1, ...]},   (-1: this matrix stays dense)
-                "5": {"dropped": {"guard": "gate.weight", "norm": "post_attention_layernorm", "pair": false}}}}
+                "5": {..., "separate": true},   (gate and up have a pair of factors each, both of the expert's rank in in_ranks)
+                "6": {"dropped": {"guard": "gate.weight", "norm": "post_attention_layernorm", "pair": false}}}}
 
 Every decoder layer of such a checkpoint holds one number under the name that "guard" says, and config.json's `architectures` bear a prefix
 of their own: no engine that knows the stock architecture has either, so it stops instead of reading the rest wrongly. (Checkpoints made
@@ -54,13 +55,14 @@ class FactoredExperts(nn.Module):
 
     Expert e computes  down(gate(x V_in^T U_in)) with V_in [r_e, H] and U_in [r_e, O]  (gate and up stacked, one input factor), and
     likewise V_out [s_e, I], U_out [s_e, H]; the factors of all experts lie one after the other along the rank axis. Matrices that
-    stay dense lie in in_w [number, O, H] and out_w [number, H, I], in the order of their experts.
+    stay dense lie in in_w [number, O, H] and out_w [number, H, I], in the order of their experts. `separate`: gate and up are two
+    products, so V_in is [2 r_e, H] and U_in [2 r_e, I], gate's rows before up's.
 
     The two one-expert buffers under the stock parameters' names are a guard against transformers' own classes, which ignore tensors that
     they do not know: they would load this checkpoint with randomly initialised experts, and meet a shape that they reject.
     """
 
-    def __init__(self, experts: nn.Module, in_ranks: list[int], out_ranks: list[int]):
+    def __init__(self, experts: nn.Module, in_ranks: list[int], out_ranks: list[int], separate: bool = False):
         super().__init__()
         for name, value in vars(experts).items():
             if not name.startswith("_"):
@@ -70,15 +72,16 @@ class FactoredExperts(nn.Module):
         self.source_class = type(experts)
         self.in_ranks, self.out_ranks = list(in_ranks), list(out_ranks)
         self.num_experts = len(in_ranks)
-        self.places = {"in": _places(in_ranks), "out": _places(out_ranks)}
+        self.parts = 2 if separate and experts.has_gate else 1  # products that make the first projection
+        self.places = {"in": _places(in_ranks, self.parts), "out": _places(out_ranks)}
         up, down = first_projection(experts), experts.down_proj
         hidden, width = (down.shape[-1], down.shape[-2]) if experts.is_transposed else (down.shape[-2], down.shape[-1])
         first = self.first_width = up.shape[-1] if experts.is_transposed else up.shape[-2]
         like = {"device": up.device, "dtype": up.dtype}
-        for name, ranks, rows, columns in (("in", in_ranks, first, hidden), ("out", out_ranks, hidden, width)):
-            total, dense = sum(rank for rank in ranks if rank != DENSE), sum(rank == DENSE for rank in ranks)
+        for name, ranks, rows, columns, parts in (("in", in_ranks, first, hidden, self.parts), ("out", out_ranks, hidden, width, 1)):
+            total, dense = parts * sum(rank for rank in ranks if rank != DENSE), sum(rank == DENSE for rank in ranks)
             self.register_parameter(f"{name}_v", nn.Parameter(torch.zeros(total, columns, **like)) if total else None)
-            self.register_parameter(f"{name}_u", nn.Parameter(torch.zeros(total, rows, **like)) if total else None)
+            self.register_parameter(f"{name}_u", nn.Parameter(torch.zeros(total, rows // parts, **like)) if total else None)
             self.register_parameter(f"{name}_w", nn.Parameter(torch.zeros(dense, rows, columns, **like)) if dense else None)
         if experts.has_bias:
             for name, bias in experts.named_parameters(recurse=False):
@@ -92,13 +95,15 @@ class FactoredExperts(nn.Module):
         return self.source_class._apply_gate(self, first_SO) if self.has_gate else self.act_fn(first_SO)
 
     def matrix(self, name: str, expert: int) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(V [r, in], U [r, out], None) or (None, None, W [out, in]) of one expert; all None for rank 0. `name` is "in" or "out"."""
+        """(V [r, in], U [r, out], None) or (None, None, W [out, in]) of one expert; all None for rank 0. `name` is "in" or "out". Of
+        separate gate and up: V [2r, in], U [2r, out / 2]."""
         rank, start = self.places[name][expert]
         if rank == DENSE:
             return None, None, getattr(self, f"{name}_w")[start]
         if rank == 0:
             return None, None, None
-        return getattr(self, f"{name}_v")[start : start + rank], getattr(self, f"{name}_u")[start : start + rank], None
+        rows = slice(start, start + rank * (self.parts if name == "in" else 1))
+        return getattr(self, f"{name}_v")[rows], getattr(self, f"{name}_u")[rows], None
 
     @torch.no_grad()
     def set_expert(self, expert: int, cut_in, cut_out) -> None:
@@ -140,18 +145,32 @@ class FactoredExperts(nn.Module):
 
     def _one(self, x_SH: torch.Tensor, expert: int) -> torch.Tensor:
         up_bias, down_bias = self._biases()
-        first = _apply(x_SH, self.matrix("in", expert), self.first_width)
+        first = self.first(x_SH, self.matrix("in", expert))
         h = self.activate(first if up_bias is None else first + up_bias[expert])
         y = _apply(h, self.matrix("out", expert), x_SH.shape[-1])
         y = y if down_bias is None else y + down_bias[expert]
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    def first(self, x_SH: torch.Tensor, matrix: tuple) -> torch.Tensor:
+        """The first projection [S, O] by one expert's `matrix`."""
+        v, u, _ = matrix
+        if self.parts == 1 or v is None:
+            return _apply(x_SH, matrix, self.first_width)
+        inner = F.linear(x_SH, v).view(len(x_SH), self.parts, len(v) // self.parts).transpose(0, 1)
+        return self.joined(torch.bmm(inner, u.view(self.parts, -1, u.shape[-1])))
+
+    def joined(self, parts: Any) -> torch.Tensor:
+        """Gate and up [S, I], or more of the kind, as the first projection's columns [S, O] have them: one after the other, or in turn."""
+        return torch.cat([*parts], -1) if self.is_concatenated else torch.stack([*parts], -1).flatten(-2)
 
     def _grouped(self, x_SH: torch.Tensor, expert_S: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         """Equal ranks on a GPU: grouped matrix products, nothing waits for the host."""
         up_bias, down_bias = self._biases()
         count = self.num_experts
         first = _grouped_linear(x_SH, self.in_v.view(count, -1, self.in_v.shape[-1]), ends_E)
-        first = _grouped_linear(first, self.in_u.view(count, -1, self.in_u.shape[-1]), ends_E, is_transposed=True)
+        u_EPRO = self.in_u.view(count, self.parts, -1, self.in_u.shape[-1])
+        inner = zip(first.chunk(self.parts, -1), u_EPRO.unbind(1), strict=True)
+        first = self.joined([_grouped_linear(part, u, ends_E, is_transposed=True) for part, u in inner])
         h = self.activate(first if up_bias is None else first + up_bias[expert_S])
         y = _grouped_linear(h, self.out_v.view(count, -1, self.out_v.shape[-1]), ends_E)
         y = _grouped_linear(y, self.out_u.view(count, -1, self.out_u.shape[-1]), ends_E, is_transposed=True)
@@ -163,12 +182,12 @@ class FactoredExperts(nn.Module):
         return up, getattr(self, "down_proj_bias", None)
 
 
-def _places(ranks: list[int]) -> list[tuple[int, int]]:
-    """Each matrix's rank, and where its factors begin along the rank axis (or which of the dense matrices it is)."""
+def _places(ranks: list[int], parts: int = 1) -> list[tuple[int, int]]:
+    """Each matrix's rank, and where its factors (of each of its `parts`) begin along the rank axis, or which of the dense matrices it is."""
     places, factors, dense = [], 0, 0
     for rank in ranks:
         places.append((rank, dense if rank == DENSE else factors))
-        factors, dense = factors + max(rank, 0), dense + (rank == DENSE)
+        factors, dense = factors + max(rank, 0) * parts, dense + (rank == DENSE)
     return places
 
 
@@ -276,7 +295,7 @@ def reshape(model: PreTrainedModel) -> None:
         if "in_ranks" in entry:
             block = layer.get_submodule(spec["block"])
             experts = getattr(block, spec["experts"])
-            setattr(block, spec["experts"], FactoredExperts(experts, entry["in_ranks"], entry["out_ranks"]))
+            setattr(block, spec["experts"], FactoredExperts(experts, entry["in_ranks"], entry["out_ranks"], entry.get("separate", False)))
 
 
 def _donor_layers(model: PreTrainedModel, count_field: str, count: int) -> nn.ModuleList:

@@ -9,7 +9,7 @@ from trimoe.errors import UserError
 from trimoe.layout import Layout
 from trimoe.linears import with_linears
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
-from trimoe.methods.low_rank import MULTIPLE, rank_share
+from trimoe.methods.low_rank import MULTIPLE, factor_share
 from trimoe.methods.method import Decisions, LayerDecision, decided_sites, unchanged
 from trimoe.recipe import Recipe
 from trimoe.site import Site
@@ -124,13 +124,14 @@ def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_
     out, slack = {}, 0
     for index, site in sites.items():
         ranks = tuple(budget.uniform_ranks(site.num_experts, step.average(site), multiple=MULTIPLE, cap=step.cap(site)))
-        out[index] = LayerDecision(keep=decisions[index].keep, in_ranks=ranks, out_ranks=ranks, merged=step.form == "dense")
+        out[index] = LayerDecision(
+            keep=decisions[index].keep, in_ranks=ranks, out_ranks=ranks, separate=step.parts(site) > 1, merged=step.form == "dense"
+        )
         if step.form == "factored" and (open_counts or step.rank == "optimal"):
             # every rank is a multiple of 8, and one such step in a layer is what rounding can move; `optimal` spends the whole budget
-            slack += MULTIPLE * (site.first + 2 * site.hidden + site.width) * WIDEST
+            slack += MULTIPLE * (site.first + (step.parts(site) + 1) * site.hidden + site.width) * WIDEST
             if step.rank == "optimal":
-                stand_in = rank_share(ranks, site.first, site.hidden) + rank_share(ranks, site.hidden, site.width)
-                slack += abs(step.parameters(site, site.num_experts) - stand_in) * WIDEST
+                slack += abs(step.parameters(site, site.num_experts) - factor_share(out[index], site)) * WIDEST
     return out, slack
 
 

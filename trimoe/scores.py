@@ -57,6 +57,11 @@ def leave_one_out(stats: LayerStats) -> torch.Tensor:
     return loss(torch.eye(stats.num_experts, dtype=torch.bool))
 
 
+def raw_leave_one_out(stats: LayerStats) -> torch.Tensor:
+    """MoE-I2's importance as it is printed: ||F(X) - F(X; E minus e)||_F over the search tokens, [E], not divided by anything."""
+    return leave_one_out(stats) * SubsetLoss(stats).norm
+
+
 def weights(stats: LayerStats) -> torch.Tensor:
     """Data-free: mean |w| / rms(w) over the expert's weights; gathered with the statistics, needs no token."""
     return stats["weight_score_E"]

@@ -120,7 +120,7 @@ def factored(part: Share, step: LowRank, decision: LayerDecision) -> Any:
         return new
     assert decision.in_ranks is not None and decision.out_ranks is not None
     made = team.everyone({} if new is None else dict(new.named_parameters(recurse=False)))
-    out = FactoredExperts(whole, list(decision.in_ranks), list(decision.out_ranks))
+    out = FactoredExperts(whole, list(decision.in_ranks), list(decision.out_ranks), decision.separate)
     for name, parameter in out.named_parameters(recurse=False):
         if not name.endswith("_bias"):  # biases are the experts' own
             parameter.copy_(torch.cat([own[name] for own in made if name in own]))

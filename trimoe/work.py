@@ -182,7 +182,7 @@ class Work:
                 stage.send("all", searched * (4 * among**2 + 8 * among + 4 * site.num_experts))
             if isinstance(step, LowRank) and "spectra" in step.needs:
                 stage.shared += self._moments(site) if step.whiten == "input" else []
-                stage.shared += self._spectra(site)
+                stage.shared += self._spectra(site, step)
                 self._routed(stage, site)
                 stage.send("all", 8 * site.num_experts * (min(site.first, hidden) + min(hidden, site.width)))
         return stage
@@ -278,15 +278,15 @@ class Work:
         yield "memory", site.num_experts * 8 * (4 * site.hidden**2 + 4 * site.width**2 + rows * (site.hidden + site.first)), 0
         yield "ops", 90 * site.num_experts, 0
 
-    def _spectra(self, site: Site) -> Iterator[Amount]:
-        for m, n in ((site.first, site.hidden), (site.hidden, site.width)):
+    def _spectra(self, site: Site, step: LowRank) -> Iterator[Amount]:
+        for m, n in _factored_shapes(site, step):
             yield "cholesky", site.num_experts * n**3, 0
             yield "double", site.num_experts * (2 * m * n**2 + 2 * min(m, n) ** 2 * max(m, n)), 0
             yield "eigvalsh", site.num_experts * min(m, n) ** 3, 0
 
     def _factored(self, site: Site, ranks: tuple[int, ...], step: LowRank) -> Iterator[Amount]:
         mean = sum(ranks) / max(1, len(ranks))
-        for m, n in ((site.first, site.hidden), (site.hidden, site.width)):
+        for m, n in _factored_shapes(site, step):
             yield "cholesky", site.num_experts * n**3, 0
             yield "double", site.num_experts * (2 * m * n**2 + 2 * min(m, n) ** 2 * max(m, n) + 4 * mean * m * n), 0
             few = FEW if self.device == "cpu" and mean <= min(m, n) // 3 else 1.0
@@ -332,3 +332,9 @@ class Work:
         elif step.calibrated:
             yield "matmul", 2 * site.num_experts * rows * site.first * site.hidden, 2048
             yield "memory", 8 * site.num_experts * rows * (site.hidden + site.width) * 6, 0
+
+
+def _factored_shapes(site: Site, step: LowRank) -> list[tuple[int, int]]:
+    """Rows and columns of the matrices of one expert that are factored."""
+    parts = step.parts(site)
+    return [*[(site.first // parts, site.hidden)] * parts, (site.hidden, site.width)]

@@ -3,7 +3,8 @@
     python benchmarks/papers/moe_pruner.py --model builtin:mini-mixtral --calibration A.jsonl B.jsonl --text C.jsonl D.txt
     python benchmarks/papers/moe_pruner.py --model mistralai/Mixtral-8x7B-v0.1 --calibration allenai/c4 --text wikitext2 --device cuda --dtype bfloat16
 
-The paper: 128 samples of 2,048 tokens of C4; distillation with the next-token loss, 1,000 samples, 3 epochs, rate 2e-5.
+The paper: 128 samples of 2,048 tokens of C4; distillation with the next-token loss, 1,000 samples, 3 epochs, rate 2e-5, cosine, masks kept
+(recipe moe-pruner-paper). "ours" is the same at this package's rate.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ def recipes(like: str, train: int) -> comparison.Recipes:
         rows[f"{score} 2:4"] = {"steps": [{"weight_prune": {"score": score, "pattern": "2:4"}}]}
         rows[f"{score} 70%"] = {"steps": [{"weight_prune": {"score": score, "ratio": 0.7}}]}
     if train:
-        distilled = {"method": "experts", "stream": False, "samples": train, "epochs": 3}
-        rows["moe_pruner 50% distilled"] = {**rows["moe_pruner 50%"], "recover": distilled}
+        distilled = {"method": "experts", "stream": False, "samples": train, "length": 2048, "epochs": 3}
+        rows["moe_pruner 50% distilled"] = {**rows["moe_pruner 50%"], "recover": {**distilled, "rate": 2e-5}}
+        rows["moe_pruner 50% distilled, ours"] = {**rows["moe_pruner 50%"], "recover": distilled}
     return rows
 
 

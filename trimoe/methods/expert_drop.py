@@ -20,7 +20,6 @@ from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss
 
 STRICT = ConfigDict(extra="forbid")
-MOST = 3  # times the average share that one layer may lose
 Drop = tuple[int, ...]
 
 
@@ -107,8 +106,11 @@ class ExpertDrop:
     search          how the set is chosen inside a layer: `none` takes the lowest scores; `exhaustive`, `genetic`, `greedy` and `random`
                     minimise the exact subset loss
     receptive_field  choose among each layer's k best sets by the error after t layers
-    normalize       `relative` divides a layer's losses by its output norm; `none` is the paper's raw Frobenius norm
-    protect_super_experts   experts with extreme activations never go
+    normalize       of leave-one-out losses, where layers are compared: `none`, the Frobenius norm itself, as MoE-I2 has it; `relative`
+                    divides it by the norm of the layer's output
+    layer_limit     a layer loses at most so many times the average share, which keeps down the memory of the search; null: down to what
+                    its router needs, as in the papers
+    protect_super_experts   experts with extreme activations never go; the papers protect none
     """
 
     name: ClassVar[str] = "expert_drop"
@@ -120,7 +122,8 @@ class ExpertDrop:
     counts: Literal["importance", "uniform", "optimal", "global"] = "importance"
     search: Annotated[Search | None, BeforeValidator(_by_name)] = None
     receptive_field: ReceptiveField | None = None
-    normalize: Literal["relative", "none"] = "relative"
+    normalize: Literal["none", "relative"] = "none"
+    layer_limit: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = 3.0
     protect_super_experts: bool = True
 
     # ---- on paper
@@ -152,11 +155,12 @@ class ExpertDrop:
     def share(self, sites: Mapping[int, Site]) -> float:
         return share_of(self.ratio, self.count, "expert_drop", max(site.num_experts for site in sites.values()))
 
-    @staticmethod
-    def floor(site: Site, share: float) -> int:
-        """The fewest experts a layer may keep: what its router needs, and no more than three times the average share may go."""
+    def floor(self, site: Site, share: float) -> int:
+        """The fewest experts a layer may keep: what its router needs, and `layer_limit` times the average share may go."""
+        if self.layer_limit is None:
+            return site.rule.min_experts
         groups = site.rule.groups
-        return max(site.rule.min_experts, site.num_experts - math.ceil(MOST * share * site.num_experts / groups) * groups)
+        return max(site.rule.min_experts, site.num_experts - math.ceil(self.layer_limit * share * site.num_experts / groups) * groups)
 
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
         """Raises if no choice can satisfy the routers' floors."""
@@ -219,14 +223,16 @@ class ExpertDrop:
         """The score of each expert, [E] float64 (higher stays)."""
         if self.score == "random":
             return torch.rand(stats.num_experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + stats.layer))
-        value_E = scores.SCORES[self.score](stats)
-        raw = self.score == "leave_one_out" and self.normalize == "none"
-        return value_E * SubsetLoss(stats).norm if raw else value_E
+        if self.score == "leave_one_out":
+            return self._leave_one_out(stats)
+        return scores.SCORES[self.score](stats)
 
     def layer_importance(self, stats: LayerStats) -> float:
-        """Mean leave-one-out loss of the layer's experts (relative unless normalize is none)."""
-        mean = float(scores.leave_one_out(stats).mean())
-        return mean * SubsetLoss(stats).norm if self.normalize == "none" else mean
+        """Mean leave-one-out loss of the layer's experts."""
+        return float(self._leave_one_out(stats).mean())
+
+    def _leave_one_out(self, stats: LayerStats) -> torch.Tensor:
+        return scores.leave_one_out(stats) if self.normalize == "relative" else scores.raw_leave_one_out(stats)
 
     def layer_counts(
         self,

@@ -1,9 +1,11 @@
 """Low-rank experts with non-uniform ranks. MoE-I2 arXiv 2411.01016 (ranks from importance), SVD-LLM arXiv 2403.07378 (whitening).
 
 An expert is two matrices here: the first projection with gate and up stacked, W_in [O, H], and the last, W_out [H, I]. Factoring gate
-and up together lets them share the input factor V; at equal parameters that is clearly better than one pair of factors each (LOG.md).
+and up together lets them share the input factor V; at equal parameters that is clearly better than one pair of factors each (LOG.md),
+which MoE-I2 has and `factors: separate` gives.
 
-Letters: S routed tokens of one expert, H hidden size, I expert width, O = 2I (gated) or I, m x n any of the two matrices, r rank.
+Letters: S routed tokens of one expert, H hidden size, I expert width, O = 2I (gated) or I, m x n any of the matrices, r rank, P products
+that make one matrix (2: gate and up apart).
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -40,6 +41,8 @@ class LowRank:
     rank     `uniform`; `importance`: inside a layer, proportional to importance^alpha (the paper's); `optimal`: over all matrices of
              all layers at once, least loss by singular values, expert energy and measured layer sensitivity; a matrix may stay dense
     alpha    exponent of `importance`
+    factors  `shared`: gate and up are one matrix and have one input factor; `separate`: gate, up and down are factored each by itself, gate
+             and up to the same rank (the paper's)
     whiten   `input`: minimise the error on each expert's own inputs (and refit the last projection to the factored first one);
              `none`: plain truncated SVD of the weights
     form     `factored` stores the factors; `dense` multiplies them out again (loads anywhere, saves nothing)
@@ -51,6 +54,7 @@ class LowRank:
     ratio: Annotated[float, Field(gt=0, lt=1)]
     rank: Literal["importance", "uniform", "optimal"] = "importance"
     alpha: Annotated[float, Field(ge=0, le=2)] = 0.15
+    factors: Literal["shared", "separate"] = "shared"
     whiten: Literal["input", "none"] = "input"
     form: Literal["factored", "dense"] = "factored"
 
@@ -80,17 +84,27 @@ class LowRank:
             if self.average(site) < MULTIPLE:
                 raise UserError(
                     f"low_rank: ratio {self.ratio} leaves rank {self.average(site):.1f} in layer {index} (experts of {site.hidden} x {site.width}); "
-                    f"at least {MULTIPLE} is needed, so ratio can be at most {1 - MULTIPLE / _full_average(site):.2f}."
+                    f"at least {MULTIPLE} is needed, so ratio can be at most {1 - MULTIPLE / self._full_average(site):.2f}."
                 )
 
+    def parts(self, site: Site) -> int:
+        """Of how many products an expert's first projection is made: 2 where gate and up are factored apart."""
+        return site.first // site.width if self.factors == "separate" else 1
+
     def average(self, site: Site) -> float:
-        """The rank R at which both factored matrices of an expert together hold (1 - ratio) of its weights."""
-        return (1 - self.ratio) * _full_average(site)
+        """The rank R at which all factored matrices of an expert together hold (1 - ratio) of its weights."""
+        return (1 - self.ratio) * self._full_average(site)
+
+    def _full_average(self, site: Site) -> float:
+        """The rank at which factoring all matrices saves nothing."""
+        weights = site.first * site.hidden + site.hidden * site.width
+        return weights / (site.first + self.parts(site) * site.hidden + site.hidden + site.width)
 
     def cap(self, site: Site) -> int:
-        """The largest rank at which factors of either matrix still save."""
-        saving = min(site.first * site.hidden / (site.first + site.hidden), site.hidden * site.width / (site.hidden + site.width))
-        largest = min(saving, site.hidden, site.width, site.first)
+        """The largest rank at which factors of any matrix still save."""
+        one = site.first // self.parts(site)
+        saving = min(one * site.hidden / (one + site.hidden), site.hidden * site.width / (site.hidden + site.width))
+        largest = min(saving, site.hidden, site.width, one)
         return max(MULTIPLE, int(largest) // MULTIPLE * MULTIPLE)
 
     def parameters(self, site: Site, count: int) -> int:
@@ -118,11 +132,17 @@ class LowRank:
                 if self.rank == "uniform":
                     one = budget.uniform_ranks(site.num_experts, average, multiple=MULTIPLE, cap=cap)
                 else:
-                    value = scores.leave_one_out(stats[index]).tolist()
+                    value = scores.raw_leave_one_out(stats[index]).tolist()
                     one = budget.importance_ranks(value, average, alpha=self.alpha, multiple=MULTIPLE, cap=cap)
                 ranks[index] = (one, one)
         return {
-            index: LayerDecision(keep=decisions[index].keep, in_ranks=tuple(inside), out_ranks=tuple(outside), merged=self.form == "dense")
+            index: LayerDecision(
+                keep=decisions[index].keep,
+                in_ranks=tuple(inside),
+                out_ranks=tuple(outside),
+                separate=self.parts(sites[index]) > 1,
+                merged=self.form == "dense",
+            )
             if {*inside, *outside} != {DENSE}
             else decisions[index]
             for index, (inside, outside) in ranks.items()
@@ -139,13 +159,14 @@ class LowRank:
         for index, site in sites.items():
             layer = stats[index]
             energy_E = layer["gate_norm_sq_E"] / layer["energy_EE"].sum() * sensitivity[index]
-            for name, rows, columns in (("in", site.first, site.hidden), ("out", site.hidden, site.width)):
+            for name, rows, columns, parts in (("in", site.first, site.hidden, self.parts(site)), ("out", site.hidden, site.width, 1)):
                 for expert in range(site.num_experts):
                     spectrum = layer[f"{name}_spectrum_ER"][expert].clamp_min(0)
                     tail = torch.cat([spectrum, spectrum.new_zeros(1)]).flip(0).cumsum(0).flip(0) / spectrum.sum().clamp_min(1e-30)
-                    saving = (rows * columns - 1) // (rows + columns)  # a rank that costs as much as dense is no option
+                    each = rows + parts * columns  # weights of one rank of all parts
+                    saving = (rows * columns - 1) // each  # a rank that costs as much as dense is no option
                     choices = list(range(0, min(saving, len(spectrum)) + 1, MULTIPLE))
-                    costs = [rank * (rows + columns) for rank in choices] + [rows * columns]
+                    costs = [rank * each for rank in choices] + [rows * columns]
                     losses = [float(tail[rank] * energy_E[expert]) for rank in choices] + [0.0]
                     menus.append((costs, losses))
                     owners.append((index, name, expert, [*choices, DENSE]))
@@ -162,17 +183,23 @@ class LowRank:
     def transform(self, experts: Any, site: Site, decision: LayerDecision, seen: Seen | None) -> nn.Module:
         """The factored (or multiplied-out) experts. `site` and `experts` are those after dropping; `seen` is what the layer's block saw."""
         assert decision.in_ranks is not None and decision.out_ranks is not None
-        factored = FactoredExperts(experts, list(decision.in_ranks), list(decision.out_ranks))
+        factored = FactoredExperts(experts, list(decision.in_ranks), list(decision.out_ranks), decision.separate)
         merged_in, merged_out = [], []
+
+        def first(w_in: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut | Joined:
+            if factored.parts == 1 or rank == DENSE:
+                return factor(w_in, moment, rank)
+            return Joined(tuple(factor(w, moment, rank) for w in apart(experts, w_in)), experts.is_concatenated)
+
         for expert in range(site.num_experts):
             w_in, w_out = matrices(experts, expert)
             if self.whiten == "none":
-                cut_in = factor(w_in, None, decision.in_ranks[expert])
+                cut_in = first(w_in, None, decision.in_ranks[expert])
                 cut_out = factor(w_out, None, decision.out_ranks[expert])
             else:
                 assert seen is not None
                 given = seen.of(expert)
-                cut_in = factor(w_in, damped(given.moment, DAMP), decision.in_ranks[expert])
+                cut_in = first(w_in, damped(given.moment, DAMP), decision.in_ranks[expert])
                 target, moment = _refit(experts, expert, given, cut_in, w_out)
                 cut_out = factor(target, moment, decision.out_ranks[expert])
             factored.set_expert(expert, cut_in, cut_out)
@@ -188,7 +215,8 @@ class LowRank:
 
     @torch.no_grad()
     def spectra(self, experts: Any, site: Site, seen: Seen, stats: LayerStats) -> None:
-        """Adds in_spectrum_ER and out_spectrum_ER to `stats`: squared singular values of the whitened matrices, largest first."""
+        """Adds in_spectrum_ER and out_spectrum_ER to `stats`: squared singular values of the whitened matrices, largest first; of gate and
+        up apart, which have one rank, their sum."""
         inside, outside = [], []
         for expert in range(site.num_experts):
             w_in, w_out = matrices(experts, expert)
@@ -198,7 +226,8 @@ class LowRank:
                 in_moment = damped(given.moment, DAMP)
                 inner, pooled = (run_expert(experts, expert, x)[0] for x in (given.x_SH, given.pool_PH))
                 out_moment = damped(given.blended(inner, inner, pooled, pooled), DAMP)
-            inside.append(spectrum(w_in, in_moment))
+            split = apart(experts, w_in) if self.parts(site) > 1 else (w_in,)
+            inside.append(torch.stack([spectrum(w, in_moment) for w in split]).sum(0))
             outside.append(spectrum(w_out, out_moment))
         stats.sums["in_spectrum_ER"], stats.sums["out_spectrum_ER"] = torch.stack(inside).cpu(), torch.stack(outside).cpu()
 
@@ -214,6 +243,36 @@ class Cut:
     @property
     def product(self) -> torch.Tensor:
         return self.whole if self.whole is not None else self.u_mr @ self.v_rn  # type: ignore[operator]
+
+
+@plain_dataclass
+class Joined:
+    """The cuts of gate and up, of one rank, stored one behind the other: u_mr [I, 2r], v_rn [2r, H]."""
+
+    cuts: tuple[Cut, ...]
+    concatenated: bool
+    whole: None = None
+
+    @property
+    def u_mr(self) -> torch.Tensor:
+        return torch.cat([cut.u_mr for cut in self.cuts], 1)  # type: ignore[misc]
+
+    @property
+    def v_rn(self) -> torch.Tensor:
+        return torch.cat([cut.v_rn for cut in self.cuts])  # type: ignore[misc]
+
+    @property
+    def product(self) -> torch.Tensor:
+        """In the order that the rows of the first projection have."""
+        parts = [cut.product for cut in self.cuts]
+        return torch.cat(parts) if self.concatenated else torch.stack(parts, 1).flatten(0, 1)
+
+
+def apart(experts: Any, w_OH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gate [I, H], up [I, H]): the halves of the first projection's rows, or every other row."""
+    if experts.is_concatenated:
+        return w_OH[: len(w_OH) // 2], w_OH[len(w_OH) // 2 :]
+    return w_OH[::2], w_OH[1::2]
 
 
 def factor(w_mn: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut:
@@ -253,7 +312,7 @@ def spectrum(w_mn: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
-def _refit(experts: Any, expert: int, given: Given, cut_in: Cut, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _refit(experts: Any, expert: int, given: Given, cut_in: Cut | Joined, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The last projection that, on the factored first one's activations h', best gives back the original outputs W_out h (ridge least
     squares), and the second moment of h' to whiten it with: M = W_out (C_hh' + mu I)(C_h'h' + mu I)^-1."""
     old, new = [], []
@@ -267,12 +326,12 @@ def _refit(experts: Any, expert: int, given: Given, cut_in: Cut, w_out: torch.Te
     return target.to(w_out.dtype), damped(moment, DAMP)
 
 
-def _full_average(site: Site) -> float:
-    """The rank at which factoring both matrices saves nothing."""
-    weights = site.first * site.hidden + site.hidden * site.width
-    return weights / (site.first + site.hidden + site.hidden + site.width)
+def factor_share(decision: LayerDecision, site: Site) -> int:
+    """Weights stored for a layer's factored experts."""
+    assert decision.in_ranks is not None and decision.out_ranks is not None
+    parts = site.first // site.width if decision.separate else 1
+    return _share(decision.in_ranks, site.first, site.hidden, parts) + _share(decision.out_ranks, site.hidden, site.width, 1)
 
 
-def rank_share(ranks: Sequence[int], rows: int, columns: int) -> int:
-    """Weights stored for matrices of these ranks."""
-    return int(np.sum([rows * columns if rank == DENSE else rank * (rows + columns) for rank in ranks]))
+def _share(ranks: Sequence[int], rows: int, columns: int, parts: int) -> int:
+    return sum(rows * columns if rank == DENSE else rank * (rows + parts * columns) for rank in ranks)

@@ -17,7 +17,8 @@ from trimoe.site import Site
 @dataclass(frozen=True, kw_only=True)
 class LayerDecision:
     """What becomes of one decoder layer. `keep`: surviving experts by their number in the source. `in_ranks`, `out_ranks`: one rank per
-    survivor for its first (gate and up stacked) and last projection; `merged` means the factors are multiplied out again (dense).
+    survivor for its first (gate and up stacked) and last projection; `separate` means that gate and up have a pair of factors each, both of
+    the first's rank; `merged` means the factors are multiplied out again (dense).
     `gone`: "moe", the MoE sub-layer and its norm are dropped; "block", the whole layer is. `bits`, `group`: the experts' integers.
     `sparsity` or `pattern` (n of m stay): the experts' zeros; `bitmask`: zeros are left out on disk. `linears`: the layer's other matrices
     (module paths) that are quantised or pruned likewise; layers without experts are listed for these too."""
@@ -25,6 +26,7 @@ class LayerDecision:
     keep: tuple[int, ...] = ()
     in_ranks: tuple[int, ...] | None = None
     out_ranks: tuple[int, ...] | None = None
+    separate: bool = False
     merged: bool = False
     gone: Literal["moe", "block"] | None = None
     bits: int | None = None

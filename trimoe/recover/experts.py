@@ -322,5 +322,5 @@ class Apart:
 
 def _factors(experts: Any, name: str) -> tuple[torch.Tensor, ...]:
     """Each expert's rows of one factor; none where its matrix is not factored."""
-    ranks = experts.in_ranks if name.startswith("in") else experts.out_ranks
-    return getattr(experts, name).split([max(rank, 0) for rank in ranks])
+    ranks, parts = (experts.in_ranks, experts.parts) if name.startswith("in") else (experts.out_ranks, 1)
+    return getattr(experts, name).split([max(rank, 0) * parts for rank in ranks])

@@ -69,9 +69,9 @@ def why_held(record: Mapping[str, Any] | None) -> str:
 def teacher_of(
     spec: Recover, given: str | os.PathLike[str] | None, folder: Path, record: dict[str, Any], student: Skeleton, dtype: torch.dtype
 ) -> Skeleton | None:
-    if spec.method == "lora":
+    if spec.method in ("lora", "sft"):
         if given is not None:
-            raise UserError("recover: lora learns from the text alone; leave the teacher out, or take method: logits.")
+            raise UserError(f"recover: {spec.method} learns from the text alone; leave the teacher out, or take method: logits.")
         return None
     teacher = Skeleton.of(str(given if given is not None else origin(folder)), dtype)
     refuse_other_vocabulary(teacher, student)

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from trimoe.errors import UserError
 
 RATES = {"lora": 5e-4, "router": 1e-3, "logits": 5e-4, "experts": 1e-3}  # peak learning rates where a recipe names none
-FULL_RATE = 2e-5  # of `logits` with train: full
+FULL_RATE = 2e-5  # where all weights train
 
 
 class Diverged(UserError):
@@ -22,7 +22,8 @@ class Diverged(UserError):
 class Recover:
     """Recovery training of a finished folder.
 
-    method       `lora`: adapters on attention and experts, trained on the text itself (MoE-I2); `logits`: distillation of the original's
+    method       `lora`: adapters on attention and experts, trained on the text itself (MoE-I2); `sft`: all weights, trained on the text
+                 itself (the holistic study); `logits`: distillation of the original's
                  next-token distribution into adapters, or into all weights with `train: full`; `router`: the same, but only routers
                  train; `experts`: each expert learns its original's outputs on the original's hidden states, layer by layer (MoE-Pruner)
     data         training text: files, data sets by name or builtin:NAME; the recipe's calibration text by default
@@ -48,7 +49,7 @@ class Recover:
                  added, as the paper does
     """
 
-    method: Literal["lora", "router", "logits", "experts"]
+    method: Literal["lora", "sft", "router", "logits", "experts"]
     data: str | list[str] | None = None
     samples: Annotated[int, Field(ge=2)] = 1024
     length: Annotated[int, Field(ge=8)] = 512
@@ -71,7 +72,7 @@ class Recover:
 
     def __post_init__(self) -> None:
         if self.train == "full" and self.method != "logits":
-            raise ValueError(f"train: full goes with method logits, not with {self.method}.")
+            raise ValueError(f"train: full goes with method logits, not with {self.method}; on the text itself, sft trains all weights.")
         if self.adapter and (self.method not in ("lora", "logits") or self.train == "full"):
             raise ValueError("adapter: true (--adapter) keeps adapters, which only method lora and method logits with train: lora have.")
         if not self.stream and self.method != "experts":
@@ -82,7 +83,12 @@ class Recover:
         """The peak learning rate."""
         if self.rate is not None:
             return self.rate
-        return FULL_RATE if self.method == "logits" and self.train == "full" else RATES[self.method]
+        return FULL_RATE if self.whole else RATES[self.method]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights train."""
+        return self.method == "sft" or self.train == "full"
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)

@@ -105,9 +105,10 @@ def _minded(folder: Finished) -> list[Figure]:
             if values:
                 mean[index] = sum(values) / len(values)
         if mean:
+            raw = step.fields.get("score") == "leave_one_out" and step.fields.get("normalize") == "none"
             figures.append(
                 by_layer(f"layer-importance{which}", "Importance of each layer", mean, "mean leave-one-out loss",
-                          "The mean over a layer's experts of the relative error of its output when that one expert is missing.")
+                          f"The mean over a layer's experts of the {'' if raw else 'relative '}error of its output when that one expert is missing.")
             )  # fmt: skip
         sensitive = {int(index): value for index, value in (step.metrics.get("sensitivity") or {}).items()}
         if sensitive:
