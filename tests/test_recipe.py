@@ -40,9 +40,9 @@ def test_built_in_recipes_load_and_round_trip(name: str, tmp_path: Path) -> None
 
 def test_built_in_recipes_say_what_they_are_named_for() -> None:
     assert recipe.names() == [
-        "block-drop", "block-drop-int4", "expert-drop", "expert-drop-int4", "layer-drop", "layer-drop-full", "layer-drop-int4", "low-rank",
-        "moe-i2", "moe-i2-full", "moe-i2-prune-only", "moe-pruner", "moe-pruner-2-4", "moe-pruner-full", "naee", "slim-int4", "slim-int8",
-        "sparsegpt", "wanda",
+        "block-drop", "block-drop-int4", "expert-drop", "expert-drop-int4", "holistic-paper", "layer-drop", "layer-drop-full", "layer-drop-int4", "low-rank",
+        "moe-i2", "moe-i2-full", "moe-i2-paper", "moe-i2-prune-only", "moe-pruner", "moe-pruner-2-4", "moe-pruner-full",
+        "moe-pruner-paper", "naee", "slim-int4", "slim-int8", "sparsegpt", "wanda",
     ]  # fmt: skip
     both = load("moe-i2").steps
     assert [type(step) for step in both] == [ExpertDrop, LowRank]
