@@ -127,14 +127,51 @@ def test_why_an_engine_does_not_load_it(family_folder: Family, tmp_path: Path) -
     def answers(*steps: dict[str, Any], family: str = "mixtral") -> dict[str, str]:
         return trimoe.plan(str(family_folder(family)), {"steps": list(steps)}).loads_in
 
-    assert answers(DROP)["vllm"] == "yes, as mixtral (not tried)"
+    assert answers(DROP)["vllm"] == "yes, as mixtral (0.32.0, tried)" and answers(DROP)["sglang"].endswith("(0.5.23, not tried)")
+    assert answers(DROP, family="hunyuan_v1_moe")["vllm"] == "yes, by transformers' own code (0.32.0, tried)"
     assert answers({"expert_drop": {"ratio": 0.25}})["vllm"] == "no (expert counts differ from layer to layer)"
     assert answers({"low_rank": {"ratio": 0.1, "rank": "uniform"}})["sglang"] == "no (experts are factored)"
     assert answers({"weight_prune": {"ratio": 0.5, "form": "bitmask"}})["llama.cpp"] == "no (zeros are left out of the files)"
     assert answers({"layer_drop": {"count": 1}})["vllm"].startswith("no (MoE sub-layers are dropped")
     packed = answers({"quantize": {"group": 8}})
-    assert packed["vllm"].startswith("made for it") and packed["llama.cpp"].startswith("no (it does not read")
-    assert answers(DROP, family="minimax")["llama.cpp"] == "not known: minimax is not in its list of 2026"
+    assert packed["vllm"] == "made for it, but without a kernel: its kernels take groups of 32, 64 and 128 inputs, not 8"
+    assert packed["llama.cpp"].startswith("yes, converted")
+    for engine in ("vllm", "sglang", "llama.cpp"):  # vLLM removed it in 0.23; the others never had it
+        assert answers(DROP, family="minimax")[engine].startswith("not known: minimax is not in its list")
+    assert answers(DROP, family="jamba")["sglang"].startswith("not known: jamba is not in its list")
+    emptied = answers({"layer_drop": {"count": 1}}, family="qwen2_moe")
+    assert emptied["vllm"] == "yes, as qwen2_moe (0.32.0, tried)" and "router in every layer" in emptied["llama.cpp"]
+
+
+def test_a_tied_head_is_not_promised_to_loaders_that_want_one(tmp_path: Path) -> None:
+    for tied in (True, False):
+        families.save("qwen2_moe", tmp_path / str(tied), tie_word_embeddings=tied)
+        said = trimoe.plan(str(tmp_path / str(tied)), {"steps": [DROP]}).loads_in["llama.cpp"]
+        assert said.startswith("no (its loader of qwen2_moe wants a head") == tied and said.startswith("yes") != tied
+    with pytest.raises(UserError, match=r"target is llama.cpp, and llama.cpp does not load the result: its loader of qwen2_moe"):
+        trimoe.plan(str(tmp_path / "True"), {"steps": [DROP], "target": "llama.cpp"})
+
+
+def test_packed_results_suit_every_target(family_folder: Family) -> None:
+    """llama.cpp's converter unpacks them."""
+    for target in ("vllm", "llama.cpp", "any"):
+        trimoe.plan(str(family_folder("mixtral")), {"steps": [{"quantize": {"group": 8}}], "target": target})
+
+
+@pytest.mark.parametrize(
+    ("hidden", "width", "group", "word"),
+    [
+        (2048, 768, 128, None),
+        (2880, 2880, 64, "hidden sizes"),
+        (2048, 96, 32, None),
+        (256, 256, 256, None),
+        (256, 512, 256, "groups"),
+        (2048, 768, 96, "groups"),
+    ],
+)
+def test_what_kernels_take(hidden: int, width: int, group: int, word: str | None) -> None:
+    found = engines.kernels_lack(hidden, width, group)
+    assert found is None if word is None else found is not None and word in found
 
 
 def test_over_how_many_devices(tmp_path: Path) -> None:
@@ -357,7 +394,7 @@ def _yaml(folder: Path) -> Path:
 def test_memory_on_a_gpu_is_of_its_batches(family_folder: Family) -> None:
     recipe = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform"}}], "calibration": {"samples": 4096, "length": 64}}
     host, device, other = (
-        trimoe.plan(str(family_folder("mixtral")), recipe, device=name).memory_split for name in ("cpu", "cuda", "cpu:0")
+        trimoe.plan(str(family_folder("mixtral")), recipe, device=name, dtype="float32").memory_split for name in ("cpu", "cuda", "cpu:0")
     )
     assert device["statistics"] > host["statistics"] == other["statistics"] and device["writing"] == host["writing"]
 

@@ -58,9 +58,9 @@ def advice(skeleton: Skeleton, recipe: Recipe, share: float, *, tokens: int, nat
         found += _native(skeleton, recipe) if skeleton.spec is None else [NATIVE_SOURCE]
     if any(isinstance(step, Quantize) for step in recipe.steps):
         found.append(
-            "4- and 8-bit experts speed up single-stream decoding (1.9 to 2.2 times here); weight-only kernels halve the speed of prefill."
+            "4-bit experts speed up single-stream decoding (1.9 to 2.2 times here); weight-only kernels halve the speed of prefill."
             if any(isinstance(step, Quantize) and step.bits == 4 for step in recipe.steps)
-            else "8-bit experts are run by int8-dynamic kernels here; run trimoe bench before you count on speed."
+            else "8-bit experts run weight-only; run trimoe bench before you count on speed."
         )
     if any(map(reads_text, recipe.steps)):
         found += [*_domains(recipe.calibration), *_amount(skeleton, tokens)]

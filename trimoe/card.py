@@ -22,7 +22,7 @@ NATIVE = """Stock code does not know the form of this checkpoint. Load it with `
 PACKED = """This is a compressed-tensors checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."""
 BITS = """ Weights of its experts are packed integers of {bits} bits: with the compressed-tensors package (`pip install compressed-tensors`)
 transformers unpacks them as it loads; `trimoe.load(folder)` runs them packed."""
-TRIED = """ vLLM reads such checkpoints with the same package; this one was not tried there."""
+TRIED = """ vLLM's loader reads such checkpoints; this one was not tried there."""
 SQUEEZED = """ Zeros of pruned matrices are left out of its files and put back while it is loaded."""
 SPEEDS = {"prefill_tokens_s": "prefill, tokens/s", "decode_tokens_s": "decode, tokens/s", "first_token_s": "first token, s"}
 MEASURED = ("texts", "tasks", "generation", "traffic")  # what an evaluation may measure
