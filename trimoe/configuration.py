@@ -31,13 +31,13 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
         holder = depth.renumbered(depth.explicit(skeleton, holder), kept, len(skeleton.layers))
     for name in (*hf.spellings(text, field), *(other for other in hf.COUNT_NAMES if other in holder)):
         holder[name] = total
-    if skeleton.ignored_keys and "num_nextn_predict_layers" in holder:
-        holder["num_nextn_predict_layers"] = 0  # the multi-token prediction layers are among what is left out
     dense = [index for index in emptied if depth.zero_block(skeleton, index) is not None]
     if dense:
         holder |= depth.dense_form(skeleton, []) or {}
         holder["mlp_only_layers"] = sorted({place[i] for i in (*(text.mlp_only_layers or ()), *dense) if i in place})
     config = {**config, inner: holder} if inner else holder
+    if not any(re.search(hf.PREDICTION, name) for name in skeleton.model.state_dict()):
+        config = hf.without_prediction(config)  # these layers are left out, which engines have to know
     _check_depth(skeleton, config, kept, emptied)
     layers: dict[str, dict[str, object]] = {}
     for index in kept:
