@@ -40,11 +40,7 @@ def reads_text(step: Step) -> bool:
 
 def advice(skeleton: Skeleton, recipe: Recipe, share: float, *, tokens: int, native: bool) -> list[str]:
     """`share`: of the routed-expert parameters that stay; `tokens` of calibration text."""
-    found: list[str] = []
-    if skeleton.ignored_keys:
-        found.append(
-            f"{len(skeleton.ignored_keys)} tensors that transformers does not use (such as {skeleton.ignored_keys[0]}) are left out."
-        )
+    found = skeleton.left_out()
     for step in recipe.steps:
         if isinstance(step, ExpertDrop) and step.total(skeleton.sites) == 0:
             experts = sum(site.num_experts for site in skeleton.sites.values())

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from trimoe.errors import UserError
+
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
@@ -40,3 +42,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
         raise OSError(f"{path} could not be written; is the disk full?") from error
+
+
+def refuse_dangling(out: Path) -> None:
+    """Raises UserError where the folder to be made, or one that it would lie in, is a link to nothing: no folder can be made there."""
+    for place in (out, *out.parents):
+        if place.is_symlink() and not place.exists():
+            raise UserError(f"The output {out} cannot be made: {place} is a link to {place.readlink()}, which does not exist.")

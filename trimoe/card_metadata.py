@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from trimoe.checkpoint import CARD
+from trimoe.side_files import CARD
 from trimoe.tables import shown_tasks
 
 FRONT_MATTER = 1 << 16  # characters of a source's README.md in which its metadata must lie

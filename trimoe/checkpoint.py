@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -16,21 +17,17 @@ from typing import Any
 import torch
 
 from trimoe.errors import UserError, first_line
-from trimoe.headers import DTYPES, TensorInfo, info_of, read_header, read_json
+from trimoe.headers import DTYPES, TensorInfo, info_of, read_json
 from trimoe.modeling_trimoe import BITMASK, bits_of, expand
 from trimoe.packing import BITS, PARTS, Packed, packed_columns, unpack
+from trimoe.shards import INDEX, read_headers, weight_files
+from trimoe.side_files import CARD, carried, left_out, names_in
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 BUILTIN = Path(__file__).parent / "builtin" / "models"
 ADAPTER = "adapter_config.json"  # what peft calls its own
 SMALL = 1 << 20  # bytes of a tensor that the fingerprint takes whole
 SAMPLE, SAMPLES = 1 << 14, 16  # bytes of a piece of a shard, and how many of them, for the fingerprint
 PIECE = 4 << 20  # bytes of a tensor that are read before they are looked at and converted
-# Everything beside the weights that makes a checkpoint usable: read by us, or carried over unchanged.
-# (On the hub, names with a folder in them are other formats of the same model.)
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-CARD = "README.md"  # read for the licence, not copied
 
 
 class Checkpoint:
@@ -162,10 +159,17 @@ class Checkpoint:
     def files(self) -> list[str]:
         return sorted({info.file for info in self.stored.values()})
 
-    def side_files(self) -> list[Path]:
-        """Tokenizer, generation config, licence and the like; not config.json, not the index, no code."""
-        found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.name not in ("config.json", "trimoe.json") and not path.name.endswith(".index.json"))
+    def side_files(self) -> list[str]:
+        """What is carried over unchanged: paths in the folder of everything but weights and what is written anew."""
+        return carried(self._names)
+
+    def other_weights(self) -> list[str]:
+        """Weights that lie beside the model's own and are not carried over."""
+        return left_out(self._names, self.files())
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return names_in(self.folder)
 
     @property
     def nbytes(self) -> int:
@@ -265,36 +269,7 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         )
     read_json(folder / "config.json")
     _refuse_links(folder)
-    weight_map = weight_map_of(folder)
-    if weight_map is None:
-        if (folder / SINGLE).is_file():
-            return read_header(folder / SINGLE)
-        if any(folder.glob("*.bin")):
-            raise UserError(f"{folder} holds pickled .bin weights, which can run code when read; convert it to safetensors first.")
-        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}.")
-    headers: dict[str, dict[str, TensorInfo]] = {}
-    for file in sorted(set(weight_map.values())):
-        if not (folder / file).is_file():
-            raise UserError(f"Shard {file} named in the index is missing from {folder}.")
-        headers[file] = read_header(folder / file)
-    lost = [key for key, file in weight_map.items() if key not in headers[file]]
-    if lost:
-        raise UserError(f"The index promises {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it ({len(lost)} such).")
-    return {key: headers[file][key] for key, file in weight_map.items()}
-
-
-def weight_map_of(folder: Path) -> dict[str, str] | None:
-    """Which shard holds which tensor, by the index; None without one."""
-    if not (folder / INDEX).is_file():
-        return None
-    weight_map = read_json(folder / INDEX, repeats=False).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX} has no weight_map.")
-    for file in weight_map.values():
-        plain = isinstance(file, str) and file.isprintable() and len(file) < 256 and not {"/", "\\"} & set(file)
-        if not plain or not file.endswith(".safetensors"):
-            raise UserError(f"The index names {str(file)[:80]!r}; only plain *.safetensors names inside the folder are allowed.")
-    return weight_map
+    return read_headers(folder)
 
 
 def _refuse_links(folder: Path) -> None:
@@ -302,14 +277,15 @@ def _refuse_links(folder: Path) -> None:
     snapshots/COMMIT to blobs beside it."""
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    for path in sorted(folder.iterdir()):
+    nested = [folder / name for name in carried(names_in(folder)) if "/" in name]
+    for path in (*sorted(folder.iterdir()), *nested):
         target = path.resolve() if path.is_symlink() else root
         if not target.is_relative_to(root) and target.parent != blobs:
             raise UserError(f"{path} is a link to {target}, outside the folder; put the file itself there.")
 
 
 def _open_hub(name: str, *, weights: bool) -> Checkpoint:
-    """A hub id: side files always, shards only if wanted (headers come by range requests otherwise)."""
+    """A hub id: what lies beside the weights always, shards only if wanted (headers come by range requests otherwise)."""
     import huggingface_hub as hub
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -320,10 +296,13 @@ def _open_hub(name: str, *, weights: bool) -> Checkpoint:
     )
 
     try:
-        folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, CARD], ignore_patterns=["*/*"]))
+        present = _on_hub(name)
+        wanted = [glob.escape(file) for file in ("config.json", INDEX, CARD, *carried(present)) if file in present]
+        folder = Path(hub.snapshot_download(name, allow_patterns=wanted))
+        files = weight_files(folder, present)
         if weights:
-            shards = sorted(set((weight_map_of(folder) or {SINGLE: SINGLE}).values()))
-            folder = Path(hub.snapshot_download(name, allow_patterns=[*SIDE_FILES, CARD, *shards], ignore_patterns=["*/*"]))
+            wanted += [glob.escape(file) for file in files]
+            folder = Path(hub.snapshot_download(name, allow_patterns=wanted))
             return Checkpoint(name, folder, _read_headers(folder))
         metadata = hub.get_safetensors_metadata(name)
     except HFValidationError:
@@ -336,3 +315,14 @@ def _open_hub(name: str, *, weights: bool) -> Checkpoint:
         for key, info in parsed.tensors.items()
     }
     return Checkpoint(name, folder, tensors)
+
+
+def _on_hub(name: str) -> list[str]:
+    """The files of a repository; without a connection, those of it that are here."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        return hub.HfApi().list_repo_files(name)
+    except OfflineModeIsEnabled:
+        return names_in(Path(hub.snapshot_download(name, local_files_only=True)))

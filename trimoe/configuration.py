@@ -70,8 +70,6 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
         holder = depth.renumbered(depth.explicit(skeleton, holder), kept, len(skeleton.layers))
     for name in (*hf.spellings(text, field), *(other for other in hf.COUNT_NAMES if other in holder)):
         holder[name] = total
-    if skeleton.ignored_keys and "num_nextn_predict_layers" in holder:
-        holder["num_nextn_predict_layers"] = 0  # the multi-token prediction layers are among what is left out
     dense = [index for index in emptied if depth.zero_block(skeleton, index) is not None]
     if dense:
         holder |= depth.dense_form(skeleton, []) or {}
@@ -81,6 +79,8 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
         config["tie_word_embeddings"] = False
         if inner:
             holder["tie_word_embeddings"] = False
+    if not any(re.search(hf.PREDICTION, name) for name in skeleton.model.state_dict()):
+        config = hf.without_prediction(config)  # these layers are left out, which engines have to know
     _check_depth(skeleton, config, kept, emptied)
     bits = {(decision.bits, decision.group) for decision in decisions.values() if decision.bits is not None and decision.gone != "block"}
     if bits:

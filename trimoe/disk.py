@@ -25,7 +25,12 @@ ENTRY, EXPERT, LEAST = 160, 400, 1 << 18  # bytes of a tensor's line in the inde
 def output_need(skeleton: Skeleton, recipe: Recipe, result: int) -> dict[str, int]:
     """Bytes in the output folder at once, by what they are: the result of `result` bytes, and what lies in OUT/.trimoe until the run is done."""
     checkpoint, experts = skeleton.checkpoint, sum(site.num_experts for site in skeleton.sites.values())
-    beside = sum(path.stat().st_size for path in checkpoint.side_files()) + ENTRY * len(checkpoint.tensors) + EXPERT * experts + LEAST
+    beside = (
+        sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files())
+        + ENTRY * len(checkpoint.tensors)
+        + EXPERT * experts
+        + LEAST
+    )
     found = {"result": result, BESIDE: beside}
     statistics = sum(_statistics(skeleton, recipe, number) for number in range(len(recipe.steps)))
     if statistics:

@@ -17,7 +17,7 @@ def lost(out: Path, source: Checkpoint) -> str | None:
         Checkpoint.open(out)
     except UserError as reason:
         return str(reason)
-    return _missing(out, [path.name for path in source.side_files()])
+    return _missing(out, source.side_files())
 
 
 def lost_adapter(out: Path, names: tuple[str, ...]) -> str | None:

@@ -40,6 +40,11 @@ from trimoe.headers import DTYPES, TensorInfo
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MAX_BUFFER = 64 << 20  # bytes of one table; those of positions have kilobytes, the largest known (a decay of minimax's) 17 MB a layer
 OUTPUTS = {"output_router_logits": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
+# Names of tensors of multi-token prediction, of buffers that old versions saved, and of fields that count prediction layers.
+PREDICTION = r"(^|[._])(mtp|nextn)([._\d]|$)|(^|\.)(mtp\w*|eh_proj|enorm|hnorm|shared_head)\."
+BUFFERS = r"rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)$|(^|\.)(position_ids|masked_bias)$"
+PREDICTION_FIELD = re.compile(r"mtp|nextn|multi_token_pred")
+COUNTING_FIELD = re.compile(r"num|count|layers|modules|depth")
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
 
@@ -103,6 +108,46 @@ class _NothingLarge(TorchFunctionMode):
             if hollow.numel() * hollow.element_size() > MAX_BUFFER:
                 return hollow
         return function(*args, **options)
+
+
+def other_senses(config: PreTrainedConfig) -> list[str]:
+    """The parts of a configuration that describe something else than a language model: towers for images, sound or video."""
+    if config.get_text_config() is config:
+        return []
+    return sorted(name for name in type(config).sub_configs if getattr(config, name, None) is not None and not name.startswith("text"))
+
+
+def not_needed(name: str, predicting: tuple[str, ...]) -> bool:
+    """Whether a tensor that the architecture has no place for may be left out: multi-token prediction (`predicting`: beginnings of the
+    names of its layers), and buffers that are computed from the configuration."""
+    return bool(re.search(PREDICTION, name) or re.search(BUFFERS, name)) or name.startswith(predicting)
+
+
+def predicted(config: Mapping[str, Any]) -> int:
+    """How many multi-token prediction layers a configuration counts, however it spells them."""
+    counts = [
+        value for name, value in config.items()
+        if PREDICTION_FIELD.search(name) and COUNTING_FIELD.search(name) and type(value) is int and 0 < value < 100
+    ]  # fmt: skip
+    nested = [predicted(value) for value in config.values() if isinstance(value, dict)]
+    return max((*counts, *nested), default=0)
+
+
+def without_prediction(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` (JSON) that counts no multi-token prediction layers, in every spelling and part of it."""
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        counts = PREDICTION_FIELD.search(name) is not None
+        if isinstance(value, dict) and not counts:
+            value = without_prediction(value)
+        elif counts and type(value) is int and COUNTING_FIELD.search(name):
+            value = 0
+        elif counts and value is True:
+            value = False
+        elif counts and isinstance(value, list):
+            value = []
+        out[name] = value
+    return out
 
 
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -194,9 +239,7 @@ def trial_load(model: PreTrainedModel, tensors: Mapping[str, TensorInfo], dtype:
     byte is read. Experts' matrices that are stacked are checked here and spared transformers, which copies a converter for each key."""
     used, source_of, stacked = _sources(model, tensors, dtype)
     spared = {key for parts in stacked.values() for part in parts for key in part}
-    meta = {
-        key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in tensors.items() if key not in spared
-    }
+    meta = {key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in tensors.items() if key not in spared}
     info = _load(model, meta, torch.device("meta"), dtype)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignorable = model._keys_to_ignore_on_load_unexpected or ()

@@ -61,7 +61,7 @@ def _structure(skeleton: Skeleton) -> dict[str, Any]:
             "score": rule.score, "renormalise": rule.renormalise, "correction_bias": rule.biased_choice, "groups": rule.groups,
             "topk_group": rule.topk_group, "scale": rule.scale, "fewest_experts": rule.min_experts,
         },
-        "bytes": parts, "native": skeleton.spec is not None, **_costs(skeleton), "methods": _methods(skeleton),
+        "bytes": parts, "left_out": skeleton.left_out(), "native": skeleton.spec is not None, **_costs(skeleton), "methods": _methods(skeleton),
     }  # fmt: skip
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -156,8 +158,18 @@ class Skeleton:
     # ---- refusals
 
     def _built(self) -> tuple[Any, Any]:
-        try:
+        with self._building():
             return hf.build_bare(self.config, self.dtype), hf.build_meta(self.config, self.dtype)
+
+    def _decoder_layers(self, config: Any) -> nn.ModuleList:
+        """The decoder layers that another configuration gives."""
+        with self._building():
+            return hf.decoder_layers(hf.build_meta(config, self.dtype))[1]
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        try:
+            yield
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
         except Exception as error:  # whatever absurd sizes make the architecture's own code raise
@@ -168,6 +180,12 @@ class Skeleton:
 
     def _refuse_what_cannot_be_built(self) -> None:
         name, kind = self.name, self.config.model_type
+        senses = hf.other_senses(self.config)
+        if senses:
+            raise UserError(
+                f"{name} ({kind}) is a multimodal wrapper: beside its language model config.json describes {' and '.join(senses)} (images, "
+                "sound or video). Only language models are supported so far; give a checkpoint of the text model alone."
+            )
         if hf.causal_lm_class(self.config) is None:
             raise UserError(f"{name} ({kind}) is not a decoder-only language model that transformers' AutoModelForCausalLM knows.")
         layers = getattr(self.config.get_text_config(), "num_hidden_layers", None)
@@ -183,17 +201,55 @@ class Skeleton:
             raise UserError(f"{name} is not a Mixture-of-Experts model: {self.count_field} = {self.num_experts} (2 to 4096 is allowed).")
 
     def _refuse_what_does_not_fit(self) -> None:
-        found = self.conversion
+        found, kind = self.conversion, self.config.model_type
         if found.mismatched:
             raise UserError(f"{self.name}: a tensor's shape does not fit config.json: {found.mismatched[0]}.")
-        for what, names in (
-            ("lacks", found.missing - set(self.ties)),
-            ("has tensors that the architecture does not use:", found.unexpected),
-        ):
-            if names:
-                raise UserError(
-                    f"{self.name} {what} {sorted(names)[0]!r} ({len(names)} such); it is damaged or not a {self.config.model_type}."
-                )
+        number = re.compile(re.escape(self.prefix) + r"\.(\d+)\.")
+        missing = found.missing - set(self.ties)
+        layers = {name: int(at[1]) for name in (*missing, *found.unexpected) if (at := number.match(name))}
+        depth = f"config.json says num_hidden_layers = {len(self.layers)}"
+        there = {int(at[1]) for name in found.source_of if (at := number.match(name))}
+        empty = sorted({layers[name] for name in missing if name in layers} - there)
+        if empty:
+            raise UserError(f"{self.name}: {depth}, but there are no tensors of layer {empty[0]} ({len(empty)} such layers).")
+        if missing:
+            raise UserError(f"{self.name} lacks {sorted(missing)[0]!r} ({len(missing)} such), which a {kind} has.")
+        extra = sorted(name for name in found.unexpected if not hf.not_needed(name, self.predicting))
+        beyond = [name for name in extra if layers.get(name, 0) >= len(self.layers)]
+        if beyond:
+            raise UserError(f"{self.name}: {depth}, but there are tensors of layer {layers[beyond[0]]} ({beyond[0]!r}).")
+        if extra:
+            raise UserError(
+                f"{self.name} has tensors that the architecture does not use: {extra[0]!r} ({len(extra)} such); config.json describes "
+                f"another model, or it is not a {kind}."
+            )
+
+    @cached_property
+    def predicting(self) -> tuple[str, ...]:
+        """Beginnings of the names of multi-token prediction layers that lie behind the decoder layers."""
+        number = re.compile(re.escape(self.prefix) + r"\.(\d+)\.")
+        marks = {
+            int(at[1]) for name in self.conversion.source_of
+            if (at := number.match(name)) and re.search(hf.PREDICTION, name) and int(at[1]) >= len(self.layers)
+        }  # fmt: skip
+        counted = hf.predicted(self.checkpoint.config) or hf.predicted(self.config.get_text_config().to_dict())
+        marks |= {len(self.layers) + more for more in range(counted)}
+        return tuple(f"{self.prefix}.{index}." for index in sorted(marks))
+
+    def left_out(self) -> list[str]:
+        """What of the folder does not go into a result, and why, in sentences."""
+        name_of = {key: name for name, keys in self.conversion.source_of.items() for key in keys}
+        ahead = [key for key in self.ignored_keys if re.search(hf.PREDICTION, key) or name_of[key].startswith(self.predicting)]
+        buffers = [key for key in self.ignored_keys if key not in set(ahead) and re.search(hf.BUFFERS, key)]
+        rest = [key for key in self.ignored_keys if key not in {*ahead, *buffers}]
+        kinds = (
+            (ahead, "tensors of multi-token prediction, which transformers does not use (speculative decoding with them is lost)"),
+            (buffers, "buffers that every model computes anew"),
+            (rest, "tensors that transformers does not use"),
+        )
+        said = [f"left out: {len(keys)} {what}, such as {keys[0]}." for keys, what in kinds if keys]
+        files = self.checkpoint.other_weights()
+        return said + ([f"left out: other weights beside the model: {', '.join(files[:5])} ({len(files)} in all)."] if files else [])
 
     # ---- sites
 
@@ -203,8 +259,8 @@ class Skeleton:
             delattr(plain, modeling_trimoe.KEY)
         doubled = copy.deepcopy(plain)
         setattr(doubled.get_text_config(), self.count_field, 2 * self.num_experts)
-        once = hf.decoder_layers(hf.build_meta(plain, self.dtype))[1] if self.spec else self.layers
-        twice = hf.decoder_layers(hf.build_meta(doubled, self.dtype))[1]
+        once = self._decoder_layers(plain) if self.spec else self.layers
+        twice = self._decoder_layers(doubled)
         rules: dict[tuple[Any, ...], RoutingRule] = {}
         for index, (layer, bigger) in enumerate(zip(once, twice, strict=True)):
             axes = _grown(layer, bigger)
@@ -297,16 +353,21 @@ def _router_kind(router: nn.Module) -> tuple[Any, ...]:
 
 
 def _call(shell: nn.Module, site: Site) -> routing.Router:
-    """The router as a function of hidden states; a correction bias that the block passes in is passed in."""
+    """The router as a function of hidden states [T, H]; a correction bias that the block passes in is passed in, and a router that wants
+    [batch, T, H] gets a batch of one."""
     router = shell.get_submodule(site.router)
-    needed = [
-        p for p in inspect.signature(router.forward).parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
-    ]
-    if len(needed) == 1:
-        return router
-    if len(needed) == 2 and site.bias and "." not in site.bias:
-        return lambda x_TH: router(x_TH, tensor_at(shell, site.bias))  # type: ignore[arg-type]
-    raise TypeError(f"it wants {', '.join(p.name for p in needed)}")
+    takes = [p for p in inspect.signature(router.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    needed = sum(p.default is p.empty for p in takes)
+    rest: tuple[torch.Tensor, ...] = ()
+    if len(takes) > 1 and site.bias and "." not in site.bias:
+        rest = (tensor_at(shell, site.bias),)
+    if not 1 <= needed <= 1 + len(rest):
+        raise TypeError(f"it wants {', '.join(p.name for p in takes)}")
+    try:
+        router(torch.zeros(2, site.hidden), *rest)
+    except (ValueError, IndexError):  # three axes are unpacked
+        return lambda x_TH: router(x_TH[None], *rest)
+    return lambda x_TH: router(x_TH, *rest)
 
 
 def _grown(layer: nn.Module, bigger: nn.Module) -> dict[str, int]:

@@ -12,9 +12,9 @@ import torch
 
 from trimoe import modeling_trimoe
 from trimoe.aside import aside, disk_errors
-from trimoe.checkpoint import INDEX
 from trimoe.headers import DTYPES
 from trimoe.layout import Entry, Layout, Shard
+from trimoe.shards import INDEX
 
 PIECE = 64 << 20  # bytes copied at a time
 
@@ -84,12 +84,12 @@ class Writer:
                 left -= len(piece)
 
     def finish(self, side: Mapping[str, str]) -> None:
-        """Index, configuration, tokenizer and licence files, loader code for native checkpoints, and `side` files (name -> text)."""
+        """Index, configuration, everything beside the source's weights, loader code for native checkpoints, and `side` files (name -> text)."""
         layout = self.layout
         write_text(self.out / INDEX, json.dumps(layout.index_json(), indent=2) + "\n")
-        for path in self.source.side_files():
-            if path.name not in side:
-                copy_file(path, self.out / path.name)
+        for name in self.source.side_files():
+            if name not in side:
+                copy_file(self.source.folder / name, self.out / name)
         if layout.native:
             copy_file(Path(modeling_trimoe.__file__), self.out / "modeling_trimoe.py")
         for name, text in side.items():
@@ -109,5 +109,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     with aside(target) as part:
         shutil.copyfile(source, part)

@@ -49,7 +49,9 @@ def identity(checkpoint: Checkpoint) -> str:
     """Of a model and its tokenizer. The fingerprint reads samples of large shards; one that was written again has another time."""
     stats = [(checkpoint.folder / file).stat() for file in checkpoint.files()]
     shards = json.dumps([[stat.st_size, stat.st_mtime_ns] for stat in stats])
-    return digest([checkpoint.fingerprint.encode(), shards.encode(), *(path.read_bytes() for path in checkpoint.side_files())])
+    return digest(
+        [checkpoint.fingerprint.encode(), shards.encode(), *((checkpoint.folder / name).read_bytes() for name in checkpoint.side_files())]
+    )
 
 
 class Cache:

@@ -17,6 +17,8 @@ from trimoe.finished import PAGE
 from trimoe.headers import DTYPES, TensorInfo
 from trimoe.progress import LOG
 from trimoe.recover.spec import Diverged
+from trimoe.shards import INDEX
+from trimoe.side_files import is_weights
 from trimoe.write import copy_file, write_text
 
 CONFIG = "config.json"
@@ -70,9 +72,10 @@ class Rewriter:
         for name in self.source.files():
             if not (self.out / name).is_file():
                 os.replace(self.out / f"{name}.part", self.out / name)
-        for path in sorted(self.source.folder.iterdir()):
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in (CONFIG, LOG, PAGE, *side):
-                copy_file(path, self.out / path.name)
+        here = [path.name for path in self.source.folder.iterdir() if path.is_file() and (path.name == INDEX or not is_weights(path.name))]
+        for name in sorted({*here, *self.source.side_files()}):
+            if name not in (CONFIG, LOG, PAGE, *side):
+                copy_file(self.source.folder / name, self.out / name)
         for name, text in side.items():
             if name != CONFIG:
                 write_text(self.out / name, text)

@@ -10,10 +10,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from trimoe import card
-from trimoe.checkpoint import SINGLE, weight_map_of
 from trimoe.errors import UserError, first_line
 from trimoe.journal import FOLDER
 from trimoe.report.read import Finished
+from trimoe.shards import weight_files
 
 CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP client that huggingface_hub uses: no network, no name, no answer
 LEFT_OUT = [f"{FOLDER}/*", "*.part", "*.log", ".cache/*"]  # what runs leave, and what is only half there
@@ -55,7 +55,6 @@ def _check(finished: Finished) -> None:
     if (folder / FOLDER).is_dir():
         raise UserError(f"{folder} holds {FOLDER}: a run in it was not finished; start it again, then push.")
     card.check(folder)
-    named = set((weight_map_of(folder) or {"": SINGLE}).values())
-    missing = sorted(name for name in {*named, "README.md"} if not (folder / name).is_file())
+    missing = sorted(name for name in {*weight_files(folder), "README.md"} if not (folder / name).is_file())
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}; it is not complete, so it is not uploaded.")
