@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,11 +22,10 @@ from trimoe import hf
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError, first_line
 from trimoe.finite import Inside, NotFinite, Range, told
+from trimoe.passing import Call, Stand, same, standing, with_passed
 from trimoe.progress import Reporter
 from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import Carried
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, after the hidden states
 
 
 def usable_device(device: str) -> torch.device:
@@ -47,33 +46,13 @@ def compute_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return dtypes[name]
 
 
-class _Stand(nn.Module):
-    """Takes a decoder layer's place: records the call, answers with its input or with a given tensor."""
-
-    def __init__(self, layer: nn.Module, answer: torch.Tensor | None = None):
-        super().__init__()
-        object.__setattr__(self, "_layer", layer)  # attribute_type and the like are read off the layer by some models
-        self.answer = answer
-        self.seen = torch.empty(0)
-        self.call: Call = ((), {})
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_layer"), name)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.seen, self.call = hidden_states, (args, kwargs)
-        return hidden_states if self.answer is None else self.answer
-
-
 class _Blank(nn.Module):
     """In an embedding table's place: zeros of the hidden size; in the head's: nothing but a token's first number."""
 
     def __init__(self, dtype: torch.dtype, hidden: int | None):
         super().__init__()
         self.dtype, self.hidden = dtype, hidden
+        self.weight = torch.empty(0, dtype=dtype)  # some models ask for its dtype
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         return given[..., :1] if self.hidden is None else torch.zeros(*given.shape, self.hidden, dtype=self.dtype, device=given.device)
@@ -100,7 +79,7 @@ class LayerWalk:
                 first, calls = self._capture(batch)
                 self.range.see(first)
                 self.hidden.append(first)
-                self.calls.append(self.calls[-1] if self.calls and _same(calls, self.calls[-1]) else calls)
+                self.calls.append(self.calls[-1] if self.calls and same(calls, self.calls[-1]) else calls)
         self.range.check("the hidden states before layer 0")
 
     # ---- weights in, weights out
@@ -170,28 +149,20 @@ class LayerWalk:
     # ---- calls
 
     def _capture(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
-        with self._stands([_Stand(layer) for layer in self.skeleton.layers]) as stands:
+        stands = [Stand(layer, beside=self.skeleton.passed_on) for layer in self.skeleton.layers]
+        with standing(self.skeleton.layers, stands):
             self.model(input_ids=batch, use_cache=False, logits_to_keep=1)
         return stands[0].seen, [stand.call for stand in stands]
 
-    @contextmanager
-    def _stands(self, stands: list[_Stand]) -> Iterator[list[_Stand]]:
-        layers = self.skeleton.layers
-        real = list(layers)
-        for index, stand in enumerate(stands):
-            layers[index] = stand
-        try:
-            yield stands
-        finally:
-            for index, layer in enumerate(real):
-                layers[index] = layer
-
     @torch.no_grad()
     def step(self, index: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> torch.Tensor:
-        """One batch's hidden states through one layer, called as the stock model calls it."""
-        args, kwargs = self.calls[batch][index]
+        """One batch's hidden states through one layer, called as the stock model calls it. What a layer hands on beside them hangs on
+        them as the attribute `beside`."""
+        args, kwargs = with_passed(self.calls[batch][index], getattr(hidden, "beside", ()))
         out = layer(hidden, *args, **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
+        out, *rest = out if isinstance(out, tuple) else (out,)
+        if self.skeleton.passed_on:
+            out.beside = rest
         self.range.see(out)
         return out
 
@@ -235,9 +206,10 @@ class LayerWalk:
 
         @torch.no_grad()
         def logits(hidden: torch.Tensor, batch: int, positions: torch.Tensor | None = None) -> torch.Tensor:
-            stands = [_Stand(layer, hidden if index == last else None) for index, layer in enumerate(self.skeleton.layers)]
+            layers, beside = self.skeleton.layers, self.skeleton.passed_on
+            stands = [Stand(layer, hidden if index == last else None, beside) for index, layer in enumerate(layers)]
             wanted = 0 if positions is None or len(positions) == hidden.shape[1] else positions
-            with self._stands(stands):
+            with standing(layers, stands):
                 made = self.model(input_ids=self.batches[batch], use_cache=False, logits_to_keep=wanted).logits
             self.range.see(made)
             return made
@@ -271,14 +243,3 @@ def _to_meta(module: nn.Module) -> None:
         for name, parameter in part._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two batches' layer calls are equal, so that one copy serves both (without padding, masks depend on the length only)."""
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a is b or a == b
