@@ -10,9 +10,11 @@ from typing import Any
 
 import families
 import pytest
+import torch
 import transformers
 from damage import shards
 from refusals import BASE, FACTORED, Family, Line, recipe_file, refused
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from trimoe import calibration
@@ -33,6 +35,19 @@ def test_missing_and_wrong_folders(line: Line, text_file: Path, tmp_path: Path) 
     line.refused("no finished trimoe folder but an adapter's", "report", tmp_path / "adapter")
     line.refused("There is no built-in model 'builtin:big'", "inspect", "builtin:big")
     line.refused("There is no folder", "plan", tmp_path / "absent", "--recipe", "moe-i2")
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"])
+def test_float8_without_scales(kind: str, line: Line, source: Path, text_file: Path, tmp_path: Path) -> None:
+    """Whoever strips quantization_config to get around a loader leaves numbers whose scales nobody knows."""
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({k: t.to(getattr(torch, kind)) if "experts" in k else t for k, t in tensors.items()}, path, metadata={"format": "pt"})
+    message = "is stored in 8-bit floats (F8_"
+    refused(line, message, source, text_file, tmp_path)
+    for command in ("inspect", "eval", "bench"):
+        line.refused(message, command, source, *(["--text", text_file] if command == "eval" else []))
+    line.refused(message, "plan", source, "--recipe", "moe-i2")
 
 
 def other_model(folder: Path, kind: str, **fields: Any) -> Path:

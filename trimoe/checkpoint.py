@@ -41,6 +41,7 @@ class Checkpoint:
     def __init__(self, name: str, folder: Path, tensors: dict[str, TensorInfo]):
         self.name, self.folder, self.stored = name, folder, tensors
         self.scheme = _packed_scheme(name, self.config)
+        _refuse_float8(name, tensors)
         self.tensors = tensors if self.scheme is None else _dense_view(name, tensors, *self.scheme)
         masks = [key for key in tensors if key.endswith(BITMASK)]
         self.squeezed = {key.removesuffix(BITMASK) for key in masks}
@@ -225,6 +226,16 @@ def _packed_scheme(name: str, config: dict[str, Any]) -> tuple[int, int] | None:
             f"{name} is quantised to {bits!r} bits in groups of {group!r}; {' and '.join(map(str, BITS))} bits in groups can be read."
         )
     return bits, group
+
+
+def _refuse_float8(name: str, stored: dict[str, TensorInfo]) -> None:
+    """8-bit floats are stored beside scales, which only a quantization_config tells of; without them they are other numbers."""
+    narrow = [key for key, info in stored.items() if info.dtype.startswith("F8_")]
+    if narrow:
+        raise UserError(
+            f"{name}: {narrow[0]!r} is stored in 8-bit floats ({stored[narrow[0]].dtype}, {len(narrow)} such), and config.json has no "
+            "quantization_config that says how they are scaled. Give the bf16, fp16 or fp32 checkpoint."
+        )
 
 
 def _dense_view(name: str, stored: dict[str, TensorInfo], bits: int, group: int) -> dict[str, TensorInfo]:

@@ -113,5 +113,5 @@ class Inputs:
         owner = self.owner.get(path)
         if owner is None:
             return None
-        dtype = self.modules[path].weight.dtype
+        dtype = next(self.modules[path].parameters()).dtype
         return within(self.sums[owner] / self.tokens[owner], f"the moments of what {path} is given", dtype)

@@ -26,8 +26,11 @@ Letters: T tokens, k experts per token, E experts, H hidden size, I expert width
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -329,6 +332,29 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return getattr(importlib.import_module("transformers"), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
 
 
+def balanced(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A family's load-balancing loss, which also takes layers of different numbers of experts: it is then the mean of the layers' own losses.
+    (Where all layers have `num_experts`, it is the stock one, which sums over layers first.)"""
+
+    @functools.wraps(stock)
+    def loss(gate_logits: Any, num_experts: int | None = None, top_k: int = 2, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(gate_logits, tuple) or all(logits.shape[-1] == num_experts for logits in gate_logits):
+            return stock(gate_logits, num_experts, top_k, *args, **kwargs)
+        counts = [logits.shape[-1] for logits in gate_logits]
+        each = [stock((logits,), count, min(top_k, count), *args, **kwargs) for logits, count in zip(gate_logits, counts, strict=True)]
+        return torch.stack([one.to(each[0].device) for one in each]).mean()
+
+    loss.trimoe = True  # type: ignore[attr-defined]
+    return loss
+
+
+def _balance(stock: type[PreTrainedModel]) -> None:
+    """Let the functions of the stock class's module call `balanced`, which gives what theirs gives wherever theirs gives anything."""
+    module, name = sys.modules[stock.__module__], "load_balancing_loss_func"
+    if hasattr(module, name) and not hasattr(getattr(module, name), "trimoe"):
+        setattr(module, name, balanced(getattr(module, name)))
+
+
 _native: dict[type, type[PreTrainedModel]] = {}
 
 
@@ -336,6 +362,7 @@ def native_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`stock`, reshaped after construction when the configuration asks for it; else unchanged. Its name has the prefix, which
     transformers writes into `architectures` when such a model is saved."""
     if stock not in _native:
+        _balance(stock)
 
         def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             stock.__init__(self, config, *args, **kwargs)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe import hf, modeling_trimoe, routing
+from trimoe import hf, modeling_trimoe, passing, routing
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import FOREIGN, UserError, first_line, stop_if_told
 from trimoe.routing import RoutingRule
@@ -41,6 +41,7 @@ class Skeleton:
         self.conversion = hf.trial_load(bare, checkpoint.tensors, dtype)
         self.ties, self.untied = self._tied()
         self._refuse_what_does_not_fit()
+        self.passed_on = self._passed_on()
         self.sites = {site.layer: site for site in self._find_sites()}
         if not self.sites:
             raise UserError(f"{self.name} ({self.config.model_type}) has no MoE layer.")
@@ -250,6 +251,13 @@ class Skeleton:
         said = [f"left out: {len(keys)} {what}, such as {keys[0]}." for keys, what in kinds if keys]
         files = self.checkpoint.other_weights()
         return said + ([f"left out: other weights beside the model: {', '.join(files[:5])} ({len(files)} in all)."] if files else [])
+
+    def _passed_on(self) -> int:
+        """How many results each decoder layer hands to the next beside the hidden states."""
+        try:
+            return passing.passed_on(self.model, self.layers)
+        except UserError as reason:
+            raise UserError(f"{self.name} ({self.config.model_type}): {reason}; not supported yet.") from None
 
     # ---- sites
 

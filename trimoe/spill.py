@@ -64,6 +64,7 @@ class Carried(MutableSequence[torch.Tensor]):
     def __init__(self) -> None:
         self._held: list[torch.Tensor] = []
         self._place: list[torch.device | None] = []  # of those in files: the device that they belong on
+        self._beside: list[Any] = []  # of those in files: what hangs on them (LayerWalk.step)
         self._taken = 0
 
     def __len__(self) -> int:
@@ -71,13 +72,18 @@ class Carried(MutableSequence[torch.Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         place, held = self._place[index], self._held[index]
-        return held if place is None else held.to(place, copy=True)
+        if place is None:
+            return held
+        copied = held.to(place, copy=True)
+        copied.beside = self._beside[index]
+        return copied
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if self._place[index] is None:
             self._held[index] = value
         else:
             self._held[index].copy_(value)
+            self._beside[index] = getattr(value, "beside", ())
 
     def insert(self, index: int, value: torch.Tensor) -> None:
         assert index == len(self._held), "batches come in order"
@@ -85,6 +91,7 @@ class Carried(MutableSequence[torch.Tensor]):
         spilled = self._taken + nbytes > BUDGET
         self._held.append(room(tuple(value.shape), value.dtype, value.device, self._taken).copy_(value) if spilled else value)
         self._place.append(value.device if spilled else None)
+        self._beside.append(getattr(value, "beside", ()))
         self._taken += 0 if spilled else nbytes
 
     def put_down(self) -> None:

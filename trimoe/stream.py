@@ -13,21 +13,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from trimoe import hf
+from trimoe.attention_mask import apart, within
 from trimoe.checkpoint import Checkpoint
 from trimoe.documents import unmarked
 from trimoe.errors import UserError, first_line
 from trimoe.finite import Inside, NotFinite, Range
+from trimoe.passing import Call, Stand, same, standing, with_passed
 from trimoe.progress import Reporter
 from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import Carried, wider
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, after the hidden states
 
 
 def usable_device(device: str) -> torch.device:
@@ -39,33 +39,13 @@ def usable_device(device: str) -> torch.device:
         raise UserError(f"The device {device!r} cannot be used here ({first_line(error)}).") from None
 
 
-class _Stand(nn.Module):
-    """Takes a decoder layer's place: records the call, answers with its input or with a given tensor."""
-
-    def __init__(self, layer: nn.Module, answer: torch.Tensor | None = None):
-        super().__init__()
-        object.__setattr__(self, "_layer", layer)  # attribute_type and the like are read off the layer by some models
-        self.answer = answer
-        self.seen = torch.empty(0)
-        self.call: Call = ((), {})
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_layer"), name)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.seen, self.call = hidden_states, (args, kwargs)
-        return hidden_states if self.answer is None else self.answer
-
-
 class _Blank(nn.Module):
     """In an embedding table's place: zeros of the hidden size; in the head's: nothing but a token's first number."""
 
     def __init__(self, dtype: torch.dtype, hidden: int | None):
         super().__init__()
         self.dtype, self.hidden = dtype, hidden
+        self.weight = torch.empty(0, dtype=dtype)  # some models ask for its dtype
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         return given[..., :1] if self.hidden is None else torch.zeros(*given.shape, self.hidden, dtype=self.dtype, device=given.device)
@@ -94,7 +74,7 @@ class LayerWalk:
                 first, calls = self._capture(batch, positions)
                 self.range.see(first)
                 self.hidden.append(first)
-                self.calls.append(self.calls[-1] if self.calls and _same(calls, self.calls[-1]) else calls)
+                self.calls.append(self.calls[-1] if self.calls and same(calls, self.calls[-1]) else calls)
         self.range.check("the hidden states before layer 0")
 
     # ---- weights in, weights out
@@ -165,39 +145,31 @@ class LayerWalk:
 
     def _capture(self, batch: torch.Tensor, positions: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
         packed = {} if positions is None else {"position_ids": positions}
-        with self._stands([_Stand(layer) for layer in self.skeleton.layers]) as stands:
+        stands = [Stand(layer, beside=self.skeleton.passed_on) for layer in self.skeleton.layers]
+        with standing(self.skeleton.layers, stands):
             self.model(input_ids=batch, use_cache=False, logits_to_keep=1, **packed)
         calls = [stand.call for stand in stands]
         if positions is not None:
             own_BL = (positions == 0).cumsum(1)
             same_BLL = (own_BL.unsqueeze(2) == own_BL.unsqueeze(1)).unsqueeze(1)
             made: dict[int, torch.Tensor] = {}
-            calls = [_within(call, same_BLL, made) for call in calls]
-            if (mixed := next((i for i, call in enumerate(calls) if not _apart(call, positions)), None)) is not None:
+            calls = [within(call, same_BLL, made) for call in calls]
+            if (mixed := next((i for i, call in enumerate(calls) if not apart(call, positions)), None)) is not None:
                 raise UserError(
                     f"packing: separate is not possible with {self.skeleton.name}: layer {mixed} takes no mask that keeps documents apart "
                     "(recurrent layers and convolutions take none); leave packing at joined."
                 )
         return stands[0].seen, calls
 
-    @contextmanager
-    def _stands(self, stands: list[_Stand]) -> Iterator[list[_Stand]]:
-        layers = self.skeleton.layers
-        real = list(layers)
-        for index, stand in enumerate(stands):
-            layers[index] = stand
-        try:
-            yield stands
-        finally:
-            for index, layer in enumerate(real):
-                layers[index] = layer
-
     @torch.no_grad()
     def step(self, index: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> torch.Tensor:
-        """One batch's hidden states through one layer, called as the stock model calls it."""
-        args, kwargs = self.calls[batch][index]
+        """One batch's hidden states through one layer, called as the stock model calls it. What a layer hands on beside them hangs on
+        them as the attribute `beside`."""
+        args, kwargs = with_passed(self.calls[batch][index], getattr(hidden, "beside", ()))
         out = layer(hidden, *args, **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
+        out, *rest = out if isinstance(out, tuple) else (out,)
+        if self.skeleton.passed_on:
+            out.beside = rest
         self.range.see(out)
         return out
 
@@ -241,9 +213,10 @@ class LayerWalk:
 
         @torch.no_grad()
         def logits(hidden: torch.Tensor, batch: int, positions: torch.Tensor | None = None) -> torch.Tensor:
-            stands = [_Stand(layer, hidden if index == last else None) for index, layer in enumerate(self.skeleton.layers)]
+            layers, beside = self.skeleton.layers, self.skeleton.passed_on
+            stands = [Stand(layer, hidden if index == last else None, beside) for index, layer in enumerate(layers)]
             wanted = 0 if positions is None or len(positions) == hidden.shape[1] else positions
-            with self._stands(stands):
+            with standing(layers, stands):
                 made = self.model(input_ids=self.batches[batch], use_cache=False, logits_to_keep=wanted).logits
             self.range.see(made)
             return made
@@ -277,53 +250,3 @@ def _to_meta(module: nn.Module) -> None:
         for name, parameter in part._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def _within(value: Any, same_BLL: torch.Tensor, made: dict[int, torch.Tensor]) -> Any:
-    """A layer's call whose masks hide all other documents too, as most models make them of the positions themselves; layers that share a
-    mask go on sharing it (`made`, by the mask that it was)."""
-    if isinstance(value, torch.Tensor):
-        if value.dim() != 4 or value.shape[-2:] != same_BLL.shape[-2:]:
-            return value
-        if id(value) not in made:
-            made[id(value)] = value & same_BLL if value.dtype == torch.bool else value.masked_fill(~same_BLL, torch.finfo(value.dtype).min)
-        return made[id(value)]
-    if isinstance(value, dict):
-        return {name: _within(one, same_BLL, made) for name, one in value.items()}
-    return type(value)(_within(one, same_BLL, made) for one in value) if type(value) in (list, tuple) else value
-
-
-def _apart(call: Call, positions_BL: torch.Tensor) -> bool:
-    """Whether a layer is called with a mask that hides, from a document's first token, the token before it, and with positions that start
-    again there."""
-    length = positions_BL.shape[1]
-    row_S, place_S = (positions_BL[:, 1:] == 0).nonzero(as_tuple=True)
-    masks = [one for one in _tensors(call) if one.dim() == 4 and one.shape[-2:] == (length, length)]
-    turns = [one for one in _tensors(call) if one.dim() == 3 and one.shape[:2] == positions_BL.shape and one.is_floating_point()]
-    hidden = [_masked(one.expand(len(positions_BL), -1, -1, -1)[row_S, 0, place_S + 1, place_S]) for one in masks]
-    again = [torch.equal(one[row_S, place_S + 1], one[row_S, 0]) for one in turns]
-    return bool(masks) and all(bool(one.all()) for one in hidden) and all(again)
-
-
-def _masked(values: torch.Tensor) -> torch.Tensor:
-    """Where a mask hides: False, or a number that leaves nothing after the softmax."""
-    return ~values if values.dtype == torch.bool else values < -1e4
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(one)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two batches' layer calls are equal, so that one copy serves both (without padding, masks depend on the length only)."""
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a is b or a == b
