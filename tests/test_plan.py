@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import trimoe
 from trimoe import disk, engines, inspection, machine, plan_table, spill
 from trimoe.errors import UserError
+from trimoe.limits import IMPORTS
 from trimoe.plan import Plan
 
 Family = Callable[[str], Path]
@@ -394,9 +395,12 @@ def _yaml(folder: Path) -> Path:
 def test_memory_on_a_gpu_is_of_its_batches(family_folder: Family) -> None:
     recipe = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform"}}], "calibration": {"samples": 4096, "length": 64}}
     host, device, other = (
-        trimoe.plan(str(family_folder("mixtral")), recipe, device=name, dtype="float32").memory_split for name in ("cpu", "cuda", "cpu:0")
+        trimoe.plan(str(family_folder("mixtral")), recipe, device=name, dtype="float32") for name in ("cpu", "cuda", "cpu:0")
     )
-    assert device["statistics"] > host["statistics"] == other["statistics"] and device["writing"] == host["writing"]
+    assert host.memory_split == other.memory_split and host.device_split == other.device_split == {}
+    assert device.device_split["statistics"] > host.memory_split["statistics"] - IMPORTS
+    assert device.memory_split["statistics"] < host.memory_split["statistics"] and device.peak_memory == max(device.memory_split.values())
+    assert "memory of the device" in str(device) and "memory of the device" not in str(host)
 
 
 def test_dense_factors_have_one_size_and_save_nothing(family_folder: Family) -> None:

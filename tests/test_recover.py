@@ -364,7 +364,7 @@ def test_other_dtypes_are_refused(finished: Finished, repetitive: Path, tmp_path
         recover(finished("mixtral"), tmp_path / "out", section("lora", repetitive, dtype="float16"))
     skeleton = Skeleton.of(str(finished("mixtral")))
     spec = parsed({"method": "lora"})
-    assert JOB.precision(spec, skeleton, "cuda") == JOB.precision(spec, skeleton, "cpu") == torch.float32
+    assert footprint.precision(spec, skeleton, "cuda") == footprint.precision(spec, skeleton, "cpu") == torch.float32
 
 
 def test_lambda_is_of_the_whole_first_batch(finished: Finished, repetitive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

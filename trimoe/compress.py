@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from trimoe import card, card_metadata, disk, recorded
+from trimoe import card, card_metadata, disk, memory, recorded
 from trimoe import recipe as recipes
 from trimoe.advice import reads_text
-from trimoe.calibration import NO_TEXT, Calibration, calibrate, check_shared_out
+from trimoe.calibration import NO_TEXT, Calibration, calibrate, check_shared_out, most_tokens
 from trimoe.checkpoint import Checkpoint
 from trimoe.decide import Run, decide, rounded
 from trimoe.disk import human
@@ -71,6 +71,7 @@ def compress(
     stats: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
+    any_memory: bool = False,
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Result:
@@ -82,6 +83,7 @@ def compress(
     A recipe with a `recover` section compresses into OUT/.trimoe first, and what is trained from there is written to `out`.
     device, dtype   where and in which precision the layers run (`auto`: bfloat16 on a GPU that computes in it, else float32); the result
                     keeps the source's dtypes
+    any_memory      begin even where the plan takes more memory than there is
     Started by torchrun the processes share the work (docs/scale.md); rank 0 writes, all return the result.
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
@@ -99,7 +101,7 @@ def compress(
             parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
             with reporter.stage("Read headers and plan"):
                 skeleton = Skeleton.of(str(model), precision)
-                before = possible(skeleton, parsed, out, device, processes)
+                before = possible(skeleton, parsed, out, device, any_memory, processes)
             text = text_of(skeleton, parsed, seed, reporter, processes)
             job = job_of(skeleton, parsed, text, seed, device, command or call, reporter, processes)
             return replace(job, warnings=tuple(before.warnings)), before
@@ -108,7 +110,7 @@ def compress(
         return job.done(out, before, stats)
 
 
-def possible(skeleton: Skeleton, parsed: Recipe, out: Path, device: str, processes: Team = ALONE) -> Plan:
+def possible(skeleton: Skeleton, parsed: Recipe, out: Path, device: str, any_memory: bool, processes: Team = ALONE) -> Plan:
     """The plan. Raises UserError for every mistake that can be found without reading text or weights."""
     before = plan(skeleton, parsed, device=device)
     refuse_inside(out, skeleton)
@@ -118,6 +120,8 @@ def possible(skeleton: Skeleton, parsed: Recipe, out: Path, device: str, process
     _refuse_narrow(parsed, skeleton)
     if parsed.recover is not None and processes.count > 1:
         raise UserError("A recipe with recover runs in one process; leave recover out, then: accelerate launch -m trimoe.cli recover ...")
+    if not any_memory:
+        before.held.refuse(processes.place(device))
     return before
 
 
@@ -172,7 +176,9 @@ class Job:
             made = self.compressed(stage, before, given, out)
         Journal(stage, self.inputs).tidy()
         self._adopt(stage)
-        trained = recover(stage, out, run.recipe.recover, seed=run.seed, device=run.device, command=self.command, reporter=run.reporter)
+        trained = recover(
+            stage, out, run.recipe.recover, seed=run.seed, device=run.device, any_memory=True, command=self.command, reporter=run.reporter
+        )
         return replace(made, out=out, metrics={**made.metrics, "recover": trained.metrics})
 
     def _adopt(self, stage: Path) -> None:
@@ -222,6 +228,7 @@ class Job:
 def gather_statistics(
     model: str | os.PathLike[str], out: str | os.PathLike[str], *, calibration: str | Sequence[str] = (), samples: int | None = None,
     length: int | None = None, seed: int = 0, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto",
+    any_memory: bool = False,
     reporter: Reporter = QUIET,
 ) -> Stats:  # fmt: skip
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
@@ -240,6 +247,9 @@ def gather_statistics(
                 raise UserError(f"The statistics file {out} exists already; give another name.")
             if processes.main:
                 disk.probe(Path(out), "--out")
+            if not any_memory:
+                tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
+                memory.of_statistics(skeleton, replace(base, calibration=spec), tokens, processes.place(device)).refuse(device)
             return skeleton, spec, calibration_for(skeleton, spec, seed, reporter)
 
         skeleton, spec, text = processes.after_main(on_paper)

@@ -75,8 +75,10 @@ def trained(skeleton: Skeleton, spec: Recover) -> int:
         return 0  # into the result itself
     if spec.method == "router":
         return sum(site.num_experts * site.hidden for site in skeleton.sites.values())
-    if spec.method == "experts" or spec.whole:
-        return sum(tensor.numel() for tensor in matrices)
+    if spec.whole:
+        return sum(tensor.numel() for tensor in skeleton.model.parameters())
+    if spec.method == "experts":
+        return sum(site.num_experts * site.hidden * (site.first + site.width) for site in skeleton.sites.values())
     return sum(spec.rank * _edges(tensor) for tensor in matrices)
 
 

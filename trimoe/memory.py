@@ -7,36 +7,100 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from trimoe import disk
+from trimoe import limits
 from trimoe.calibration import batch_tokens
+from trimoe.disk import human
+from trimoe.errors import UserError
+from trimoe.limits import IMPORTS
 from trimoe.methods import LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.low_rank import factor_share
-from trimoe.methods.method import Decisions
+from trimoe.methods.method import Decisions, unchanged
 from trimoe.recipe import Recipe
+from trimoe.recover import footprint
 from trimoe.recover.spec import Recover
 from trimoe.site import Site
 from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import BUDGET, FLOOR, wider
 from trimoe.subset import gram_bytes, search_budget
 
-IMPORTS = 480 << 20  # bytes that Python, torch, transformers and their buffers take
 TABLES = 5  # of logits, in float32, that are held at once where versions are compared
 
 
-def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, parameters: int, device: str) -> dict[str, int]:
-    """Bytes of memory at the peak of each stage, the host's and the device's together. `decisions`: final ones, or stand-ins of
-    the right sizes; `parameters`: the result's."""
-    found: dict[str, int] = {}
-    for name, size in _stages(skeleton, recipe, decisions, tokens, batch_tokens(device), LOGITS * wider(device)):
-        found[name] = max(found.get(name, 0), IMPORTS + size)
+@dataclass(frozen=True)
+class Held:
+    """Bytes at the peak of each stage: on the host, and on a GPU where one computes (else none)."""
+
+    host: dict[str, int]
+    device: dict[str, int]
+
+    def short(self, device: str) -> list[str]:
+        """A sentence for the host and for the device if it has less memory than the largest stage takes there."""
+        has = {"this machine": (self.host, limits.host()), f"the device {device}": (self.device, limits.device(device))}
+        said = []
+        for where, (stages, there) in has.items():
+            if there is not None and stages and max(stages.values()) > there:
+                stage = max(stages, key=lambda name: stages[name])
+                said.append(f"the {stage} stage takes up to {human(stages[stage])} of memory, {where} has {human(there)}: {LESS[stage]}")
+        return said
+
+    def refuse(self, device: str) -> None:
+        """Raise UserError where there is less memory than that."""
+        for words in self.short(device):
+            raise UserError(f"{words[0].upper()}{words[1:]}; or begin all the same with --any-memory (any_memory=True).")
+
+
+LESS = {  # what makes a stage smaller, for people
+    "statistics": "take fewer calibration samples, a smaller calibration.search_memory, or --dtype bfloat16",
+    "measuring": "take --dtype bfloat16, or counts, search and rank that measure nothing on the model",
+    "writing": "take --dtype bfloat16",
+    "evaluation": "take --dtype bfloat16",
+    "recovery": "take dtype: bfloat16, a smaller batch or length, adapters in the place of train: full, or method: experts, which goes layer by layer",
+}
+
+
+def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, parameters: int, device: str) -> Held:
+    """What each stage takes at its peak. `decisions`: final ones, or stand-ins of the right sizes; `parameters`: the result's."""
+    found, apart = Held({}, {}), device.startswith("cuda")
+    stages = list(_stages(skeleton, recipe, decisions, tokens, batch_tokens(device), LOGITS * wider(device)))
     if recipe.recover is not None:
-        found["recovery"] = IMPORTS + _recovery(skeleton, recipe.recover, parameters)
+        whole = footprint.weights(skeleton)
+        recovery = footprint.peak(skeleton, recipe.recover, device, parameters=parameters, original=whole)
+        stages.append(("recovery", *recovery))
+    for name, computed, kept, passed in stages:
+        for held, size in ((found.host, IMPORTS + kept + (passed if apart else computed)), (found.device, computed)):
+            if held is found.host or apart:
+                held[name] = max(held.get(name, 0), size)
     return found
 
 
-def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, wide: int, together: int) -> Iterator[tuple[str, int]]:
-    """`wide`: tokens of a batch; `together`: logits that are held at once."""
+def of_statistics(skeleton: Skeleton, recipe: Recipe, tokens: int, device: str) -> Held:
+    """What gathering a recipe's first statistics alone takes."""
+    found = of_stages(skeleton, recipe, unchanged(skeleton.sites), tokens, 0, device)
+    return Held(*({name: size for name, size in held.items() if name == "statistics"} for held in (found.host, found.device)))
+
+
+def of_training(student: Skeleton, teacher: Skeleton | None, spec: Recover, device: str) -> Held:
+    """What the recovery of a finished folder takes."""
+    parameters = footprint.weights(student)
+    computed, kept, passed = footprint.peak(
+        student, spec, device, parameters=parameters, original=parameters if teacher is None else footprint.weights(teacher)
+    )
+    apart = device.startswith("cuda")
+    return Held({"recovery": IMPORTS + kept + (passed if apart else computed)}, {"recovery": computed} if apart else {})
+
+
+def of_evaluation(skeleton: Skeleton, device: str) -> Held:
+    """What a model takes that is walked layer by layer, at least: its largest layer, or what lies outside the layers."""
+    outside = sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.outer_keys) * skeleton.dtype.itemsize
+    computed, apart = max(outside, skeleton.largest_layer), device.startswith("cuda")
+    return Held({"evaluation": IMPORTS + (0 if apart else computed)}, {"evaluation": computed} if apart else {})
+
+
+def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, wide: int, together: int) -> Iterator[tuple[str, int, int, int]]:
+    """A stage's name and bytes: of what is computed with, on the device; of what is kept on the host; and of what passes through the host on the
+    way to a device, where that is another. `wide`: tokens of a batch; `together`: logits that are held at once."""
     site, item = max(skeleton.sites.values(), key=lambda site: site.num_experts * site.width), skeleton.dtype.itemsize
     hidden = min(BUDGET, site.hidden * tokens * item)
     outside = sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.outer_keys) * item
@@ -49,30 +113,21 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
         layer = skeleton.largest_layer + (staging if step is recipe.steps[0] else max(staging, cut))
         kept = max(kept, int(1.5 * (_grams(skeleton, step, recipe, tokens) + _sums(skeleton, step))))  # gathered in pieces, then joined
         recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
-        yield "statistics", max(outside + hidden, layer + batch + hidden + recorded + kept)
+        yield "statistics", max(outside + hidden - kept, layer + batch + hidden + recorded), kept, staging
         if _compares(step):
             logits = TABLES * 4 * min(together, wide * skeleton.config.get_text_config().vocab_size)
             streams = max(FLOOR, skeleton.largest_layer // 2)
-            yield "measuring", kept + streams + max(layer + batch, outside + logits)
+            yield "measuring", streams + max(layer + batch, outside + logits), kept, staging
     last = [step for step in recipe.steps if isinstance(step, LowRank | Quantize | WeightPrune)]
     if not last:
-        yield "writing", kept + 2 * max(info.nbytes for info in skeleton.checkpoint.tensors.values())  # a stack is read to be cut
+        largest = 2 * max(info.nbytes for info in skeleton.checkpoint.tensors.values())  # a stack is read to be cut
+        yield "writing", 0, kept + largest, 0
         return
     fitted = any(isinstance(step, LowRank) or step.calibrated for step in last)
     recorded = 2 * hidden + batch if fitted else 0
     made = sum(_made(skeleton, decisions, step) for step in last)
     beside = max(staging, cut, made + max(_fit(site, step) for step in last))
-    yield "writing", max(outside + hidden, kept + recorded + skeleton.largest_layer + beside)
-
-
-def _recovery(skeleton: Skeleton, spec: Recover, parameters: int) -> int:
-    """Training, in float32: a layer of both models with gradients and two moments, or the whole result (and the original, whose experts are
-    learnt from) with those of what is trained, and a batch's logits."""
-    if spec.method == "experts" and spec.stream:
-        return 5 * skeleton.largest_layer
-    whole = parameters + (sum(math.prod(info.shape) for info in skeleton.checkpoint.tensors.values()) if spec.method == "experts" else 0)
-    logits = spec.batch * min(spec.length, skeleton.context) * skeleton.config.get_text_config().vocab_size
-    return 4 * whole + 16 * disk.trained(skeleton, spec) + 3 * 4 * logits
+    yield "writing", max(outside + hidden - kept, recorded + skeleton.largest_layer + beside), kept, max(staging, cut, made)
 
 
 def _compares(step: Step) -> bool:

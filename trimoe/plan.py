@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,10 +70,16 @@ class Plan:
     parallel: dict[str, list[int]]
     memory_split: dict[str, int]
     depth: dict[str, list[int]]
+    device_split: dict[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int | None:
         return self.after.file_bytes if self.after.exact else None
+
+    @property
+    def held(self) -> memory.Held:
+        """What it takes, to be compared with what there is (no part of what is recorded: that is the same on every machine)."""
+        return memory.Held(self.memory_split, self.device_split)
 
     def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "before": self.before.__dict__, "after": self.after.__dict__, "bytes": self.bytes}
@@ -112,7 +118,11 @@ def plan(
         slack=most.slack + _header_slack(layout) if most.open_bytes else 0, parameters=most.slack // WIDEST, least_bytes=smaller.nbytes,
         counts=most.open_counts, layers=most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
     )  # fmt: skip
-    return describe(skeleton, layout, parsed, native=forms.native, tokens=tokens, open_=open_, device=device)
+    made = describe(skeleton, layout, parsed, native=forms.native, tokens=tokens, open_=open_, device=device)
+    return replace(
+        made,
+        warnings=[*made.warnings, *(f"{words}; compress would refuse that without --any-memory." for words in made.held.short(device))],
+    )
 
 
 def check(skeleton: Skeleton, recipe: str | dict[str, Any] | Recipe) -> None:
@@ -227,9 +237,10 @@ def describe(
     disk = output_need(skeleton, recipe, after.file_bytes)
     return Plan(
         skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", found.loads_in,
-        max(held.values()), sum(disk.values()), advice(skeleton, recipe, after.experts / before.experts, tokens=tokens, native=native),
+        max(held.host.values()), sum(disk.values()), advice(skeleton, recipe, after.experts / before.experts, tokens=tokens, native=native),
         dense_layers={"count": len(skeleton.layers) - len(moe), **rest}, context=context_of(skeleton), disk_split=disk,
-        spill=spilled(skeleton, recipe, tokens), parallel=as_json(found), memory_split=held, depth=_depth(skeleton, open_),
+        spill=spilled(skeleton, recipe, tokens), parallel=as_json(found), memory_split=held.host, depth=_depth(skeleton, open_),
+        device_split=held.device,
     )  # fmt: skip
 
 

@@ -237,8 +237,10 @@ def _engines(plan: dict[str, Any]) -> Iterable[RenderableType]:
 
 def _resources(plan: dict[str, Any]) -> Table:
     made = table("to make it here", "", left=2)
-    by_stage = "; ".join(f"{name}: {human(size)}" for name, size in plan["memory_split"].items())
-    made.add_row("memory, at most about", human(plan["peak_memory"]) + (f" ({by_stage})" if len(plan["memory_split"]) > 1 else ""))
+    for label, stages in (("memory, at most about", plan["memory_split"]), ("memory of the device", plan.get("device_split"))):
+        if stages:
+            by_stage = "; ".join(f"{name}: {human(size)}" for name, size in stages.items())
+            made.add_row(label, human(max(stages.values())) + (f" ({by_stage})" if len(stages) > 1 else ""))
     split = plan["disk_split"]
     beside = "" if len(split) == 1 else " (" + "; ".join(f"{name}: {human(size)}" for name, size in split.items()) + ")"
     made.add_row("disk", human(plan["disk"]) + beside)

@@ -82,6 +82,7 @@ def sweep(
     seed: int = 0,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
+    any_memory: bool = False,
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Sweep:
@@ -89,7 +90,7 @@ def sweep(
 
     recipe          as for compress, or a list of several, or a mapping from names to recipes; any field may be a list of values
                     (docs/sweep.md)
-    changes, calibration, samples, length, seed, device, dtype   as for compress
+    changes, calibration, samples, length, seed, device, dtype, any_memory   as for compress
     text, tokens, stride, tasks, limit, include, cache   as for evaluate; `window` is its length. Without a `cache` folder the original runs
                     the tasks again for every variant
     keep            whose weights stay: `none`, `frontier` (variants that no other beats in bytes and KL), `all`
@@ -121,7 +122,7 @@ def sweep(
 
     def planned(variant: Variant) -> tuple[Recipe, Plan]:
         parsed = with_calibration(variant.recipe(), calibration, samples, length)
-        return parsed, possible(skeleton, parsed, out, device)
+        return parsed, possible(skeleton, parsed, out, device, any_memory)
 
     plans = _all(found, planned)
     tokenizer = load_tokenizer(skeleton.checkpoint)

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from trimoe.cli.options import Device, Dtype, JsonFile, Model, Quiet, check_writable, command_line, names_of, reporter_of, write_json
+from trimoe.cli.options import (
+    AnyMemory,
+    Device,
+    Dtype,
+    JsonFile,
+    Model,
+    Quiet,
+    check_writable,
+    command_line,
+    names_of,
+    reporter_of,
+    write_json,
+)
 
 
 def evaluate(
@@ -26,7 +38,7 @@ def evaluate(
     stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="tasks layer by layer; by default where a model does not fit in memory")] = None,
     generate: Annotated[bool | None, typer.Option("--generate/--no-generate", help="continue prompts from the texts; by default with small models")] = None,
     cached: Annotated[bool, typer.Option("--cache/--no-cache", help="take what was measured before from ~/.cache/trimoe/eval or $TRIMOE_CACHE")] = True,
-    device: Device = "cpu", dtype: Dtype = "auto", json_file: JsonFile = None, quiet: Quiet = False,
+    device: Device = "cpu", dtype: Dtype = "auto", any_memory: AnyMemory = False, json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Perplexity on each text, KL and agreement against the original, lm-eval tasks, what it writes. Both models are streamed."""
     import trimoe
@@ -51,7 +63,7 @@ def evaluate(
         report = trimoe.evaluate(
             folder, against=against, text=[] if text == ["none"] else text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens,
             tasks=names_of(tasks), limit=limit, fewshot=fewshot, include=include, batch=batch,
-            stream=stream, generate=generate, device=device, dtype=dtype, cache=default_folder() if cached else None,
+            stream=stream, generate=generate, device=device, dtype=dtype, any_memory=any_memory, cache=default_folder() if cached else None,
             reporter=reporter,
         )  # fmt: skip
     write_json(json_file, report)

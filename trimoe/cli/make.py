@@ -9,6 +9,7 @@ import typer
 
 from trimoe.cli import show
 from trimoe.cli.options import (
+    AnyMemory,
     Changes,
     Device,
     Dtype,
@@ -31,7 +32,7 @@ from trimoe.cli.options import (
 
 def stats(
     model: Model, out: Annotated[Path, typer.Option(help="the statistics file to write")], calibration: Texts = [], samples: Samples = None,
-    length: Length = None, seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "auto", quiet: Quiet = False,
+    length: Length = None, seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "auto", any_memory: AnyMemory = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """The statistics pass alone; compress --stats then starts from the file."""
     import trimoe
@@ -45,6 +46,7 @@ def stats(
         seed=seed,
         device=device,
         dtype=dtype,
+        any_memory=any_memory,
         reporter=reporter_of(quiet),
     )
     print(f"Wrote {out}: statistics of {len(made.layers)} MoE layers.")
@@ -54,7 +56,7 @@ def compress(
     model: Model, recipe: RecipeName, out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
     changes: Changes = [], calibration: Texts = [], samples: Samples = None, length: Length = None, seed: Seed = 0,
     stats: Annotated[Path | None, typer.Option(help="a file written by trimoe stats")] = None, device: Device = "cpu",
-    dtype: Dtype = "auto", json_file: JsonFile = None, quiet: Quiet = False,
+    dtype: Dtype = "auto", any_memory: AnyMemory = False, json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Compress a model into a new folder. Killed and run again with the same arguments, it resumes."""
     import trimoe
@@ -63,7 +65,7 @@ def compress(
 
     result = trimoe.compress(
         model, recipe, out, changes=changes, calibration=calibration, samples=samples, length=length, seed=seed, stats=stats,
-        device=device, dtype=dtype, command=command_line(), reporter=reporter_of(quiet),
+        device=device, dtype=dtype, any_memory=any_memory, command=command_line(), reporter=reporter_of(quiet),
     )  # fmt: skip
     write_json(json_file, {"out": str(result.out), "plan": result.plan.to_json(), "metrics": result.metrics})
     print_plan(result.plan)
@@ -82,7 +84,7 @@ def sweep(
     limit: Annotated[int | None, typer.Option(help="documents of each task, at most")] = None,
     include: Annotated[list[Path], typer.Option(help="a folder of lm-eval task files (YAML, whose functions are run); repeatable")] = [],
     keep: Annotated[str, typer.Option(help="whose weights stay: none, frontier (variants that no other beats), all")] = "none",
-    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "auto", json_file: JsonFile = None, quiet: Quiet = False,
+    seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "auto", any_memory: AnyMemory = False, json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Compress and evaluate every variant of a recipe: a table, sweep.csv, sweep.json and the frontier. Run again, it goes on."""
     import trimoe
@@ -93,7 +95,7 @@ def sweep(
     found = trimoe.sweep(
         model, list(recipe), out, changes=changes, calibration=calibration, samples=samples, length=length, text=text or ["builtin:mixed"],
         tokens=tokens, window=window, stride=stride, tasks=names_of(tasks), limit=limit, include=include,
-        keep=keep, cache=default_folder(), seed=seed, device=device, dtype=dtype, command=command_line(),
+        keep=keep, cache=default_folder(), seed=seed, device=device, dtype=dtype, any_memory=any_memory, command=command_line(),
         reporter=reporter_of(quiet),
     )  # fmt: skip
     write_json(json_file, {"out": str(found.out), "variants": [row.__dict__ for row in found.rows]})
@@ -113,7 +115,7 @@ def recover(
     adapter: Annotated[bool, typer.Option("--adapter", help="keep the adapters instead of merging them")] = False,
     changes: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="any other field, e.g. rate=1e-4, rank=32, train=full")] = [],
     dtype: Annotated[str | None, typer.Option(help="what the model computes in: float32 or bfloat16; by default as stored on a GPU, else float32")] = None,
-    seed: Seed = 0, device: Device = "cpu", json_file: JsonFile = None, quiet: Quiet = False,
+    seed: Seed = 0, device: Device = "cpu", any_memory: AnyMemory = False, json_file: JsonFile = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Train a compressed model to win back quality. Killed and run again with the same arguments, it resumes."""
     import trimoe
@@ -137,6 +139,7 @@ def recover(
         teacher=teacher,
         seed=seed,
         device=device,
+        any_memory=any_memory,
         command=command_line(),
         reporter=reporter_of(quiet),
     )

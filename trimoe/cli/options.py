@@ -28,6 +28,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[
     str, typer.Option(help="precision the layers run in: float32, bfloat16, float16; auto: bfloat16 on a GPU that has it, else float32")
 ]
+AnyMemory = Annotated[bool, typer.Option("--any-memory", help="begin even where it takes more memory than this machine has")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trimoe import memory
 from trimoe.calibration import load_tokenizer, opening
 from trimoe.checkpoint import Checkpoint
 from trimoe.errors import UserError, reading
@@ -40,6 +41,7 @@ def evaluate(
     generate: bool | None = False,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
+    any_memory: bool = False,
     cache: str | os.PathLike[str] | None = None,
     ends: Ends | None = None,
     reporter: Reporter = QUIET,
@@ -51,9 +53,9 @@ def evaluate(
     counted); `stride` (default half of it) is stated in the result; `tokens` tokens of each text are scored,
     and those that are left of the last window. `tasks` are lm-eval's, `moe-i2-nine`, or `FORM=FILE` (taskset.py), `limit` documents of
     each, with task files from the folders `include`; `stream` runs them layer by layer (None: where a model does not fit in memory).
-    `generate`: whether prompts from the texts are continued (None: if the models are small). `cache`: a folder of earlier results. `ends`:
-    keeps what the original computed for the next call (texts.py). Returns the JSON that `trimoe eval --json` writes. Raises UserError for
-    what is not there or not allowed.
+    `generate`: whether prompts from the texts are continued (None: if the models are small). `any_memory`: begin even where one layer takes
+    more memory than there is. `cache`: a folder of earlier results. `ends`: keeps what the original computed for the next call (texts.py).
+    Returns the JSON that `trimoe eval --json` writes. Raises UserError for what is not there or not allowed.
     """
     text, tasks, include = listed(text), listed(tasks), listed(include)
     device = str(device)
@@ -81,6 +83,8 @@ def evaluate(
         raise UserError(
             f"{skeleton.name} and {other.name} have different vocabularies ({vocabulary} and {other.config.get_text_config().vocab_size} tokens)."
         )
+    for one in () if any_memory else filter(None, (skeleton, other)):
+        memory.of_evaluation(one, device).refuse(device)
     tokenizer = load_tokenizer(checkpoint)
     sets = texts.of_sources(skeleton, tokenizer, text, length, stride, tokens)
     first = len(opening(tokenizer)) if text else 0

@@ -11,9 +11,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +99,19 @@ def _reached(adapted: Any) -> Iterator[tuple[str, Any]]:
             yield f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}", module
 
 
-def merged(adapted: Any) -> tuple[dict[str, Callable[[], torch.Tensor]], Any]:
-    """Full parameter name -> what its adapter adds to the weight, as a product that is made when asked for, in float32; and the model without
-    adapters."""
-    found: dict[str, Callable[[], torch.Tensor]] = {
-        name: partial(apart.delta, wrapper) for name, wrapper in sorted(_reached(adapted), key=lambda pair: pair[0])
-    }
+@dataclass(frozen=True)
+class Merged:
+    """A model whose adapters were taken out, and these by the full names of their weights."""
+
+    model: Any
+    adapters: dict[str, Any]
+
+
+def merged(adapted: Any) -> Merged:
+    """Take the adapters out of a model, so that they can be added to its weights."""
+    found = dict(sorted(_reached(adapted), key=lambda pair: pair[0]))
     apart.put_back(adapted.trimoe_replaced)
-    return found, adapted.unload()
+    return Merged(adapted.unload(), found)
 
 
 def save(adapted: Any, base: Path, aside: Path, out: Path, about: str) -> None:

@@ -9,6 +9,7 @@ r rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -54,13 +55,27 @@ def put_back(replaced: list[nn.Module]) -> None:
 
 def delta(wrapper: Any) -> torch.Tensor:
     """s B A of one adapter in float32, in the shape of the weight that it belongs to."""
-    a, b, scale = wrapper.lora_A[ADAPTER].weight.float(), wrapper.lora_B[ADAPTER].weight.float(), wrapper.scaling[ADAPTER]
     weight = wrapper.get_param() if hasattr(wrapper, "parameter_name") else wrapper.get_base_layer().weight
-    if weight.dim() == 2:
-        return (b @ a) * scale
-    a_ErI, b_OrE = a.reshape(len(weight), -1, a.shape[-1]), b.reshape(len(b), -1, len(weight))
-    into = "o r e, e r i -> e i o" if wrapper.get_base_layer().is_transposed else "o r e, e r i -> e o i"
-    return torch.einsum(into, b_OrE, a_ErI) * scale
+    parts = list(_deltas(wrapper, weight))
+    return parts[0] if weight.dim() == 2 else torch.stack(parts)
+
+
+@torch.no_grad()
+def add(weight: torch.Tensor, wrapper: Any, stored: torch.dtype) -> None:
+    """Add an adapter's product to a weight in place, matrix by matrix in float32, and round each to `stored`."""
+    matrices = [weight] if weight.dim() == 2 else list(weight)
+    for matrix, added in zip(matrices, _deltas(wrapper, weight), strict=True):
+        matrix.copy_((matrix.float() + added).to(stored))
+
+
+def _deltas(wrapper: Any, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """s B A of a matrix, or of each in a stack, in its shape."""
+    count = 1 if weight.dim() == 2 else len(weight)
+    a, b, scale = wrapper.lora_A[ADAPTER].weight.float(), wrapper.lora_B[ADAPTER].weight.float(), wrapper.scaling[ADAPTER]
+    transposed = weight.dim() == 3 and wrapper.get_base_layer().is_transposed
+    for number in range(count):
+        product = (b.reshape(len(b), -1, count)[..., number] @ a.reshape(count, -1, a.shape[-1])[number]) * scale
+        yield product.mT if transposed else product
 
 
 def _linear(wrapper: Any, x: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,17 @@ import math
 
 import torch
 
+from trimoe import disk
+from trimoe.headers import DTYPES
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import LOGITS, Skeleton
+from trimoe.spill import BUDGET
 
 TOKENS = 4096  # that go through a model at once, at most, if more than one sample does
 SMALL = 256 << 20  # bytes that layers may keep for the backward pass in any case
+STATE = 16  # bytes of a number that trains: itself, its gradient, two moments, in float32
+LAYERS = 5  # a layer that learns, its gradients, two moments and its best state
+TABLES = 5  # of logits, in float32, that are held at once
 SHARE = 8  # beyond that, no more than one part in so many of the model
 
 
@@ -35,6 +41,39 @@ def batch_tokens(skeleton: Skeleton, spec: Recover) -> int:
     """Return how many tokens go through the model at once."""
     length = min(spec.length, skeleton.context)
     return length * min(spec.batch, samples_at_once(length, skeleton.config.get_text_config().vocab_size))
+
+
+def peak(skeleton: Skeleton, spec: Recover, device: str, *, parameters: int, original: int) -> tuple[int, int, int]:
+    """Return the bytes that training takes at its peak where it computes, beside that on the host, and on the host while a model for another
+    device is loaded. `parameters` of the model that is trained, which `skeleton` is, or was made into; `original`: those of what it was made from."""
+    dtype = precision(spec, skeleton, device)
+    tokens = batch_tokens(skeleton, spec)
+    logits = 4 * TABLES * min(LOGITS, tokens * skeleton.config.get_text_config().vocab_size)
+    again = computed_again(skeleton, spec, dtype, parameters)
+    kept = kept_by_layer(skeleton, tokens, dtype.itemsize)
+    hidden = tokens * max(site.hidden for site in skeleton.sites.values()) * dtype.itemsize
+    activations = kept + len(skeleton.layers) * hidden if again else len(skeleton.layers) * kept
+    if spec.method == "experts" and spec.stream:
+        layer = skeleton.largest_layer // skeleton.dtype.itemsize
+        seen = spec.samples * min(spec.length, skeleton.context) * hidden // max(1, tokens)
+        return layer * (4 * LAYERS + dtype.itemsize) + 2 * min(seen, BUDGET) + kept, 0, layer * 4
+    trained = disk.trained(skeleton, spec)
+    if spec.method != "router":
+        trained = int(trained * min(1.0, parameters / weights(skeleton)))
+    masters = spec.method in ("router", "experts") or spec.whole
+    each = STATE + (2 if masters and dtype != torch.float32 else 0)
+    models = parameters + (original if spec.method == "experts" else 0)
+    frozen = models - (trained if masters else 0)
+    body = frozen * dtype.itemsize + trained * each + activations + logits
+    return body, 0, parameters * dtype.itemsize
+
+
+def precision(spec: Recover, skeleton: Skeleton, device: str) -> torch.dtype:
+    """Return the dtype that the model computes in."""
+    if spec.dtype is not None:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[spec.dtype]
+    narrow = {DTYPES[info.dtype] for info in skeleton.checkpoint.tensors.values() if len(info.shape) > 1} == {torch.bfloat16}
+    return torch.bfloat16 if narrow and torch.device(device).type == "cuda" else torch.float32
 
 
 def computed_again(skeleton: Skeleton, spec: Recover, dtype: torch.dtype, numbers: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trimoe import card, distributed, hf
+from trimoe import card, distributed, hf, memory
 from trimoe.calibration import Calibration, in_batches
 from trimoe.errors import UserError
 from trimoe.finished import lost, lost_adapter, refuse_lost
@@ -22,7 +22,7 @@ from trimoe.headers import DTYPES
 from trimoe.journal import ANSWERS, FOLDER, Journal
 from trimoe.loading import load
 from trimoe.progress import LOG, QUIET, Reporter, logged
-from trimoe.recover import adapters, experts, footprint, layers
+from trimoe.recover import adapters, apart, experts, footprint, layers
 from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for, went_over, why_held
 from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
@@ -77,6 +77,7 @@ def recover(
     teacher: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    any_memory: bool = False,
     command: str | None = None,
     reporter: Reporter = QUIET,
 ) -> Recovered:
@@ -84,6 +85,7 @@ def recover(
 
     spec      the `recover` section of a recipe (trimoe/recover/spec.py)
     teacher   the original; by default the model that trimoe.json names
+    any_memory   begin even where training takes more memory than there is
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
     out, spec, device, processes = Path(out), parsed(spec), str(device), launcher()
@@ -98,7 +100,7 @@ def recover(
     record = record_of(Path(folder))
     with reporter.stage("Read headers"):
         student = Skeleton.of(str(folder))
-        dtype = precision(spec, student, device)
+        dtype = footprint.precision(spec, student, device)
         original = teacher_of(spec, teacher, Path(folder), record, student, dtype)
     refuse_packed(spec, student)
     for skeleton in (student, original):
@@ -119,6 +121,8 @@ def recover(
             Journal(out, inputs).tidy()
         reporter.say(f"{out} holds the finished result of this very command already.")
         return finished
+    if not any_memory:
+        memory.of_training(student, original, spec, device).refuse(device)
     journal = Journal(out, inputs)
     journal.refuse_other_content()
     run = Run(student, original, record, spec, text, count, out, seed, device, dtype, reporter)
@@ -199,34 +203,38 @@ def _rounded(run: Run, job: Job, training: Training) -> Changed:
     """The trained weights, adapters merged, in the dtypes that they are stored in; the job's model has them from now on. They are made anew when
     they are written: the model holds fewer bits where it computes in fewer than are stored."""
     made: Changed
-    if hasattr(job.model, "unload"):
-        added, job.model = adapters.merged(job.model)
-        made = {name: partial(_merged, run, name, product) for name, product in added.items()}
-    else:
+    if not hasattr(job.model, "unload"):
         made = {name: partial(_stored_as, run, name, master.detach()) for name, master in training.masters.items()}
-    for name, value in made.items():
-        job.model.get_parameter(name).copy_(value())
+        for name, value in made.items():
+            job.model.get_parameter(name).copy_(value())
+        return made
+    made, found = {}, adapters.merged(job.model)
+    job.model = found.model
+    for name, adapter in found.adapters.items():
+        held, stored = job.model.get_parameter(name).detach(), _stored_dtype(run, name)
+        if torch.promote_types(held.dtype, stored) == held.dtype:  # as it is stored: added to in place
+            apart.add(held, adapter, stored)
+            made[name] = partial(held.to, stored)
+        else:
+            made[name] = partial(_merged, run, name, adapter)
+            held.copy_(made[name]())
     return made
+
+
+def _stored_dtype(run: Run, name: str) -> torch.dtype:
+    key = run.student.source_keys(run.student.stored_names(name)[0])[0]
+    return DTYPES[run.student.checkpoint.tensors[key].dtype]
 
 
 def _stored_as(run: Run, name: str, value: torch.Tensor) -> torch.Tensor:
     """A parameter's new value in the dtype that it is stored in."""
-    key = run.student.source_keys(run.student.stored_names(name)[0])[0]
-    return value.to(DTYPES[run.student.checkpoint.tensors[key].dtype])
+    return value.to(_stored_dtype(run, name))
 
 
-def _merged(run: Run, name: str, product: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _merged(run: Run, name: str, adapter: Any) -> torch.Tensor:
     """A stored weight with what its adapter adds, rounded once."""
-    added, sources = product(), run.student.checkpoint.read_together(run.student.source_keys(name))
+    added, sources = apart.delta(adapter), run.student.checkpoint.read_together(run.student.source_keys(name))
     return _stored_as(run, name, hf.read_parameter(run.student.model, name, sources).to(added.device) + added)
-
-
-def precision(spec: Recover, student: Skeleton, device: str) -> torch.dtype:
-    """The dtype that the model computes in."""
-    if spec.dtype is not None:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[spec.dtype]
-    narrow = {DTYPES[info.dtype] for info in student.checkpoint.tensors.values() if len(info.shape) > 1} == {torch.bfloat16}
-    return torch.bfloat16 if narrow and torch.device(device).type == "cuda" else torch.float32
 
 
 def _loaded(skeleton: Skeleton, place: Any, dtype: torch.dtype, **options: Any) -> Any:

@@ -1,0 +1,119 @@
+"""The most memory that every recovery method takes, beside what plan says (trimoe/recover/footprint.py).
+
+    python benchmarks/recovery_memory.py
+
+Makes a random bfloat16 qwen3_moe checkpoint, drops an eighth of its experts, and trains the result for two steps by each method in a process of its
+own, in float32 and bfloat16. What is measured is RssAnon: memory that the process holds. Pages of files that are
+mapped (weights that were read) give way when memory is short and are not counted. "x weights" leaves out what imports take. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import random_model
+import torch
+from alternate import table, write_json
+
+import trimoe
+from trimoe import limits, memory
+from trimoe.disk import human
+from trimoe.recover import footprint
+from trimoe.recover.spec import parsed
+from trimoe.skeleton import Skeleton
+
+METHODS: dict[str, dict[str, Any]] = {
+    "router": {"method": "router"},
+    "lora": {"method": "lora"},
+    "logits, adapters": {"method": "logits"},
+    "logits, all weights": {"method": "logits", "train": "full"},
+    "experts, streamed": {"method": "experts"},
+    "experts, in memory": {"method": "experts", "stream": False},
+}
+
+
+def anonymous(process: subprocess.Popen[bytes]) -> int:
+    """The largest RssAnon of a process, in bytes, until it ends."""
+    most = 0
+    while process.poll() is None:
+        try:
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        except (ProcessLookupError, FileNotFoundError):
+            break
+        most = max([most, *(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))])
+        time.sleep(0.004)
+    return most
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (
+        ("layers", 5),
+        ("experts", 16),
+        ("hidden", 1280),
+        ("width", 640),
+        ("top-k", 4),
+        ("vocabulary", 8192),
+        ("batch", 2),
+        ("length", 128),
+    ):
+        arguments.add_argument(f"--{name}", type=int, default=value)
+    arguments.add_argument("--methods", nargs="*", default=list(METHODS))
+    arguments.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    arguments.add_argument("--folder", help="where the model and results go (default: a temporary folder)")
+    arguments.add_argument("--json")
+    given = arguments.parse_args()
+    config = random_model.config_of(
+        layers=given.layers, experts=given.experts, hidden=given.hidden, width=given.width, top_k=given.top_k, vocabulary=given.vocabulary,
+        context=512, dtype="bfloat16",
+    )  # fmt: skip
+    rows = []
+    with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
+        model, text = Path(scratch, "model"), Path(scratch, "text.txt")
+        model.mkdir()
+        random_model.save(config, model)
+        text.write_text("".join(chr(32 + (7 * place * place + place) % 90) for place in range(20_000)), encoding="utf-8")
+        folder = Path(scratch, "finished")
+        dropped = {"expert_drop": {"ratio": 0.125, "score": "random", "counts": "uniform"}}
+        trimoe.compress(model, {"steps": [dropped]}, folder, calibration=[str(text)], samples=4, length=32, dtype="bfloat16")
+        numbers = footprint.weights(Skeleton.of(str(folder)))
+        for dtype in given.dtypes:
+            for name in given.methods:
+                spec = parsed(
+                    METHODS[name]
+                    | {
+                        "data": str(text),
+                        "samples": 8,
+                        "length": given.length,
+                        "batch": given.batch,
+                        "steps": 2,
+                        "dtype": dtype,
+                        "rate": 1e-4,
+                    }
+                )
+                teacher = Skeleton.of(str(model)) if spec.method != "lora" else None
+                planned = memory.of_training(Skeleton.of(str(folder)), teacher, spec, "cpu").host["recovery"]
+                code = f"import trimoe; trimoe.recover({str(folder)!r}, {str(Path(scratch, 'out'))!r}, {spec.to_json()!r}, any_memory=True)"
+                process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+                start, peak = time.monotonic(), anonymous(process)
+                if process.wait():
+                    sys.exit((process.stderr.read() if process.stderr else b"").decode()[-3000:])
+                shutil.rmtree(Path(scratch, "out"))
+                whole = numbers * getattr(torch, dtype).itemsize
+                rows.append({"method": name, "dtype": dtype, "weights": human(whole), "planned": human(planned), "measured": human(peak),
+                             "planned / measured": f"{planned / peak:.2f}", "x weights": f"{(peak - limits.IMPORTS) / whole:.2f}",
+                             "seconds": f"{time.monotonic() - start:.0f}"})  # fmt: skip
+                print(rows[-1], flush=True)
+    print(table(rows))
+    write_json(given.json, rows)
+
+
+if __name__ == "__main__":
+    main()
