@@ -125,6 +125,11 @@ def most_tokens(sources: Sequence[str], samples: int, length: int) -> int:
     return min(samples * length, most)
 
 
+def num_domains(sources: Sequence[str]) -> int:
+    """How many domains these texts are, at most."""
+    return sum(len(_files(source)) if source.startswith("builtin:") else 1 for source in sources)
+
+
 def _files(source: str) -> list[Path]:
     """Where a text of this machine lies."""
     if source.startswith("builtin:"):

@@ -124,7 +124,7 @@ def job_of(
     place = processes.place(device)
     with reporter.stage("Fingerprint the model"):
         about = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "calibration": text.fingerprint, "dtype": dtype}
-    run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes)
+    run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes, text.domains)
     inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
     return Job(run, text, inputs, command)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from trimoe import disk
+import torch
+
+from trimoe import disk, measurements
 from trimoe.calibration import batch_tokens
 from trimoe.methods import LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.low_rank import rank_share
@@ -17,7 +19,7 @@ from trimoe.recipe import Recipe
 from trimoe.recover.spec import Recover
 from trimoe.site import Site
 from trimoe.skeleton import LOGITS, Skeleton
-from trimoe.spill import BUDGET, FLOOR
+from trimoe.spill import BUDGET, streams_budget
 from trimoe.subset import gram_bytes, search_budget
 
 IMPORTS = 480 << 20  # bytes that Python, torch, transformers and their buffers take
@@ -28,15 +30,15 @@ def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: 
     """Bytes of memory at the peak of each stage, the host's and the device's together. `decisions`: final ones, or stand-ins of
     the right sizes; `parameters`: the result's."""
     found: dict[str, int] = {}
-    for name, size in _stages(skeleton, recipe, decisions, tokens, batch_tokens(device)):
+    for name, size in _stages(skeleton, recipe, decisions, tokens, device):
         found[name] = max(found.get(name, 0), IMPORTS + size)
     if recipe.recover is not None:
         found["recovery"] = IMPORTS + _recovery(skeleton, recipe.recover, parameters)
     return found
 
 
-def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, wide: int) -> Iterator[tuple[str, int]]:
-    """`wide`: tokens of a batch."""
+def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, device: str) -> Iterator[tuple[str, int]]:
+    wide = batch_tokens(device)
     site, item = max(skeleton.sites.values(), key=lambda site: site.num_experts * site.width), skeleton.dtype.itemsize
     hidden = min(BUDGET, site.hidden * tokens * item)
     outside = sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.outer_keys) * item
@@ -47,12 +49,15 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
         if not step.gathers:
             continue
         layer = skeleton.largest_layer + (staging if step is recipe.steps[0] else max(staging, cut))
-        kept = max(kept, int(1.5 * (_grams(skeleton, step, recipe, tokens) + _sums(skeleton, step))))  # gathered in pieces, then joined
+        kept = max(
+            kept, _grams(skeleton, step, recipe, tokens) + int(1.5 * _sums(skeleton, step))
+        )  # of sums, which are gathered in pieces, then joined
         recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
         yield "statistics", max(outside + hidden, layer + batch + hidden + recorded + kept)
-        if _compares(step):
+        made = measurements.of_step(skeleton, step, list(skeleton.sites.values()), recipe.calibration, tokens)
+        if made:
             logits = TABLES * 4 * min(LOGITS, wide * skeleton.config.get_text_config().vocab_size)
-            streams = max(FLOOR, skeleton.largest_layer // 2)
+            streams = min(streams_budget(skeleton.largest_layer, torch.device(device)), max(one.nbytes for one in made))
             yield "measuring", kept + streams + max(layer + batch, outside + logits)
     last = [step for step in recipe.steps if isinstance(step, LowRank | Quantize | WeightPrune)]
     if not last:
@@ -73,16 +78,6 @@ def _recovery(skeleton: Skeleton, spec: Recover, parameters: int) -> int:
     whole = parameters + (sum(math.prod(info.shape) for info in skeleton.checkpoint.tensors.values()) if spec.method == "experts" else 0)
     logits = spec.batch * min(spec.length, skeleton.context) * skeleton.config.get_text_config().vocab_size
     return 4 * whole + 16 * disk.trained(skeleton, spec) + 3 * 4 * logits
-
-
-def _compares(step: Step) -> bool:
-    """Whether versions of the model are walked side by side."""
-    return (
-        "sensitivity" in step.needs
-        or getattr(step, "counts", "") == "optimal"
-        or getattr(step, "receptive_field", None) is not None
-        or getattr(step, "rerank", "none") != "none"
-    )
 
 
 def _staging(skeleton: Skeleton) -> int:
@@ -126,9 +121,11 @@ def _batch(site: Site, tokens: int, item: int) -> int:
 
 
 def _grams(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
-    """Bytes that the search tokens of all layers take."""
+    """Bytes of search tokens in memory: of all layers up to a budget, and of the one layer that is searched, which may lie in a file."""
     every, reach, spec = list(skeleton.sites.values()), step.reach(skeleton.sites), recipe.calibration
-    return min(tokens, search_budget(every, reach, spec.search_tokens, spec.search_memory)) * gram_bytes(every, reach)
+    count = min(tokens, search_budget(every, reach, spec.search_tokens, spec.search_memory))
+    whole, most = count * gram_bytes(every, reach), count * max(gram_bytes([site], reach) for site in every)
+    return whole if whole <= BUDGET else BUDGET + most
 
 
 def _sums(skeleton: Skeleton, step: Step) -> int:
