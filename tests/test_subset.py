@@ -23,7 +23,7 @@ from trimoe.routing import RoutingRule, identify
 from trimoe.site import Site, keep_experts
 from trimoe.skeleton import Skeleton
 from trimoe.stats import LayerStats
-from trimoe.subset import SubsetLoss, search_budget
+from trimoe.subset import ROUTED, USUAL, SubsetLoss, search_budget
 
 ALL = sorted(families.FAMILIES)
 RULES: dict[str, RoutingRule] = {
@@ -281,12 +281,15 @@ def test_search_budget_keeps_to_its_memory(family_folder: Callable[[str], Path])
     sites = list(Skeleton.of(str(family_folder("mixtral"))).sites.values())
     grouped = [replace(site, rule=RULES["groups-max"]) for site in sites]
     assert search_budget(sites, 8, 5000, 2.0) == 5000
-    each = 3 * 4 * 8 * 8  # three layers, float32
+    each = 4 * 8 * 8  # of one layer, float32; the others' are not in memory
     assert search_budget(sites, 8, 10**9, 1.0) == 2**30 // each
     assert search_budget(sites, 4, 10**9, 1.0) == 2**30 // (each // 4)
     assert search_budget(grouped, 4, 10**9, 1.0) == 2**30 // each, "a grouped router's Gram holds all experts, whatever the reach"
     assert search_budget(sites, 99, 10**9, 1.0) == 2**30 // each
     assert search_budget(sites, 0, 1000, 1.0) == 0
+    assert search_budget(sites, 8, None, 2.0) == USUAL
+    many = [replace(site, num_experts=512, rule=replace(site.rule, top_k=2)) for site in sites]
+    assert search_budget(many, 8, None, 2.0) == ROUTED * 256, "every expert has so many on average"
     with pytest.raises(UserError, match="set calibration"):
         search_budget(sites, 8, 1000, 1e-9)
 

@@ -6,8 +6,9 @@ import json
 import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,11 +29,12 @@ from trimoe.calibration import load_tokenizer
 from trimoe.evaluate import windows
 from trimoe.methods.expert_drop import ReceptiveField
 from trimoe.observe import masked
-from trimoe.sensitivity import sensitivity, shrunk
+from trimoe.progress import QUIET
+from trimoe.sensitivity import LEAST, Sensitivity, nudged, probe_size, sensitivity, shrunk
 from trimoe.skeleton import Skeleton
-from trimoe.spill import FLOOR, SAMPLES
+from trimoe.spill import SAMPLES, STREAMS
 from trimoe.stream import LayerWalk
-from trimoe.variants import affordable, divergence, without_moe
+from trimoe.variants import divergence, exact_logits, probe_rows, spread, without_moe
 
 WALKED = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 BATCHES = [torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]
@@ -107,14 +109,76 @@ def test_sensitivity_equals_perturbing_in_memory(family: str, family_folder: Cal
     assert all(value > 0 for value in measured.weights().values())
 
 
-def test_affordable_keeps_to_its_memory(family_folder: Callable[[str], Path]) -> None:
+def test_samples_of_a_probe_keep_to_their_room_and_are_of_every_domain(family_folder: Callable[[str], Path]) -> None:
     skeleton = Skeleton.of(str(family_folder("mixtral")))
-    batches = [torch.zeros(50, 4096, dtype=torch.int64)]
-    for branches in (3, 30, 300):
-        count = sum(len(batch) for batch in affordable(skeleton, batches, branches))
-        assert 1 <= count <= SAMPLES
-        assert count == 1 or 4 * 32 * 4096 * count * (branches + 2) <= FLOOR
-    assert sum(len(batch) for batch in affordable(skeleton, batches, 3)) == SAMPLES
+    samples, domains = torch.zeros(50, 4096, dtype=torch.int64), ["english", "docs", "code"] * 16 + ["docs"] * 2
+    for streams in (3, 30, 3000, 30_000):
+        rows = probe_rows(skeleton, samples, streams, domains)
+        assert 4 * 32 * 4096 * len(rows) * (streams + 2) <= STREAMS or len(rows) == 3
+        each = Counter(domains[row] for row in rows)
+        assert len(set(rows)) == len(rows) <= SAMPLES and set(each) == set(domains) and max(each.values()) - min(each.values()) <= 1
+    assert len(probe_rows(skeleton, samples, 3, domains)) == SAMPLES
+    assert probe_rows(skeleton, samples[:5], 3) == [0, 1, 2, 3, 4]
+
+
+def test_spread_takes_all_of_a_short_domain() -> None:
+    assert spread(["a", "b", "b", "b", "b", "b"], 4) == [0, 1, 3, 5]
+    assert spread(["a", "b"], 1) == [0]
+
+
+def test_what_rounding_alone_makes_is_measured_and_taken_away(family_folder: Callable[[str], Path]) -> None:
+    folder = str(family_folder("mixtral"))
+    measured = [
+        sensitivity(skeleton, BATCHES, dict.fromkeys(skeleton.sites, shrunk))
+        for skeleton in (Skeleton.of(folder), Skeleton.of(folder, torch.bfloat16))
+    ]
+    assert set(measured[0].floor.values()) == {0.0}
+    assert all(value >= 0 for value in measured[1].floor.values()) and max(measured[1].floor.values()) > 0
+    found = Sensitivity(kl={0: 0.5, 1: 0.02, 2: 0.1}, loss={0: 0.5, 1: 0.1, 2: 0.0}, floor={0: 0.25, 1: 0.02, 2: 0.0})
+    weights = found.weights()
+    assert weights[0] == pytest.approx(1.0) and weights[1] == pytest.approx(0.5), "a quarter of a KL stays whatever the floor"
+    assert weights[2] == pytest.approx(0.75), "a layer that was not perturbed has the mean"
+
+
+def test_a_nudge_is_a_rounding(family_folder: Callable[[str], Path]) -> None:
+    skeleton = Skeleton.of(str(family_folder("mixtral")), torch.bfloat16)
+    walk = LayerWalk(skeleton, BATCHES)
+    outputs: list[torch.Tensor] = []
+    index, site = next(iter(skeleton.sites.items()))
+    with walk.layer(index) as layer:
+        for change in (nullcontext(), nudged(layer, site)):
+            with change:
+                handle = site.experts_of(layer).register_forward_hook(lambda module, args, output: outputs.append(output.float()))
+                walk.step(index, layer, walk.hidden[0], 0)
+                handle.remove()
+    off = (outputs[1] - outputs[0]).abs() / outputs[0].abs().clamp_min(1e-30)
+    assert 0 < float(off.max()) <= torch.finfo(torch.bfloat16).eps
+    assert 0.1 < float((off > 0).float().mean()) <= 0.25
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_logits_that_are_compared_are_float32(family: str, family_folder: Callable[[str], Path]) -> None:
+    walk = LayerWalk(Skeleton.of(str(family_folder(family)), torch.bfloat16), BATCHES)
+    walk.run("", QUIET)
+    seen: list[torch.Tensor] = []
+    with walk.head() as head:
+        module = walk.model.get_output_embeddings()
+        handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        rounded = head(walk.hidden[0], 0)
+        with exact_logits(walk.model):
+            exact = head(walk.hidden[0], 0)
+        handle.remove()
+        truth = seen[-1].double() @ module.weight.double().T
+    assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(exact.double(), truth, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(exact, rounded.float())
+
+
+def test_a_probe_takes_more_until_its_error_is_seen() -> None:
+    losses = {0: 0.0, 2: 1e-6, 4: LEAST / 2, 6: LEAST, 8: 0.5}
+    assert [probe_size(losses, wanted) for wanted in (1, 2, 6, 7, 8, 9)] == [6, 6, 6, 8, 8, 8]
+    assert probe_size({0: 0.0, 2: 1e-6, 4: LEAST / 2}, 2) == 0
+    assert probe_size({0: 0.0}, 2) == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -197,6 +261,7 @@ def test_what_lies_in_files_is_what_would_lie_in_memory(
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: (mapped.append(args), from_file(*args, **kwargs))[1])
     monkeypatch.setattr(spill, "BUDGET", 0)
+    monkeypatch.setattr(spill, "FLOOR", 0)
     trimoe.compress(family_folder("qwen2_moe"), {"steps": steps}, tmp_path / "spilled", **options)
     assert mapped and not list((tmp_path / "files").iterdir())
     for path in (tmp_path / "memory").glob("*.safetensors"):

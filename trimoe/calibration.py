@@ -203,6 +203,11 @@ def drawn(sources: Sequence[str], samples: int) -> int:
     return asked + (max(samples - asked, others) if others else 0)
 
 
+def num_domains(sources: Sequence[str]) -> int:
+    """How many domains these texts are, at most."""
+    return sum(len(_files(source)) if source.startswith("builtin:") else 1 for source in sources)
+
+
 def _files(source: str) -> list[Path]:
     """Where a text of this machine lies."""
     if source.startswith("builtin:"):

@@ -140,7 +140,7 @@ def job_of(
             "calibration": text.fingerprint,
             "dtype": dtype_name(skeleton.dtype),
         }
-    run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes)
+    run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes, text.domains)
     inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
     return Job(run, text, inputs, command)
 

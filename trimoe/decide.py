@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
 from trimoe import depth, gather, parts, receptive_field, recorded, search, stability
+from trimoe.calibration import in_batches
 from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
@@ -22,12 +24,12 @@ from trimoe.observe import masked
 from trimoe.progress import Reporter
 from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.scores import super_experts
-from trimoe.sensitivity import sensitivity, shrunk
+from trimoe.sensitivity import probe_size, sensitivity, shrunk, streams
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
 from trimoe.subset import SubsetLoss
-from trimoe.variants import affordable, divergence, skipped, without_moe
+from trimoe.variants import divergence, probe_rows, skipped, without_moe
 
 Value = TypeVar("Value")
 
@@ -44,6 +46,21 @@ class Run:
     about: dict[str, Any]
     reporter: Reporter
     team: Team = ALONE
+    domains: tuple[str, ...] = ()  # of every calibration sample
+
+    def probe(self, label: str, streams: int) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """Samples for so many versions of the model walked side by side, in batches, and how many there are."""
+        samples_NL = torch.cat(self.batches)
+        rows, length = probe_rows(self.skeleton, samples_NL, streams, self.domains), samples_NL.shape[1]
+        count = {
+            "samples": len(rows),
+            "tokens": len(rows) * length,
+            "domains": by_domain(self.domains[row] for row in rows if self.domains),
+        }
+        self.reporter.say(
+            f"{label} on {len(rows):,} of {len(samples_NL):,} samples ({len(rows) * length:,} tokens){_each(count['domains'])}."
+        )
+        return in_batches(samples_NL[rows], self.device), count
 
     @property
     def spec(self) -> CalibrationSpec:
@@ -62,6 +79,15 @@ class Run:
     def first(self) -> int:
         """How many tokens lie before this process's."""
         return sum(batch.numel() for batch in self.batches[: self.team.span(len(self.batches)).start])
+
+
+def by_domain(domains: Iterable[str]) -> dict[str, int]:
+    """How many there are of each."""
+    return dict(Counter(domains))
+
+
+def _each(domains: dict[str, int]) -> str:
+    return f": {', '.join(f'{count} of {domain}' for domain, count in domains.items())}" if len(domains) > 1 else ""
 
 
 def decide(
@@ -114,8 +140,9 @@ def _decide_drops(
     stats = _stats_for(run, journal, number, step, sites, given, decisions)
     protected = super_experts(stats.layers) if step.protect_super_experts else {}
     menus = sensitive = None
+    probed: dict[str, Any] = {}
     if step.counts == "optimal":
-        menus, sensitive = _drop_menus(run, step, sites, decisions, stats, uniform, protected)
+        menus, sensitive, probed = _drop_menus(run, step, sites, decisions, stats, uniform, protected)
     counts = step.layer_counts(
         sites, stats.layers, run.seed,
         menus=None if menus is None else {i: {n: loss for n, (_, loss) in menu.items()} for i, menu in menus.items()}, sensitivity=sensitive,
@@ -126,18 +153,20 @@ def _decide_drops(
 
     found: dict[int, search.Found] = _by_layer(run, sites, searched, "Search")
     drops: dict[int, Drop] = {index: best.drops[0] for index, best in found.items()}
-    metrics: dict[str, Any] = {"layers": _drop_metrics(run, step, sites, stats, found, counts, protected)}
+    metrics: dict[str, Any] = {"layers": _drop_metrics(run, step, sites, stats, found, counts, protected), "measured_on": probed}
     unstable = stability.warning(metrics["layers"])
+    seen = {index: stats.layers[index]["count_E"].tolist() for index in sites}
+    searched_on = {index: row for index in sites if (row := metrics["layers"][str(index)].get("search_tokens_per_expert"))}
+    metrics["measured_on"] |= _searched(run, stats, searched_on)
     metrics["warnings"] = [
-        *stability.scarce({index: stats.layers[index]["count_E"].tolist() for index in sites}), *([unstable] if unstable is not None else []),
+        *stability.scarce(seen), *stability.few_searched(seen, searched_on), *([unstable] if unstable is not None else []),
     ]  # fmt: skip
     for warning in metrics["warnings"]:
         run.reporter.say(f"warning: {warning}")
     if sensitive is not None:
         metrics["sensitivity"] = {str(i): value for i, value in sensitive.items()}
     if step.receptive_field is not None:
-        k, t = step.receptive_field.k, step.receptive_field.t
-        few = affordable(run.skeleton, run.batches, k ** (t - 1) + 2, run.device)
+        few, metrics["measured_on"]["receptive_field"] = run.probe("Receptive field", receptive_field.streams(step.receptive_field))
         chosen = receptive_field.choose(
             run.skeleton,
             few,
@@ -160,8 +189,9 @@ def _drop_menus(
     stats: Stats,
     uniform: dict[int, int],
     protected: dict[int, Drop],
-) -> tuple[dict[int, dict[int, tuple[Drop, float]]], dict[int, float]]:
-    """Per layer the best nested set and its loss for every count, and how much the model minds: KL per squared relative loss."""
+) -> tuple[dict[int, dict[int, tuple[Drop, float]]], dict[int, float], dict[str, Any]]:
+    """Per layer the best nested set and its loss for every count, how much the model minds (KL per squared relative loss), and by what
+    probes that was found."""
 
     def menu(index: int) -> dict[int, tuple[Drop, float]]:
         site = sites[index]
@@ -169,18 +199,40 @@ def _drop_menus(
         most = min(site.num_experts - step.floor(site, step.share(sites)), loss.max_drop)
         return search.greedy_path(loss, site.num_experts, most, site.rule.groups, _spare(step, site, most, protected.get(index, ())))
 
-    menus, perturb = _by_layer(run, sites, menu, "Loss of every count"), {}
+    menus, perturb, dropped = _by_layer(run, sites, menu, "Loss of every count"), {}, {}
     for index, site in sites.items():
-        probe = max((n for n in menus[index] if n <= max(uniform[index], site.rule.groups)), default=0)
-        if probe:
-            drop = menus[index][probe][0]
-            perturb[index] = lambda layer, at, drop=drop: masked(layer, at, drop)
-    few = affordable(run.skeleton, run.batches, len(sites), run.device)
-    measured = sensitivity(
-        run.skeleton, few, perturb, decisions=decisions, device=run.device, reporter=run.reporter, team=run.team
-    ).weights()
-    mean = sum(measured.values()) / max(1, len(measured))
-    return menus, {i: measured.get(i, mean or 1.0) for i in sites}
+        dropped[index] = probe_size({n: loss for n, (_, loss) in menus[index].items()}, max(uniform[index], site.rule.groups))
+        drop = menus[index][dropped[index]][0]
+        perturb[index] = (lambda layer, at, drop=drop: masked(layer, at, drop)) if drop else shrunk
+    sensitive, probed = _sensitivity(run, decisions, perturb, dropped)
+    return menus, sensitive, probed
+
+
+def _sensitivity(
+    run: Run, decisions: Decisions, perturb: dict[int, Any], dropped: dict[int, int]
+) -> tuple[dict[int, float], dict[str, Any]]:
+    """How much the model minds an error in each layer, and by what that was measured. `dropped`: experts that the probe took away."""
+    few, probed = run.probe("Sensitivity", streams(list(perturb), run.skeleton.dtype))
+    found = sensitivity(run.skeleton, few, perturb, decisions=decisions, device=run.device, reporter=run.reporter, team=run.team)
+    probed["layers"] = {
+        str(i): {"dropped": dropped.get(i, 0), "loss": found.loss[i], "kl": found.kl[i], "floor": found.floor[i]} for i in perturb
+    }
+    return found.weights(), {"sensitivity": probed}
+
+
+def _searched(run: Run, stats: Stats, routed: dict[int, list[int]]) -> dict[str, Any]:
+    """How much text the statistics and the search saw. `routed`: search tokens of each expert, by layer."""
+    made: dict[str, Any] = {"statistics": {
+        "samples": sum(map(len, run.batches)), "tokens": run.tokens, "domains": by_domain(run.domains),
+    }}  # fmt: skip
+    if routed:
+        every = sorted(count for layer in routed.values() for count in layer)
+        tokens = max(len(stats.layers[index].search["logits_TE"]) for index in routed)
+        made["search"] = {"tokens": tokens, "routed_least": every[0], "routed_median": every[len(every) // 2]}
+        run.reporter.say(
+            f"Search on {tokens:,} of {run.tokens:,} tokens: an expert was chosen by {every[len(every) // 2]:,} of them (median), {every[0]:,} at least."
+        )
+    return made
 
 
 def _by_layer(run: Run, sites: dict[int, Site], work: Callable[[int], Value], label: str) -> dict[int, Value]:
@@ -214,17 +266,17 @@ def _decide_ranks(
     if not step.needs:
         return step.decide(sites, decisions, {}), {}
     stats = _stats_for(run, journal, number, step, sites, given, decisions)
-    sensitive = None
+    sensitive, probed = None, {}
     if "sensitivity" in step.needs:
-        few = affordable(run.skeleton, run.batches, len(sites), run.device)
-        sensitive = sensitivity(
-            run.skeleton, few, dict.fromkeys(sites, shrunk), decisions=decisions, device=run.device, reporter=run.reporter, team=run.team
-        ).weights()
+        sensitive, probed = _sensitivity(run, decisions, dict.fromkeys(sites, shrunk), {})
     decided = step.decide(sites, decisions, stats.layers, sensitivity=sensitive)
     metrics: dict[str, Any] = {
         "tokens_per_expert": {str(i): layer["count_E"].tolist() for i, layer in stats.layers.items()},
         "sensitivity": None if sensitive is None else {str(i): value for i, value in sensitive.items()},
+        "measured_on": probed,
     }
+    searched_on = {index: recorded.routed(layer) for index, layer in stats.layers.items() if layer.search}
+    metrics["measured_on"] |= _searched(run, stats, searched_on)
     if "spectra" in step.needs:
         metrics["spectra"] = {str(i): recorded.spectra(layer) for i, layer in stats.layers.items()}
     elif step.rank == "importance":
@@ -243,20 +295,22 @@ def _decide_depth(
     if not chosen:
         run.reporter.say(f"{step.name}: nothing is above the threshold {step.threshold}; the most similar is {max(similar.values()):.4f}.")
     metrics: dict[str, Any] = {"similarity": {f"{kind} {index}": value for (kind, index), value in similar.items()}}
+    metrics["measured_on"] = _searched(run, stats, {})
     if step.rerank == "kl" and total is not None:
         shortlist = parts.ranked(similar, mixed=step.blocks)[: 2 * len(chosen) + 2]
         shortlist += [part for part in chosen if part not in shortlist]
-        chosen, metrics["rerank"] = _rerank(run, decisions, shortlist, left, total, mixed=step.blocks)
+        few, count = run.probe("Rerank", len(shortlist) + 1)
+        metrics["measured_on"]["rerank"] = count
+        chosen, metrics["rerank"] = _rerank(run, few, decisions, shortlist, left, total, mixed=step.blocks)
     metrics["dropped"] = [f"{kind} {index}" for kind, index in chosen]
     return {index: replace(decisions.get(index, LayerDecision()), gone=kind) for kind, index in chosen}, metrics
 
 
 def _rerank(
-    run: Run, decisions: Decisions, shortlist: list[parts.Part], left: parts.Depth, total: int, *, mixed: bool
+    run: Run, few: list[torch.Tensor], decisions: Decisions, shortlist: list[parts.Part], left: parts.Depth, total: int, *, mixed: bool
 ) -> tuple[list[parts.Part], list[dict[str, Any]]]:
     """Greedy: each time the part that, with those already chosen, costs the least KL (per sub-layer, in a mixture) against the model as
     `decisions` leave it."""
-    few = affordable(run.skeleton, run.batches, len(shortlist) + 1, run.device)
     chosen: list[parts.Part] = []
     rounds: list[dict[str, Any]] = []
     before = 0.0

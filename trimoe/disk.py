@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
+from trimoe import measurements
 from trimoe.errors import UserError
 from trimoe.methods import LowRank
 from trimoe.paper import search_memory
 from trimoe.recipe import Recipe
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
-from trimoe.spill import BUDGET
+from trimoe.spill import BUDGET, streams_budget
 
 STATISTICS = "statistics, until it is done"
 BESIDE = "files beside the weights"
@@ -42,10 +43,14 @@ def output_need(skeleton: Skeleton, recipe: Recipe, result: int) -> dict[str, in
 
 
 def spilled(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
-    """Bytes of files in TMPDIR: hidden states, and inputs that one layer's experts are fitted to, beyond their budgets in memory."""
+    """Bytes of files in TMPDIR: hidden states, of one walk or of all versions walked side by side, and inputs that one layer's experts are
+    fitted to, beyond their budgets in memory."""
     hidden = tokens * next(iter(skeleton.sites.values())).hidden * skeleton.dtype.itemsize
     fitted = any(isinstance(step, LowRank) or getattr(step, "calibrated", False) for step in recipe.steps)
-    return max(0, hidden - BUDGET) * (2 if fitted else 1)
+    walked = max(0, hidden - BUDGET) * (2 if fitted else 1)
+    sites = list(skeleton.sites.values())
+    made = [one.nbytes for step in recipe.steps for one in measurements.of_step(skeleton, step, sites, recipe.calibration, tokens)]
+    return max(walked, max(made, default=0) - streams_budget(skeleton.largest_layer, torch.device("cpu")))
 
 
 def _statistics(skeleton: Skeleton, recipe: Recipe, number: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from trimoe.seen import Recorder, Seen
 from trimoe.shares import share
 from trimoe.site import Site, keep_experts
 from trimoe.skeleton import Skeleton
+from trimoe.spill import room
 from trimoe.stats import BLOCK, LayerStats, Stats, added
 from trimoe.stream import LayerWalk
-from trimoe.subset import search_budget
+from trimoe.subset import gram_side, search_budget
 
 ROUTING = frozenset({"channels", "cosines"})
 Extra = Callable[[nn.Module, Site, Seen, LayerStats], None]
@@ -71,7 +73,7 @@ def statistics(
     *,
     decisions: Decisions | None = None,
     reach: int = 0,
-    search_tokens: int = 4096,
+    search_tokens: int | None = None,
     search_memory: float = 2.0,
     seed: int = 0,
     device: str = "cpu",
@@ -92,11 +94,11 @@ def statistics(
     walk = LayerWalk(skeleton, batches[mine], device=device)
     wanted = search_budget(list(skeleton.sites.values()), reach, search_tokens, search_memory)
     tokens, first, own = (sum(batch.numel() for batch in some) for some in (batches, batches[: mine.start], batches[mine]))
-    if wanted < min(search_tokens, tokens) and reach:
-        reporter.say(
-            f"Searching on {wanted:,} of {min(search_tokens, tokens):,} tokens, which is what search_memory {search_memory} GiB holds."
-        )
-    rows = [r.to(walk.device) for r in search_rows(batches, wanted, seed)[mine]]
+    everyones = search_rows(batches, wanted, seed)
+    rows = [r.to(walk.device) for r in everyones[mine]]
+    places = [0, *accumulate(map(len, everyones))]
+    spans = [team.span(len(batches), rank) for rank in range(team.count)]
+    held = 0  # bytes of search tokens in memory
     left = survivors(skeleton, decisions)
     for index in reporter.track(left, "Statistics", len(left), tokens=walk.share):
         with walk.layer(index) as layer:
@@ -112,7 +114,9 @@ def statistics(
                 continue
             layer_stats = stats.layers[index] = LayerStats(index, site.rule)
             experts = site.experts_of(layer)
-            observer = Observer(site, layer_stats, needs, reach=min(reach, site.num_experts))
+            if reach and places[-1]:
+                layer_stats.search, held = _search_room(site, reach, places[-1], held)
+            observer = Observer(site, layer_stats, needs, reach=min(reach, site.num_experts), place=places[mine.start])
             recorder = Recorder(own)
             with observer.attached(layer), recorder.attached(layer, site) if extra is not None else nullcontext():
                 for batch in range(len(walk.batches)):
@@ -122,6 +126,8 @@ def statistics(
                     parts.take()
             walk.check(index)
             parts.put_together()
+            for whole in layer_stats.search.values():
+                team.fill(whole, [slice(places[span.start], places[span.stop]) for span in spans])
             layer_stats.sums["weight_score_E"] = weight_scores(experts)
             if not batches:  # of weights alone
                 layer_stats.sums["count_E"] = torch.zeros(site.num_experts, dtype=torch.float64)
@@ -135,6 +141,18 @@ def statistics(
             layer_stats.to_cpu()
             layer_stats.check(skeleton.dtype)
     return stats
+
+
+def _search_room(site: Site, reach: int, tokens: int, held: int) -> tuple[dict[str, torch.Tensor], int]:
+    """Where one layer's search tokens go: in memory beside the `held` bytes of other layers', or in mapped files; and the bytes held then."""
+    side, found = gram_side(site, reach), {}
+    for name, shape, dtype in (
+        ("logits_TE", (tokens, site.num_experts), torch.float32), ("order_TM", (tokens, side), torch.int64),
+        ("gram_TMM", (tokens, side, side), torch.float32),
+    ):  # fmt: skip
+        found[name] = room(shape, dtype, torch.device("cpu"), held)
+        held += found[name].nbytes
+    return found, held
 
 
 class _Parts:
@@ -159,8 +177,6 @@ class _Parts:
         layer = self.stats.layers.get(self.index)
         if layer is not None:
             layer.sums = sums
-            found = [search for search in self.team.everyone(layer.search) if search]
-            layer.search = {name: torch.cat([search[name] for search in found]) for name in (found[0] if found else ())}
 
 
 def weight_scores(experts: Any) -> torch.Tensor:

@@ -9,7 +9,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trimoe import limits
+import torch
+
+from trimoe import limits, measurements
 from trimoe.calibration import batch_tokens
 from trimoe.disk import human
 from trimoe.errors import UserError
@@ -22,7 +24,7 @@ from trimoe.recover import footprint
 from trimoe.recover.spec import Recover
 from trimoe.site import Site
 from trimoe.skeleton import LOGITS, Skeleton
-from trimoe.spill import BUDGET, FLOOR, wider
+from trimoe.spill import BUDGET, streams_budget, wider
 from trimoe.subset import gram_bytes, search_budget
 
 TABLES = 5  # of logits, in float32, that are held at once where versions are compared
@@ -63,7 +65,7 @@ LESS = {  # what makes a stage smaller, for people
 def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, parameters: int, device: str) -> Held:
     """What each stage takes at its peak. `decisions`: final ones, or stand-ins of the right sizes; `parameters`: the result's."""
     found, apart = Held({}, {}), device.startswith("cuda")
-    stages = list(_stages(skeleton, recipe, decisions, tokens, batch_tokens(device), LOGITS * wider(device)))
+    stages = list(_stages(skeleton, recipe, decisions, tokens, device))
     if recipe.recover is not None:
         whole = footprint.weights(skeleton)
         recovery = footprint.peak(skeleton, recipe.recover, device, parameters=parameters, original=whole)
@@ -98,9 +100,10 @@ def of_evaluation(skeleton: Skeleton, device: str) -> Held:
     return Held({"evaluation": IMPORTS + (0 if apart else computed)}, {"evaluation": computed} if apart else {})
 
 
-def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, wide: int, together: int) -> Iterator[tuple[str, int, int, int]]:
+def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, device: str) -> Iterator[tuple[str, int, int, int]]:
     """A stage's name and bytes: of what is computed with, on the device; of what is kept on the host; and of what passes through the host on the
-    way to a device, where that is another. `wide`: tokens of a batch; `together`: logits that are held at once."""
+    way to a device, where that is another."""
+    wide, together = batch_tokens(device), LOGITS * wider(device)  # tokens of a batch, and logits that are held at once
     site, item = max(skeleton.sites.values(), key=lambda site: site.num_experts * site.width), skeleton.dtype.itemsize
     hidden = min(BUDGET, site.hidden * tokens * item)
     outside = sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.outer_keys) * item
@@ -111,12 +114,15 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
         if not step.gathers:
             continue
         layer = skeleton.largest_layer + (staging if step is recipe.steps[0] else max(staging, cut))
-        kept = max(kept, int(1.5 * (_grams(skeleton, step, recipe, tokens) + _sums(skeleton, step))))  # gathered in pieces, then joined
+        kept = max(
+            kept, _grams(skeleton, step, recipe, tokens) + int(1.5 * _sums(skeleton, step))
+        )  # of sums, which are gathered in pieces, then joined
         recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
         yield "statistics", max(outside + hidden - kept, layer + batch + hidden + recorded), kept, staging
-        if _compares(step):
+        made = measurements.of_step(skeleton, step, list(skeleton.sites.values()), recipe.calibration, tokens)
+        if made:
             logits = TABLES * 4 * min(together, wide * skeleton.config.get_text_config().vocab_size)
-            streams = max(FLOOR, skeleton.largest_layer // 2)
+            streams = min(streams_budget(skeleton.largest_layer, torch.device(device)), max(one.nbytes for one in made))
             yield "measuring", streams + max(layer + batch, outside + logits), kept, staging
     last = [step for step in recipe.steps if isinstance(step, LowRank | Quantize | WeightPrune)]
     if not last:
@@ -128,16 +134,6 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
     made = sum(_made(skeleton, decisions, step) for step in last)
     beside = max(staging, cut, made + max(_fit(site, step) for step in last))
     yield "writing", max(outside + hidden - kept, recorded + skeleton.largest_layer + beside), kept, max(staging, cut, made)
-
-
-def _compares(step: Step) -> bool:
-    """Whether versions of the model are walked side by side."""
-    return (
-        "sensitivity" in step.needs
-        or getattr(step, "counts", "") == "optimal"
-        or getattr(step, "receptive_field", None) is not None
-        or getattr(step, "rerank", "none") != "none"
-    )
 
 
 def _staging(skeleton: Skeleton) -> int:
@@ -181,9 +177,11 @@ def _batch(site: Site, tokens: int, item: int) -> int:
 
 
 def _grams(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
-    """Bytes that the search tokens of all layers take."""
+    """Bytes of search tokens in memory: of all layers up to a budget, and of the one layer that is searched, which may lie in a file."""
     every, reach, spec = list(skeleton.sites.values()), step.reach(skeleton.sites), recipe.calibration
-    return min(tokens, search_budget(every, reach, spec.search_tokens, spec.search_memory)) * gram_bytes(every, reach)
+    count = min(tokens, search_budget(every, reach, spec.search_tokens, spec.search_memory))
+    whole, most = count * gram_bytes(every, reach), count * max(gram_bytes([site], reach) for site in every)
+    return whole if whole <= BUDGET else BUDGET + most
 
 
 def _sums(skeleton: Skeleton, step: Step) -> int:

@@ -55,15 +55,14 @@ hf.register_experts(NAME, observed_experts)
 class Observer:
     """Collects one layer's statistics into `stats`.
 
-    `needs`: "channels", "cosines" (routing and outputs always). `search_rows`: for each batch the rows (flattened
-    token positions) whose full Gram is wanted, and `reach`: among how many of a token's best experts.
+    `needs`: "channels", "cosines" (routing and outputs always). `rows`: of the batch that runs, the rows (flattened token positions) whose
+    full Gram is wanted, among `reach` of a token's best experts; it is put into `stats.search`, from `place` on.
     """
 
-    def __init__(self, site: Site, stats: LayerStats, needs: frozenset[str], *, reach: int = 0):
-        self.site, self.stats, self.needs, self.reach = site, stats, needs, reach
+    def __init__(self, site: Site, stats: LayerStats, needs: frozenset[str], *, reach: int = 0, place: int = 0):
+        self.site, self.stats, self.needs, self.reach, self.place = site, stats, needs, reach, place
         self.rows: torch.Tensor | None = None
         self.logits_TE: torch.Tensor | None = None
-        self.searched: list[dict[str, torch.Tensor]] = []
 
     @contextmanager
     def attached(self, layer: nn.Module) -> Iterator[None]:
@@ -79,8 +78,6 @@ class Observer:
         try:
             with hf.experts_implementation(layer, NAME):
                 yield
-            for name in list(self.searched[0]) if self.searched else []:
-                self.stats.search[name] = torch.cat([part.pop(name) for part in self.searched])
         finally:
             del experts._trimoe_observer
             for handle in handles:
@@ -148,7 +145,9 @@ class Observer:
                 y_SH[pairs] = run_expert(module, expert, x[pairs // reach])[1]
             y_TMH = y_SH.view(-1, reach, hidden).float()
             gram_TMM = torch.bmm(y_TMH, y_TMH.transpose(1, 2))
-            self.searched.append({"logits_TE": logits.cpu(), "order_TM": order.cpu(), "gram_TMM": gram_TMM.cpu()})
+            for name, part in (("logits_TE", logits), ("order_TM", order), ("gram_TMM", gram_TMM)):
+                self.stats.search[name][self.place : self.place + len(part)] = part
+            self.place += len(order)
 
 
 def reach_order(rule: Any, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, reach: int) -> torch.Tensor:

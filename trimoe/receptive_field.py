@@ -7,7 +7,7 @@ and compared with the original model's hidden states at the block's end. Prefixe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,19 @@ from trimoe.progress import QUIET, Reporter
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
+from trimoe.variants import budget_of, carried
+
+
+def streams(field: ReceptiveField) -> int:
+    """How many branches are carried along at most, beside the one that ends and the best so far."""
+    return int(field.k ** (field.t - 1)) + 2
 
 
 @dataclass
 class _Branch:
     drops: tuple[Drop, ...]
     places: tuple[int, ...]  # which of each layer's candidates
-    hidden: list[torch.Tensor]
+    hidden: MutableSequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ def choose(
     model's; `layerwise`: it starts from the original's.
     """
     walk = LayerWalk(skeleton, batches[team.span(len(batches))], device=device)
-    branches = [_Branch((), (), list(walk.hidden))]
+    budget = budget_of(skeleton, streams(field), walk.device)
+    branches = [_Branch((), (), carried(walk.hidden, budget))]
     chosen: dict[int, Drop] = {}
     blocks: list[dict[str, object]] = []
     layers: list[int] = []
@@ -70,38 +77,39 @@ def choose(
             walk.advance(index, layer)
             if site is None or index not in candidates:
                 for branch in branches:
-                    branch.hidden = [walk.step(index, layer, h, b) for b, h in enumerate(branch.hidden)]
+                    for batch, hidden in enumerate(branch.hidden):
+                        branch.hidden[batch] = walk.step(index, layer, hidden, batch)
                 continue
             layers.append(index)
-            grown = _grown(walk, index, layer, site, branches, candidates[index][: field.k])
+            grown = _grown(walk, index, layer, site, branches, candidates[index][: field.k], budget)
             if len(layers) < field.t and index != last:
                 branches = list(grown)
                 continue
             errors: list[float] = []
             best = branches[0]
             for branch in grown:  # of all that end here, only the best so far is kept
-                error = _distance(branch.hidden, list(walk.hidden), team)
+                error = _distance(branch.hidden, walk.hidden, team)
                 best = branch if error < min(errors, default=math.inf) else best
                 errors.append(error)
         chosen |= dict(zip(layers, best.drops, strict=True))
         blocks.append({"layers": layers, "places": list(best.places), "error": min(errors), "error_of_first": errors[0]})
-        start = best.hidden if field.mode == "progressive" else list(walk.hidden)
+        start = best.hidden if field.mode == "progressive" else carried(walk.hidden, budget)
         branches, layers = [_Branch((), (), start)], []
     return Chosen(chosen, blocks)
 
 
 def _grown(
-    walk: LayerWalk, index: int, layer: nn.Module, site: Site, branches: Sequence[_Branch], options: Sequence[Drop]
+    walk: LayerWalk, index: int, layer: nn.Module, site: Site, branches: Sequence[_Branch], options: Sequence[Drop], budget: int
 ) -> Iterator[_Branch]:
     """Every branch carried through the layer under each of its options, one after the other."""
     for branch in branches:
         for place, drop in enumerate(options):
             with masked(layer, site, drop):
-                out = [walk.step(index, layer, hidden, batch) for batch, hidden in enumerate(branch.hidden)]
+                out = carried((walk.step(index, layer, hidden, batch) for batch, hidden in enumerate(branch.hidden)), budget)
             yield _Branch((*branch.drops, drop), (*branch.places, place), out)
 
 
-def _distance(a: list[torch.Tensor], b: list[torch.Tensor], team: Team) -> float:
+def _distance(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], team: Team) -> float:
     """Frobenius distance over all processes' tokens, relative to the original."""
     pairs = [torch.stack([_square(x.float() - y.float()), _square(y)]).cpu() for x, y in zip(a, b, strict=True)]
     squares = [pair for own in team.everyone(pairs) for pair in own]

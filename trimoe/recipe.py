@@ -35,15 +35,15 @@ class CalibrationSpec:
     length         tokens in a sample; cut to the model's context
     packing        documents that share a sample: `joined`, tokens see those of the document before; `separate`, they do not, and positions
                    start again (not for models with recurrent layers)
-    search_tokens  tokens whose exact Gram is kept for searching
-    search_memory  GiB that the Grams of all layers may take; fewer search tokens are taken, and said, where more would not fit
+    search_tokens  tokens whose exact Gram is kept for searching; none given: 4,096, or so many that the mean expert has 64 of them
+    search_memory  GiB that the Grams of one layer may take; fewer search tokens are taken, and said, where more would not fit
     """
 
     data: str | list[str] = "builtin:mixed"
     samples: Annotated[int, Field(ge=1)] = 128
     length: Annotated[int, Field(ge=2)] = 2048
     packing: Literal["joined", "separate"] = "joined"
-    search_tokens: Annotated[int, Field(ge=16)] = 4096
+    search_tokens: Annotated[int, Field(ge=16)] | None = None
     search_memory: Annotated[float, Field(gt=0, le=1e6)] = 2.0
 
     @property

@@ -43,6 +43,7 @@ def expert_drop(
     }  # fmt: skip
     if not layer.search:
         return row
+    row["search_tokens_per_expert"] = routed(layer)
     if step.score != "leave_one_out":
         row["leave_one_out"] = importance(layer)
     loss = SubsetLoss(layer, device=device)
@@ -63,6 +64,13 @@ def expert_drop(
         row["exhaustive"], row["sets"] = found.losses[0], space.size()
     row["stability"] = stability.jaccard(step, site, layer, dropped, protected, device)
     return row
+
+
+def routed(layer: LayerStats) -> list[int]:
+    """How many search tokens chose each expert."""
+    chosen_TK = layer.rule.route(layer.search["logits_TE"], layer.bias_E)[1]
+    counts: list[int] = torch.bincount(chosen_TK.flatten(), minlength=layer.num_experts).tolist()
+    return counts
 
 
 def importance(layer: LayerStats) -> list[float]:

@@ -1,15 +1,19 @@
 """How much the model's output minds an error in each MoE layer: end-to-end KL per unit of squared relative layer error.
 
 One streamed pass serves all layers: at each MoE layer a branch leaves the unperturbed stream and is carried along to the end.
+
+In 16 bits any change of a layer, however small, is followed by other roundings and other experts in all later ones, and these alone make a
+KL: the floor. It is measured, by changes of the size of a rounding, and taken away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,22 +22,32 @@ from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
-from trimoe.variants import Change, divergence
+from trimoe.spill import Carried
+from trimoe.variants import Change, budget_of, divergence
 
 SHRINK = 0.3  # share of the routed output taken away where no experts are to be masked
-ORIGINAL = -1
+LEAST = 0.02  # relative error of a layer that a probe makes at least: below it roundings are most of what is measured
+FLOORS = 8  # layers, evenly spread, from which the floor is measured; between them it is taken to change evenly
+SIGNAL = 0.25  # of a KL that is left at least, whatever the floor
+ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`kl[i]`: mean KL(original || perturbed) in nats per token; `loss[i]`: the relative layer error that caused it."""
+    """`kl[i]`: mean KL(original || perturbed) in nats per token; `loss[i]`: the relative layer error that caused it; `floor[i]`: how much of the
+    KL rounding alone makes."""
 
     kl: dict[int, float]
     loss: dict[int, float]
+    floor: dict[int, float]
+
+    def signal(self, index: int) -> float:
+        """The KL without its floor."""
+        return max(self.kl[index] - self.floor[index], SIGNAL * self.kl[index], 1e-9)
 
     def weights(self) -> dict[int, float]:
         """s_i = KL_i / L_i^2; a layer that could not be perturbed gets the mean of the others."""
-        known = {i: max(self.kl[i], 1e-9) / self.loss[i] ** 2 for i in self.kl if self.loss[i] > 1e-6}
+        known = {i: self.signal(i) / self.loss[i] ** 2 for i in self.kl if self.loss[i] > 1e-6}
         mean = sum(known.values()) / max(1, len(known)) or 1.0
         return {i: known.get(i, mean) for i in self.kl}
 
@@ -48,6 +62,40 @@ def shrunk(layer: nn.Module, site: Site) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def nudged(layer: nn.Module, site: Site) -> Iterator[None]:
+    """The routed experts' output, every fourth channel rounded to the next number up or down: no change but another rounding."""
+
+    def nudge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        little = torch.zeros(output.shape[-1], device=output.device)
+        little[::8], little[4::8] = torch.finfo(output.dtype).eps / 2, -torch.finfo(output.dtype).eps / 2
+        return (output.float() * (1 + little)).to(output.dtype)
+
+    handle = site.experts_of(layer).register_forward_hook(nudge)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def probe_size(losses: Mapping[int, float], wanted: int) -> int:
+    """How many experts a probe drops: those that go where all layers lose alike (`wanted`), and more until the layer's error is LEAST; 0, which
+    is to say that `shrunk` stands in, where no number of them makes such an error. `losses`: of every number that can go."""
+    return next((n for n in sorted(losses) if n and n >= min(wanted, max(losses)) and losses[n] >= LEAST), 0)
+
+
+def floor_layers(layers: Sequence[int], dtype: torch.dtype) -> list[int]:
+    """The layers from which the floor is measured: none in float32, where it is nothing beside any probe."""
+    if dtype == torch.float32 or not layers:
+        return []
+    return sorted({layers[round(at)] for at in torch.linspace(0, len(layers) - 1, FLOORS, dtype=torch.float64).tolist()})
+
+
+def streams(layers: Sequence[int], dtype: torch.dtype) -> int:
+    """How many versions of the model are walked beside the original."""
+    return len(layers) + len(floor_layers(layers, dtype))
+
+
 def sensitivity(
     skeleton: Skeleton,
     batches: Sequence[torch.Tensor],
@@ -60,65 +108,67 @@ def sensitivity(
 ) -> Sensitivity:
     """Perturb the MoE layers of `perturb` one at a time in the model that `decisions` leave, and measure what comes out at the end.
     `perturb[i]`: (layer, site) -> context manager that holds while layer i runs wrong."""
-    probes = {index: _Probe(change) for index, change in perturb.items()}
+    budget = budget_of(skeleton, streams(list(perturb), skeleton.dtype) + 1, torch.device(device))
+    probes = {index: _Probe(change, budget) for index, change in perturb.items()}
+    # bound methods are made anew at every access; versions share streams by identity
     right: dict[int, Change] = {index: probe.right for index, probe in probes.items()}
     wrong: dict[int, Change] = {index: probe.wrong for index, probe in probes.items()}
-    versions = {ORIGINAL: right}
+    versions: dict[Hashable, Mapping[int, Change]] = {ORIGINAL: right}
     for index in probes:  # watched up to the layer that goes wrong, on its own from there
         versions[index] = {i: change for i, change in right.items() if i < index} | {index: wrong[index]}
+    for index in floor_layers(list(probes), skeleton.dtype):
+        versions["floor", index] = {i: change for i, change in right.items() if i < index} | {index: _nudged}
     kl = divergence(
         skeleton, batches, versions, ORIGINAL, decisions=decisions, device=device, label="Sensitivity", reporter=reporter, team=team
     )
-    return Sensitivity(kl, {index: probe.error(team) for index, probe in probes.items()})
+    floors = {key[1]: value for key, value in kl.items() if isinstance(key, tuple)}
+    return Sensitivity(
+        {index: kl[index] for index in probes}, {index: probe.error(team) for index, probe in probes.items()},
+        dict(zip(probes, np.interp(list(probes), list(floors), list(floors.values())).tolist() if floors else [0.0] * len(probes), strict=True)),
+    )  # fmt: skip
+
+
+def _nudged(layer: nn.Module, site: Site | None) -> AbstractContextManager[None]:
+    assert site is not None
+    return nudged(layer, site)
 
 
 class _Probe:
-    """Two versions of one layer, right and wrong, and how far apart its experts' outputs are in them."""
+    """Two versions of one layer, right and wrong, and how far apart its experts' outputs are in them. The right one runs first."""
 
-    def __init__(self, change: Any):
-        self.change = change
+    def __init__(self, change: Any, budget: int):
+        self.change, self.budget = change, budget
         self.squares: list[torch.Tensor] = []  # of each batch: [||wrong - right||^2, ||right||^2]
-        self.outputs: dict[str, list[torch.Tensor]] = {"right": [], "wrong": []}
-        # bound methods are made anew at every access; versions share streams by identity
-        self.right, self.wrong = self._watched("right"), self._watched("wrong")
+        self.outputs = Carried(budget)
 
-    def _watched(self, which: str) -> Change:
-        @contextmanager
-        def run(layer: nn.Module, site: Site | None) -> Iterator[None]:
-            assert site is not None
-            seen = self.outputs[which]
-            if which == "wrong":
-                with self.change(layer, site), _output(layer, site, seen):
-                    yield
-            else:
-                with _output(layer, site, seen):
-                    yield
-            self._compare()
+    @contextmanager
+    def right(self, layer: nn.Module, site: Site | None) -> Iterator[None]:
+        assert site is not None
+        with _output(layer, site, self.outputs.append):
+            yield
 
-        return run
+    @contextmanager
+    def wrong(self, layer: nn.Module, site: Site | None) -> Iterator[None]:
+        assert site is not None
+        with self.change(layer, site), _output(layer, site, self._compare):
+            yield
+        self.outputs = Carried(self.budget)
 
-    def _compare(self) -> None:
-        """Once both versions ran, how far they are apart is kept and the outputs are let go."""
-        wrong, right = self.outputs["wrong"], self.outputs["right"]
-        if len(wrong) == len(right):
-            pairs = zip(wrong, right, strict=True)
-            self.squares = [
-                torch.stack([(a.float() - b.float()).double().square().sum(), b.double().square().sum()]).cpu() for a, b in pairs
-            ]
-            wrong.clear()
-            right.clear()
+    def _compare(self, wrong: torch.Tensor) -> None:
+        right = self.outputs[len(self.squares)]
+        self.squares.append(torch.stack([(wrong.float() - right.float()).double().square().sum(), right.double().square().sum()]))
 
     def error(self, team: Team) -> float:
         """||wrong - right|| / ||right|| over all batches."""
-        squares = [square for own in team.everyone(self.squares) for square in own]
+        squares = [square for own in team.everyone([square.cpu() for square in self.squares]) for square in own]
         off, whole = (torch.stack([square[place] for square in squares]).sum() if squares else torch.zeros(()) for place in (0, 1))
         return float((off / whole.clamp_min(1e-30)).sqrt())
 
 
 @contextmanager
-def _output(layer: nn.Module, site: Site, seen: list[torch.Tensor]) -> Iterator[None]:
-    """Adds what the layer's experts give to `seen`."""
-    handle = site.experts_of(layer).register_forward_hook(lambda module, args, output: seen.append(output))
+def _output(layer: nn.Module, site: Site, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Shows what the layer's experts give."""
+    handle = site.experts_of(layer).register_forward_hook(lambda module, args, output: see(output))
     try:
         yield
     finally:

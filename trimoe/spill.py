@@ -18,10 +18,12 @@ import torch
 
 from trimoe.aside import disk_errors
 
-BUDGET = 2 << 30  # bytes of hidden states in memory, and of what one layer's experts are given
+BUDGET = 2 << 30  # bytes of hidden states in memory, of what one layer's experts are given, and of all layers' search tokens
 FLOOR = 96 << 20  # bytes of hidden states that several versions of a model walked together may always take
 LOGITS_BYTES = 5 * 4 << 24  # of five float32 tables of so many logits as are always held at once
-SAMPLES = 24  # what versions are measured on, where memory allows
+SAMPLES = 24  # what versions are measured on, where STREAMS allows
+STREAMS = 16 << 30  # bytes of hidden states of all versions together, in memory and in files
+SHARE = 4  # versions' hidden states may take one part in so many of a GPU's memory
 
 
 def wider(device: str | torch.device) -> int:
@@ -38,10 +40,17 @@ def wider(device: str | torch.device) -> int:
     return 1 << max(0, (room // LOGITS_BYTES).bit_length() - 1)
 
 
-def samples_for(streams: int, sample: int, layer: int) -> int:
-    """How many samples, each of `sample` bytes of hidden states, so many versions are walked on: `streams` copies of them take no more memory
-    than half a decoder layer (of `layer` bytes) or FLOOR, whichever is more; from 1 to SAMPLES."""
-    return max(1, min(max(FLOOR, layer // 2) // (sample * (streams + 2)), SAMPLES))
+def samples_for(streams: int, sample: int, domains: int = 1) -> int:
+    """How many samples, each of `sample` bytes of hidden states, so many versions are walked on: `streams` copies of them and two more take
+    STREAMS bytes at most; SAMPLES at most, and one of each domain at least. It is the same on every machine, for decisions follow from it."""
+    return max(domains, min(STREAMS // (sample * (streams + 2)), SAMPLES))
+
+
+def streams_budget(layer: int, device: torch.device) -> int:
+    """How many bytes of several versions' hidden states stay in memory; more lies in files. Half a decoder layer (of `layer` bytes) or FLOOR,
+    whichever is more; on a GPU its share of the memory, if that is more still. Where they lie changes no result."""
+    own = torch.cuda.get_device_properties(device).total_memory // SHARE if device.type == "cuda" and torch.cuda.is_available() else 0
+    return max(FLOOR, layer // 2, own)
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, taken: int = 0) -> torch.Tensor:
@@ -59,9 +68,11 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, taken
 
 
 class Carried(MutableSequence[torch.Tensor]):
-    """Hidden states, one tensor a batch. Those beyond the budget are copied out on every access, so that what was taken stays as it was."""
+    """Hidden states, one tensor a batch. Those beyond the budget (BUDGET bytes, or those given) are copied out on every access, so that what
+    was taken stays as it was."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: int | None = None) -> None:
+        self._budget = BUDGET if budget is None else budget
         self._held: list[torch.Tensor] = []
         self._place: list[torch.device | None] = []  # of those in files: the device that they belong on
         self._beside: list[Any] = []  # of those in files: what hangs on them (LayerWalk.step)
@@ -88,8 +99,8 @@ class Carried(MutableSequence[torch.Tensor]):
     def insert(self, index: int, value: torch.Tensor) -> None:
         assert index == len(self._held), "batches come in order"
         nbytes = value.numel() * value.element_size()
-        spilled = self._taken + nbytes > BUDGET
-        self._held.append(room(tuple(value.shape), value.dtype, value.device, self._taken).copy_(value) if spilled else value)
+        spilled = self._taken + nbytes > self._budget
+        self._held.append(room(tuple(value.shape), value.dtype, value.device, BUDGET).copy_(value) if spilled else value)
         self._place.append(value.device if spilled else None)
         self._beside.append(getattr(value, "beside", ()))
         self._taken += 0 if spilled else nbytes
@@ -100,7 +111,7 @@ class Carried(MutableSequence[torch.Tensor]):
             if self._place[index] is None:
                 self._held[index] = room(tuple(held.shape), held.dtype, held.device, BUDGET).copy_(held)
                 self._place[index] = held.device
-        self._taken = BUDGET
+        self._taken = self._budget
 
     def __delitem__(self, index: Any) -> None:
         raise TypeError("batches are not taken away")

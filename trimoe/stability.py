@@ -14,7 +14,7 @@ from trimoe.methods import ExpertDrop
 from trimoe.seen import FEW
 from trimoe.site import Site
 from trimoe.stats import LayerStats
-from trimoe.subset import SubsetLoss
+from trimoe.subset import ROUTED, SubsetLoss
 
 AGREED = 0.5  # of the way from chance to sameness, over all layers, below which kept sets are called unstable
 
@@ -51,6 +51,22 @@ def scarce(counts: Mapping[int, Sequence[int]]) -> list[str]:
         return []
     worst = max(few, key=lambda index: few[index])
     return [f"{total} of {experts} experts saw fewer than {FEW} calibration tokens ({few[worst]} in layer {worst}); more samples help."]
+
+
+def few_searched(counts: Mapping[int, Sequence[int]], searched: Mapping[int, Sequence[int]]) -> list[str]:
+    """One sentence if the search saw few tokens of experts of which the calibration text has more. `counts`, `searched`: calibration and
+    search tokens of each expert, by layer."""
+    few = {
+        index: [expert for expert, (count, own) in enumerate(zip(counts[index], layer, strict=True)) if own < min(ROUTED, count)]
+        for index, layer in searched.items()
+    }
+    total, worst = sum(map(len, few.values())), max(few, key=lambda index: len(few[index]), default=0)
+    if not total:
+        return []
+    return [
+        f"{total} of {sum(map(len, searched.values()))} experts have fewer than {ROUTED} search tokens and more in the calibration text "
+        f"({len(few[worst])} in layer {worst}); a larger calibration.search_tokens helps."
+    ]
 
 
 def warning(layers: Mapping[str, Mapping[str, Any]]) -> str | None:

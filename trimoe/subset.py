@@ -12,6 +12,7 @@ Letters: T search tokens, P candidates, E experts, M experts in reach, R positio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,20 +22,25 @@ from trimoe.site import Site
 from trimoe.stats import LayerStats
 
 FEWEST = 16  # search tokens
+USUAL = 4096  # search tokens, where the recipe does not say
+ROUTED = 64  # search tokens that an expert should have been chosen for
 TINY = 1e-12  # probability left to the survivors below which it is computed anew
 CHUNK = 1 << 22  # elements of a temporary: small enough to stay near the cache, large enough to keep the kernels busy
 
 
-def search_budget(sites: Sequence[Site], reach: int, tokens: int, memory: float) -> int:
-    """How many search tokens fit: each keeps a Gram of `reach` x `reach` float32 in every MoE layer, in `memory` GiB together. Raises
-    UserError where they would be too few to search by."""
+def search_budget(sites: Sequence[Site], reach: int, tokens: int | None, memory: float) -> int:
+    """How many search tokens are taken: `tokens`, or where that is None USUAL, and more if a mean expert would have fewer than ROUTED of
+    them; no more than fit: each keeps a Gram of `reach` x `reach` float32, those of one layer in `memory` GiB. Raises UserError where they
+    would be too few to search by."""
     if not reach:
         return 0
-    each = gram_bytes(sites, reach)
+    if tokens is None:
+        tokens = max(USUAL, *(math.ceil(ROUTED * site.num_experts / site.rule.top_k) for site in sites))
+    each = max(gram_bytes([site], reach) for site in sites)
     fits = int(memory * 2**30 / each)
     if fits < FEWEST:
         raise UserError(
-            f"search_memory {memory} GiB holds the expert products of {fits} search tokens, and {FEWEST} are the least to search by; "
+            f"search_memory {memory} GiB holds the expert products of {fits} search tokens in a layer, and {FEWEST} are the least to search by; "
             f"set calibration.search_memory to {each * FEWEST / 2**30:.2g} or more."
         )
     return min(tokens, fits)

@@ -5,7 +5,7 @@ A version is a set of changes by decoder layer. Versions that have had the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,16 +13,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from trimoe.calibration import in_batches
 from trimoe.distributed import ALONE, Team
 from trimoe.gather import prune_layer, survivors
 from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
-from trimoe.spill import samples_for
+from trimoe.spill import Carried, samples_for, streams_budget
 from trimoe.stream import LayerWalk
 
+ROWS = 8192  # of the head's weights that are in float32 at once
 Change = Callable[[nn.Module, Site | None], AbstractContextManager[None]]  # holds while the layer runs
 Name = TypeVar("Name", bound=Hashable)
 
@@ -52,17 +52,65 @@ class _Stream:
     """Hidden states of all batches, and the versions that still share them."""
 
     names: list[Hashable]
-    hidden: list[torch.Tensor]
+    hidden: MutableSequence[torch.Tensor]
 
 
-def affordable(skeleton: Skeleton, batches: Sequence[torch.Tensor], streams: int, device: str = "cpu") -> list[torch.Tensor]:
-    """Samples, evenly spread over the calibration set: so many that `streams` copies of their hidden states fit (spill.samples_for)."""
-    samples = torch.cat(list(batches))
-    hidden = next(iter(skeleton.sites.values())).hidden
-    sample = skeleton.dtype.itemsize * hidden * samples.shape[1]
-    count = min(len(samples), samples_for(streams, sample, skeleton.largest_layer))
-    rows = torch.linspace(0, len(samples) - 1, count).round().long()
-    return in_batches(samples[rows], device)
+def sample_bytes(skeleton: Skeleton, length: int) -> int:
+    """Bytes of one sample's hidden states."""
+    return skeleton.dtype.itemsize * next(iter(skeleton.sites.values())).hidden * length
+
+
+def spread(domains: Sequence[str], count: int) -> list[int]:
+    """The numbers of `count` samples, from every domain as many as from any other (a short one gives what it has), evenly spread over
+    each. `domains[n]` is sample n's."""
+    places = {domain: [n for n, own in enumerate(domains) if own == domain] for domain in dict.fromkeys(domains)}
+    wanted = dict.fromkeys(places, 0)
+    while sum(wanted.values()) < min(count, len(domains)):
+        open_ = [domain for domain in places if wanted[domain] < len(places[domain])]
+        wanted[min(open_, key=lambda domain: wanted[domain])] += 1
+    return sorted(
+        own[round(at)]
+        for domain, own in places.items()
+        for at in torch.linspace(0, len(own) - 1, wanted[domain], dtype=torch.float64).tolist()
+    )
+
+
+def probe_rows(skeleton: Skeleton, samples_NL: torch.Tensor, streams: int, domains: Sequence[str] = ()) -> list[int]:
+    """The numbers of the samples on which so many versions are walked: of all domains, and so many that `streams` copies of their hidden
+    states can be had (spill.samples_for). `domains`: every sample's; none given are one."""
+    domains = domains or [""] * len(samples_NL)
+    return spread(domains, samples_for(streams, sample_bytes(skeleton, samples_NL.shape[1]), len(set(domains))))
+
+
+def budget_of(skeleton: Skeleton, streams: int, device: torch.device) -> int:
+    """How many bytes of hidden states each of so many streams may have in memory."""
+    return streams_budget(skeleton.largest_layer, device) // (streams + 2)
+
+
+def carried(hidden: Iterable[torch.Tensor], budget: int) -> Carried:
+    """The start of a stream."""
+    made = Carried(budget)
+    made.extend(hidden)
+    return made
+
+
+@contextmanager
+def exact_logits(model: Any) -> Iterator[None]:
+    """The head's products in float32 whatever its weights are in: logits of 16 bits are rounded by more than small errors move them."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight.dtype == torch.float32:
+        yield
+        return
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        logits = torch.cat([x.float() @ rows.float().T for rows in head.weight.split(ROWS)], -1)
+        return logits if head.bias is None else logits + head.bias.float()
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 @torch.no_grad()
@@ -85,15 +133,16 @@ def divergence(
     equal) changes up to it.
     """
     walk = LayerWalk(skeleton, batches[team.span(len(batches))], device=device)
-    streams = [_Stream(list(versions), list(walk.hidden))]
+    budget = budget_of(skeleton, len(versions), walk.device)
+    streams = [_Stream(list(versions), carried(walk.hidden, budget))]
     left = survivors(skeleton, decisions) if walk.batches else []
     for index in reporter.track(left, label, len(left), tokens=walk.share):
         with walk.layer(index) as layer:
             site = prune_layer(skeleton, index, layer, decisions)
-            streams = [grown for stream in streams for grown in _step(walk, index, layer, site, stream, versions)]
+            streams = [grown for stream in streams for grown in _step(walk, index, layer, site, stream, versions, budget)]
     pieces: list[dict[Hashable, float]] = []
     ends = {name: stream.hidden for stream in streams for name in stream.names}
-    with walk.head() as head:
+    with walk.head() as head, exact_logits(walk.model):
         for batch in range(len(walk.batches)):
             for positions in walk.pieces(batch):
                 log_p = head(ends[original][batch], batch, positions).float().log_softmax(-1)
@@ -110,8 +159,8 @@ def divergence(
 
 
 def _step(
-    walk: LayerWalk, index: int, layer: nn.Module, site: Site | None, stream: _Stream, versions: Mapping[Name, Mapping[int, Change]]
-) -> list[_Stream]:
+    walk: LayerWalk, index: int, layer: nn.Module, site: Site | None, stream: _Stream, versions: Mapping[Name, Mapping[int, Change]], budget: int
+) -> list[_Stream]:  # fmt: skip
     groups: dict[int, tuple[Change | None, list[Hashable]]] = {}
     for name in stream.names:
         change = versions[name].get(index)  # type: ignore[index]
@@ -119,10 +168,13 @@ def _step(
     out: list[_Stream] = []
     for change, names in groups.values():
         last = len(out) == len(groups) - 1
-        hidden = stream.hidden if last else list(stream.hidden)
-        if change is not skipped:
-            with change(layer, site) if change is not None else nullcontext():
-                for batch in range(len(hidden)):
-                    hidden[batch] = walk.step(index, layer, hidden[batch], batch)
+        hidden: MutableSequence[torch.Tensor] = stream.hidden if last else Carried(budget)
+        with change(layer, site) if change is not None else nullcontext():
+            for batch, before in enumerate(stream.hidden):
+                after = before if change is skipped else walk.step(index, layer, before, batch)
+                if last:
+                    hidden[batch] = after
+                else:
+                    hidden.append(after)
         out.append(_Stream(names, hidden))
     return out

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trimoe import costs
+from trimoe import costs, measurements
 from trimoe.calibration import batch_tokens, most_tokens
 from trimoe.layout import Layout
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
@@ -25,7 +25,6 @@ from trimoe.recorded import DRAWS, FEW_SETS
 from trimoe.seen import POOL_TOKENS
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
-from trimoe.spill import samples_for
 from trimoe.subset import search_budget
 
 PASSES = 48  # elementwise passes over a candidate's positions, beside its products (LOG.md)
@@ -124,11 +123,6 @@ class Work:
         yield "matmul", 2 * ends * tokens * costs.head_matrix(self.skeleton), self.length
         yield "memory", 4 * ends * tokens * vocabulary * 8, 0
 
-    def affordable(self, streams: int) -> int:
-        """As variants.affordable."""
-        hidden = next(iter(self.skeleton.sites.values())).hidden
-        return min(self.tokens // self.length, samples_for(streams, self.item * hidden * self.length, self.skeleton.largest_layer))
-
     # ---- stages
 
     def _deciding(self, step: Step, decisions: Decisions) -> Iterator[Stage]:
@@ -138,19 +132,19 @@ class Work:
         yield self._statistics(step, decisions, sites)
         if isinstance(step, ExpertDrop):
             yield from self._searching(step, sites)
-        if "sensitivity" in step.needs or (isinstance(step, ExpertDrop) and step.counts == "optimal"):
-            count = len(self.skeleton.layers)
-            yield Stage("Sensitivity", list(self.streams(count * (len(sites) + 3) / 2, self.affordable(len(sites)), len(sites) + 1)))
-        if isinstance(step, ExpertDrop) and step.receptive_field is not None:
-            k, t = step.receptive_field.k, step.receptive_field.t
-            runs = len(self.skeleton.layers) * (1 + sum(k ** (j + 1) for j in range(t)) / t)
-            yield Stage("Receptive field", list(self.streams(runs, self.affordable(k ** (t - 1) + 2), 0)))
-        if isinstance(step, LayerDrop | BlockDrop) and step.rerank == "kl" and step.threshold is None:
-            parts = len(sites) if isinstance(step, LayerDrop) else len(self.skeleton.layers)
-            chosen = step.count if step.count is not None else round((step.ratio or 0) * parts)
-            tries = sum(2 * chosen + 2 - done for done in range(chosen))
-            runs = len(self.skeleton.layers) * (tries / 2 + chosen)
-            yield Stage("Rerank", list(self.streams(runs, self.affordable(2 * chosen + 3), tries + chosen)))
+        count = len(self.skeleton.layers)
+        for made in measurements.of_step(self.skeleton, step, sites, self.recipe.calibration, self.tokens):
+            if made.name == "Sensitivity":
+                runs, ends = count * (made.streams + 3) / 2, made.streams + 1
+            elif isinstance(step, ExpertDrop) and step.receptive_field is not None:
+                k, t = step.receptive_field.k, step.receptive_field.t
+                runs, ends = count * (1 + sum(k ** (j + 1) for j in range(t)) / t), 0
+            else:
+                assert isinstance(step, LayerDrop | BlockDrop)
+                chosen = measurements.dropped_parts(self.skeleton, step, sites)
+                tries = sum(2 * chosen + 2 - done for done in range(chosen))
+                runs, ends = count * (tries / 2 + chosen), tries + chosen
+            yield Stage(made.name, list(self.streams(runs, made.samples, ends)))
 
     def _statistics(self, step: Step, decisions: Decisions, sites: list[Site]) -> Stage:
         stage, spec = Stage("Statistics"), self.recipe.calibration
