@@ -52,15 +52,9 @@ class Run:
         """Samples for so many versions of the model walked side by side, in batches, and how many there are."""
         samples_NL = torch.cat(self.batches)
         rows, length = probe_rows(self.skeleton, samples_NL, streams, self.domains), samples_NL.shape[1]
-        count = {
-            "samples": len(rows),
-            "tokens": len(rows) * length,
-            "domains": by_domain(self.domains[row] for row in rows if self.domains),
-        }
-        self.reporter.say(
-            f"{label} on {len(rows):,} of {len(samples_NL):,} samples ({len(rows) * length:,} tokens){_each(count['domains'])}."
-        )
-        return in_batches(samples_NL[rows], self.device), count
+        domains = by_domain(self.domains[row] for row in rows if self.domains)
+        self.reporter.say(f"{label} on {len(rows):,} of {len(samples_NL):,} samples ({len(rows) * length:,} tokens){_each(domains)}.")
+        return in_batches(samples_NL[rows], self.device), {"samples": len(rows), "tokens": len(rows) * length, "domains": domains}
 
     @property
     def spec(self) -> CalibrationSpec:
@@ -266,7 +260,8 @@ def _decide_ranks(
     if not step.needs:
         return step.decide(sites, decisions, {}), {}
     stats = _stats_for(run, journal, number, step, sites, given, decisions)
-    sensitive, probed = None, {}
+    sensitive: dict[int, float] | None = None
+    probed: dict[str, Any] = {}
     if "sensitivity" in step.needs:
         sensitive, probed = _sensitivity(run, decisions, dict.fromkeys(sites, shrunk), {})
     decided = step.decide(sites, decisions, stats.layers, sensitivity=sensitive)

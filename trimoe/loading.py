@@ -18,9 +18,10 @@ from trimoe.headers import DTYPES
 from trimoe.linears import linears
 from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed
+from trimoe.precision import compute_dtype
 from trimoe.site import Site, tensor_at
 from trimoe.skeleton import Skeleton
-from trimoe.stream import compute_dtype, give_back, usable_device
+from trimoe.stream import give_back, usable_device
 
 # The families whose native checkpoints the Auto classes open without a flag, registered by listing. (trimoe.load opens every family.)
 FAMILIES = (

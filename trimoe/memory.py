@@ -119,10 +119,10 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
         )  # of sums, which are gathered in pieces, then joined
         recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
         yield "statistics", max(outside + hidden - kept, layer + batch + hidden + recorded), kept, staging
-        made = measurements.of_step(skeleton, step, list(skeleton.sites.values()), recipe.calibration, tokens)
-        if made:
+        measured = measurements.of_step(skeleton, step, list(skeleton.sites.values()), recipe.calibration, tokens)
+        if measured:
             logits = TABLES * 4 * min(together, wide * skeleton.config.get_text_config().vocab_size)
-            streams = min(streams_budget(skeleton.largest_layer, torch.device(device)), max(one.nbytes for one in made))
+            streams = min(streams_budget(skeleton.largest_layer, torch.device(device)), max(one.nbytes for one in measured))
             yield "measuring", streams + max(layer + batch, outside + logits), kept, staging
     last = [step for step in recipe.steps if isinstance(step, LowRank | Quantize | WeightPrune)]
     if not last:
