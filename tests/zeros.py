@@ -58,14 +58,14 @@ def disk(folder: Path) -> Tensors:
 
 
 def dense(folder: Path) -> Tensors:
-    """The tensors with bitmasks expanded: numpy's way."""
+    """The tensors with bitmasks expanded, numpy's way, and without the guard of the native form."""
     raw, out = disk(folder), {}
     for key, tensor in raw.items():
         if key + "_bitmask" in raw:
             kept = torch.from_numpy(np.unpackbits(raw[key + "_bitmask"].numpy(), axis=-1, bitorder="little")).bool()
             out[key] = torch.zeros(kept.shape, dtype=tensor.dtype)
             out[key][kept] = tensor
-        elif not key.endswith("_bitmask"):
+        elif not key.endswith(("_bitmask", ".trimoe_guard")):
             out[key] = tensor
     return out
 
