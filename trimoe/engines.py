@@ -42,7 +42,7 @@ class Loading:
 def loading(skeleton: Skeleton, layout: Layout, *, native: bool) -> Loading:
     """`native`: the result has, or will have once all is decided, a form that stock code cannot express."""
     decisions, kind = layout.decisions, skeleton.config.model_type
-    packed = any(decision.bits for decision in decisions.values())
+    packed = skeleton.checkpoint.scheme is not None or any(decision.bits for decision in decisions.values())
     loads = {}
     for engine in ENGINES[1:]:
         if native:
