@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing-shard": (lambda s: shards(s)[2].unlink(), "is missing from"),
     "escaping-index": (lambda s: to_index(s, escape), "The index names '../x.safetensors'"),
     "inventing-index": (lambda s: to_index(s, invent), "The index promises 'model.invented.weight'"),
-    "forgetting-index": (lambda s: to_index(s, forget), "lacks 'model.norm.weight'"),
     "overlap": (lambda s: edit_header(shards(s)[0], overlap), "has overlapping tensors"),
     "shape": (lambda s: edit_header(shards(s)[0], lie_about_shape), "has shape [1099511627776, 1099511627776]"),
     "negative": (lambda s: edit_header(shards(s)[0], negative), "is not one trimoe can read"),
@@ -216,3 +216,22 @@ def test_a_cache_of_the_hub_is_links(source: Path, tmp_path: Path) -> None:
     (commit / "LICENSE").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match="is a link to"):
         Checkpoint.open(commit)
+
+
+def test_what_the_index_forgets_is_read(source: Path) -> None:
+    """transformers loads whole shards."""
+    before = Checkpoint.open(source).tensors
+    to_index(source, forget)
+    assert Checkpoint.open(source).tensors == before
+
+
+def test_two_models_in_a_folder_are_named(source: Path) -> None:
+    """transformers loads model.safetensors, vLLM what the index names."""
+    single = source / "model.safetensors"
+    shutil.copy(shards(source)[0], single)
+    with pytest.raises(UserError, match=r"two models: model\.safetensors.*model\.safetensors\.index\.json"):
+        Checkpoint.open(source)
+    for path in shards(source):
+        if path != single:
+            path.unlink()
+    assert Checkpoint.open(source).files() == ["model.safetensors"], "an index without its shards means nothing"

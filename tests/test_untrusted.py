@@ -165,7 +165,8 @@ def test_code_beside_a_model_is_never_run(kind: str, source: Path, text_file: Pa
         trimoe.compress(str(source), UNIFORM, tmp_path / "out", **options)
         trimoe.evaluate(str(source), text=[str(text_file)], length=32)
         trimoe.load(str(source))
-        assert not list((tmp_path / "out").glob("*.py")), "code is not carried over"
+        assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"mine.py", "words.py"}, "a tokenizer names its code"
+        assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text()), "the model's class is transformers' own"
     assert not mark.exists()
 
 

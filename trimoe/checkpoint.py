@@ -157,6 +157,12 @@ class Checkpoint:
             file.seek(info.start)
             _fill(file, piece, key, info)
 
+    def stored_bytes(self, key: str) -> int:
+        """Bytes in the files of all that one tensor is stored as: integers and scales, or values and bitmask, or itself."""
+        base = key.removesuffix("weight")
+        parts = [key] if key in self.stored else [base + part for part in PARTS]
+        return sum(self.stored[part].nbytes for part in (*parts, key + BITMASK) if part in self.stored)
+
     def files(self) -> list[str]:
         return sorted({info.file for info in self.stored.values()})
 

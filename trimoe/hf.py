@@ -127,7 +127,7 @@ def predicted(config: Mapping[str, Any]) -> int:
     """How many multi-token prediction layers a configuration counts, however it spells them."""
     counts = [
         value for name, value in config.items()
-        if PREDICTION_FIELD.search(name) and COUNTING_FIELD.search(name) and type(value) is int and 0 < value < 100
+        if isinstance(name, str) and PREDICTION_FIELD.search(name) and COUNTING_FIELD.search(name) and type(value) is int and 0 < value < 100
     ]  # fmt: skip
     nested = [predicted(value) for value in config.values() if isinstance(value, dict)]
     return max((*counts, *nested), default=0)

@@ -33,22 +33,22 @@ def inspect(model: str) -> dict[str, Any]:
 
 
 def _structure(skeleton: Skeleton) -> dict[str, Any]:
-    tensors = skeleton.checkpoint.tensors
+    weigh = skeleton.checkpoint.stored_bytes  # what lies in the files: integers of packed matrices, values of those without zeros
     parts = {"routed experts": 0, "routers": 0}
     for index, site in skeleton.sites.items():
         for path in site.expert_axes:
             keys = skeleton.source_keys(f"{skeleton.layer_name(index)}.{site.block}.{path}")
             part = "routed experts" if path in site.expert_paths() else "routers"
-            parts[part] += sum(tensors[key].nbytes for key in keys)
+            parts[part] += sum(weigh(key) for key in keys)
         prefix = f"{skeleton.layer_name(index)}.{site.block}.{site.experts}."
         factors = (
             [k for name, keys in skeleton.conversion.source_of.items() if name.startswith(prefix) for k in keys] if site.factored else []
         )
-        parts["routed experts"] += sum(tensors[key].nbytes for key in factors)
-    inside = sum(tensors[key].nbytes for keys in skeleton.keys_by_layer for key in keys)
+        parts["routed experts"] += sum(weigh(key) for key in factors)
+    inside = sum(weigh(key) for keys in skeleton.keys_by_layer for key in keys)
     parts["rest of the layers"] = inside - sum(parts.values())
-    parts["embeddings, norm, head"] = sum(tensors[key].nbytes for key in skeleton.outer_keys)
-    ignored = sum(tensors[key].nbytes for key in skeleton.ignored_keys)
+    parts["embeddings, norm, head"] = sum(weigh(key) for key in skeleton.outer_keys)
+    ignored = sum(weigh(key) for key in skeleton.ignored_keys)
     if ignored:
         parts["not used by transformers"] = ignored
     first = next(iter(skeleton.sites.values()))

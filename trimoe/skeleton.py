@@ -82,10 +82,11 @@ class Skeleton:
 
     @cached_property
     def keys_by_layer(self) -> list[list[str]]:
-        """Checkpoint keys of each decoder layer, in the checkpoint's order."""
+        """Checkpoint keys of each decoder layer that the model uses, in the checkpoint's order."""
         groups: list[list[str]] = [[] for _ in self.layers]
+        known = self.model.state_dict().keys()
         for name, keys in self.conversion.source_of.items():
-            if name.startswith(self.prefix + "."):
+            if name.startswith(self.prefix + ".") and name in known:
                 index = name[len(self.prefix) + 1 :].partition(".")[0]
                 if index.isdigit() and int(index) < len(groups):
                     groups[int(index)] += keys
