@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,7 @@ from trimoe.errors import UserError, first_line, stop_if_told
 # The names under which configurations keep the number of routed experts and of experts per token.
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MAX_BUFFER = 64 << 20  # bytes of one table; those of positions have kilobytes, the largest known (a decay of minimax's) 17 MB a layer
+READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # where transformers is told not to
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
 
@@ -266,6 +268,20 @@ def _quiet_progress() -> Iterator[None]:
     finally:
         if was:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def read_one_by_one() -> Iterator[None]:
+    """Let from_pretrained read a tensor when its turn comes: threads that read ahead hold up to a second model at its peak."""
+    before = os.environ.get(READ_AHEAD)
+    os.environ[READ_AHEAD] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[READ_AHEAD]
+        else:
+            os.environ[READ_AHEAD] = before
 
 
 def register_experts(name: str, function: Callable[..., torch.Tensor]) -> None:
