@@ -82,7 +82,7 @@ def main() -> None:
         text.write_text("".join(chr(32 + (7 * place * place + place) % 90) for place in range(20_000)), encoding="utf-8")
         folder = Path(scratch, "finished")
         dropped = {"expert_drop": {"ratio": 0.125, "score": "random", "counts": "uniform"}}
-        trimoe.compress(model, {"steps": [dropped]}, folder, calibration=[str(text)], samples=4, length=32, dtype="bfloat16")
+        trimoe.compress(model, {"steps": [dropped]}, folder, calibration=[str(text)], samples=4, length=32)
         numbers = footprint.weights(Skeleton.of(str(folder)))
         for dtype in given.dtypes:
             for name in given.methods:

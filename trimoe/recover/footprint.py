@@ -52,7 +52,8 @@ def peak(skeleton: Skeleton, spec: Recover, device: str, *, parameters: int, ori
     again = computed_again(skeleton, spec, dtype, parameters)
     kept = kept_by_layer(skeleton, tokens, dtype.itemsize)
     hidden = tokens * max(site.hidden for site in skeleton.sites.values()) * dtype.itemsize
-    activations = kept + len(skeleton.layers) * hidden if again else len(skeleton.layers) * kept
+    # beside what one layer keeps lie the gradients of it
+    activations = 2 * kept + len(skeleton.layers) * hidden if again else (len(skeleton.layers) + 1) * kept
     if spec.method == "experts" and spec.stream:
         layer = skeleton.largest_layer // skeleton.dtype.itemsize
         seen = spec.samples * min(spec.length, skeleton.context) * hidden // max(1, tokens)
