@@ -40,16 +40,13 @@ from trimoe.headers import DTYPES, TensorInfo
 # The names under which configurations keep the number of routed experts and of experts per token.
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MAX_BUFFER = 64 << 20  # bytes of one table; those of positions have kilobytes, the largest known (a decay of minimax's) 17 MB a layer
-<<<<<<< HEAD
 OUTPUTS = {"output_router_logits": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 # Names of tensors of multi-token prediction, of buffers that old versions saved, and of fields that count prediction layers.
 PREDICTION = r"(^|[._])(mtp|nextn)([._\d]|$)|(^|\.)(mtp\w*|eh_proj|enorm|hnorm|shared_head)\."
 BUFFERS = r"rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)$|(^|\.)(position_ids|masked_bias)$"
 PREDICTION_FIELD = re.compile(r"mtp|nextn|multi_token_pred")
 COUNTING_FIELD = re.compile(r"num|count|layers|modules|depth")
-=======
 READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # where transformers is told not to
->>>>>>> recover
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
 

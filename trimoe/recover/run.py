@@ -241,13 +241,8 @@ def _loaded(skeleton: Skeleton, place: Any, dtype: torch.dtype, **options: Any) 
     """The model in `dtype`, frozen, in eval mode: gradients flow all the same, and nothing is random."""
     with hf._quiet_progress(), hf.read_one_by_one():
         model = load(skeleton.checkpoint.folder, device=place, dtype=dtype, **options).requires_grad_(False)
-<<<<<<< HEAD
-    hf.plain_outputs(model.config)
-=======
     give_back()  # what was read and put together
-    if hasattr(model.config, "output_router_logits"):
-        model.config.output_router_logits = False
->>>>>>> recover
+    hf.plain_outputs(model.config)
     return model
 
 
