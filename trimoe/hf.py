@@ -60,6 +60,11 @@ def load_config(folder: Path) -> PreTrainedConfig:
     for part in (config, config.get_text_config()):  # names with a slash are hub repositories whose code would be fetched and run
         if any("/" in str(getattr(part, field, "")) for field in ("_attn_implementation", "_experts_implementation")):
             raise UserError(f"{folder / 'config.json'} asks for an attention or experts kernel from the hub; remove that field.")
+        if getattr(part, "is_heterogeneous", False):  # such a configuration has no value of its own for what differs
+            raise UserError(
+                f"{folder / 'config.json'} describes layers that differ in {', '.join(sorted(part._heterogeneity_spec.per_layer_attributes))} "
+                f"({part.model_type}); models with settings of their own in each layer are not supported yet."
+            )
     return config
 
 
@@ -363,7 +368,8 @@ def _quiet_progress() -> Iterator[None]:
 
 @contextmanager
 def read_one_by_one() -> Iterator[None]:
-    """Let from_pretrained read a tensor when its turn comes: threads that read ahead hold up to a second model at its peak."""
+    """Let from_pretrained read a tensor when its turn comes: threads that read ahead hold up to a second model at its peak. (transformers
+    takes this from the environment only, which is as it was afterwards.)"""
     before = os.environ.get(READ_AHEAD)
     os.environ[READ_AHEAD] = "1"
     try:
