@@ -110,13 +110,13 @@ def measure(*arguments: str) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", choices=[[], *SHAPES], default=list(SHAPES))
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; all of them by default")
     parser.add_argument("--recipe", default="moe-i2", help="what is planned")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     options = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="huge-shapes-") as folder:
-        for shape in options.shapes:
+        for shape in options.shapes or SHAPES:
             place = Path(folder) / shape
             write(SHAPES[shape](), place)
             found[f"{shape} inspect"] = measure("inspect", str(place), "--json")
