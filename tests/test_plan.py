@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,14 @@ from refusals import Line
 from safetensors.torch import load_file, save_file
 
 import trimoe
-from trimoe import disk, engines, inspection, machine, plan_table, spill
+from trimoe import disk, engines, gather, inspection, machine, plan_table, spill
 from trimoe.errors import UserError
 from trimoe.limits import IMPORTS
+from trimoe.methods import ExpertDrop
+from trimoe.methods.expert_drop import Greedy
 from trimoe.plan import Plan
+from trimoe.recipe import load
+from trimoe.skeleton import Skeleton
 
 Family = Callable[[str], Path]
 DROP = {"expert_drop": {"count": 2, "counts": "uniform", "search": "greedy"}}
@@ -276,9 +281,42 @@ def test_disk_by_part(family_folder: Family, monkeypatch: pytest.MonkeyPatch) ->
     }
     assert searched.disk == sum(searched.disk_split.values()) > 2 * searched.after.file_bytes
     monkeypatch.setattr(disk, "BUDGET", 1 << 16)
-    spilled = trimoe.plan(folder, {"steps": [DROP]}, samples=64, length=64)
-    assert spilled.spill == 64 * 64 * 32 * 4 - (1 << 16)
-    assert trimoe.plan(folder, {"steps": [{"quantize": {"group": 8}}]}, samples=64, length=64).spill == 2 * spilled.spill
+    bare, fitted, found = (
+        trimoe.plan(folder, {"steps": [step]}, samples=64, length=64).spill
+        for step in ({"expert_drop": {"count": 2, "counts": "uniform", "score": "gate", "search": None}}, {"quantize": {"group": 8}}, DROP)
+    )
+    assert bare == 64 * 64 * 32 * 4 - (1 << 16) and fitted == 2 * bare
+    skeleton, reach = Skeleton.of(folder), ExpertDrop(count=2, counts="uniform", search=Greedy()).reach(Skeleton.of(folder).sites)
+    experts, layers, tokens = 8, len(skeleton.sites), 4096  # the first layer's logits, alone, are more than the budget
+    assert found == bare + layers * tokens * (4 * experts + 8 * reach + 4 * reach**2)
+    assert disk.search_spilled(skeleton, load({"steps": [DROP]}), tokens) == found - bare
+
+
+def test_plan_says_on_how_much_text(family_folder: Family) -> None:
+    """As many as compress measures on; and where search_memory holds fewer search tokens than are wanted."""
+    optimal = {"expert_drop": {"ratio": 0.25, "counts": "optimal", "search": "greedy"}}
+    made = trimoe.plan(str(family_folder("mixtral")), {"steps": [optimal], "calibration": {"search_memory": 1e-4}}, samples=30, length=64)
+    rows = {row["name"]: row for row in made.measured_on}
+    assert rows["Statistics"]["tokens"] == 1920 and rows["Sensitivity"] == {
+        "step": 0, "name": "Sensitivity", "tokens": 24 * 64, "samples": 24, "versions": len(made.layers) + 1
+    }  # fmt: skip
+    taken = int(1e-4 * 2**30 / (4 * 8**2))
+    assert rows["Search"] == {"step": 0, "name": "Search", "tokens": taken, "wanted": 1920, "routed": taken * 2 // 8}
+    assert f"{taken // 4} an expert, on average; 1,920 do not fit" in " ".join(str(made).split())
+    assert "decided on" not in str(trimoe.plan(str(family_folder("mixtral")), {"steps": [{"quantize": {"method": "round", "group": 8}}]}))
+
+
+def test_search_tokens_lie_where_the_plan_says(family_folder: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are made of as many bytes as were counted, at a budget that holds some of them."""
+    made: list[int] = []
+    monkeypatch.setattr(spill.os, "posix_fallocate", lambda file, start, size: (made.append(size), os.ftruncate(file, size)))
+    for module in (disk, spill):
+        monkeypatch.setattr(module, "BUDGET", 200_000)
+    skeleton, recipe = Skeleton.of(str(family_folder("qwen2_moe"))), load({"steps": [DROP]})
+    reach, held = recipe.steps[0].reach(skeleton.sites), 0
+    for site in skeleton.sites.values():
+        _, held = gather._search_room(site, reach, 1000, held)
+    assert 0 < sum(made) < held and sum(made) == disk.search_spilled(skeleton, recipe, 1000)
 
 
 def test_statistics_on_disk_are_what_plan_says(

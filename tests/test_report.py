@@ -20,10 +20,10 @@ from trimoe import card
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from trimoe import recorded, words
+from trimoe import evidence, recorded, words
 from trimoe.layout import Layout
 from trimoe.methods.method import unchanged
-from trimoe.report import build, charts, page, size
+from trimoe.report import build, charts, chosen, page, size
 from trimoe.report.read import Finished
 from trimoe.report.section import Code, Figure, Section, Table
 from trimoe.skeleton import Skeleton
@@ -116,6 +116,29 @@ def test_warnings_are_a_list(made: Callable[[str], Path], tmp_path: Path) -> Non
     assert len(warnings) > 1 and checked(page)
     listed = re.findall(r"<li>([^<]*)</li>", page.partition('class="warnings"')[2].partition("</div>")[0])
     assert [html.unescape(entry) for entry in listed] == warnings
+
+
+def test_on_how_much_text_it_was_decided(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """The page and the card say what the record does, too few search tokens of an expert among it."""
+    folder = made("naee")
+    record = json.loads((folder / "trimoe.json").read_text())
+    found = record["metrics"]["0.expert_drop"]
+    search = found["measured_on"]["search"]
+    every = {index: row["search_tokens_per_expert"] for index, row in found["layers"].items()}
+    few = {index: [count for count in counts if count < 64] for index, counts in every.items()}
+    assert search["fewer"] == {index: {"experts": len(counts), "least": min(counts)} for index, counts in few.items() if counts} != {}
+    (table,) = [block for block in chosen._decisions(Finished.open(folder)).blocks if "how much text" in block.caption]
+    rows = {row[0].partition(": ")[2]: row for row in table.rows}
+    assert rows["statistics"][1:3] == (str(record["calibration"]["samples"]), f"{found['measured_on']['statistics']['tokens']:,}")
+    least, total = min(map(min, every.values())), sum(map(len, few.values()))
+    assert f"{least:,} at least; {total} by fewer than 64 (layer " in rows["search"][3]
+    page = build.report([folder], tmp_path / "page.html")[0].read_text()
+    assert html.escape(rows["search"][3]) in page and f"{total} by fewer than 64" in (folder / "README.md").read_text()
+    assert evidence.fewer({"enough": 64, "fewer": {}}) == "" and evidence.rows({}) == []
+    many = {str(index): {"experts": index + 1, "least": 9 - index} for index in range(6)}
+    assert evidence.fewer({"enough": 64, "fewer": many}) == (
+        "; 21 by fewer than 64 (layer 3: 4, down to 6; layer 4: 5, down to 5; layer 5: 6, down to 4; in all in layers 0-5)"
+    )
 
 
 def test_how_it_was_measured_is_said(made: Callable[[str], Path], tmp_path: Path) -> None:

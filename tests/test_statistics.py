@@ -5,10 +5,11 @@ Letters: T tokens, E experts, k chosen, H hidden size, I expert width, S the tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import families
 import pytest
@@ -18,13 +19,15 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from trimoe import scores
+from trimoe.distributed import Team
 from trimoe.errors import UserError
 from trimoe.gather import search_rows, statistics
 from trimoe.routing import RoutingRule
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
-from trimoe.stats import LayerStats, Stats
+from trimoe.stats import LayerStats, Stats, from_main
 
+Value = TypeVar("Value")
 ALL = sorted(families.FAMILIES)
 EXPERTS = 8
 SEARCH_TOKENS, SEED = 40, 5
@@ -351,3 +354,44 @@ def test_unrouted_experts_are_zero(family: str, bias: str, tmp_path: Path) -> No
     assert scores.reap(layer)[5] == scores.gate(layer)[5] == scores.frequency(layer)[5] == 0
     assert float(scores.leave_one_out(layer)[5]) < 1e-6 < 1e-2 < float(scores.leave_one_out(layer)[4])
     assert scores.coactivation(layer)[5] == 0, "the expert that costs nothing goes first"
+
+
+class Heard(Team):
+    """A process that hears what the main process says; or the main one, which is heard. No more than `room` bytes are said at once."""
+
+    count = 2
+
+    def __init__(self, rank: int, said: list[Any]):
+        self.rank, self.said = rank, said
+
+    def from_main(self, work: Callable[[], Value]) -> Value:
+        if self.main:
+            self.said.append(pickle.dumps(value := work()))
+            return value
+        heard: Value = pickle.loads(self.said.pop(0))
+        return heard
+
+    def fill(self, whole: torch.Tensor, spans: Sequence[slice]) -> None:
+        if self.main:
+            self.said.append(whole[spans[0]].clone())
+        else:
+            assert len(whole[spans[1]]) == 0
+            whole[spans[0]] = self.said.pop(0)
+
+
+def test_statistics_of_the_main_process_come_layer_by_layer(gathered: Gathered) -> None:
+    whole = gathered("qwen2_moe")[1]
+    said: list[Any] = []
+    assert from_main(Heard(0, said), lambda: whole) is whole
+    layer = next(iter(whole.layers.values()))
+    assert sum(isinstance(one, bytes) for one in said) == 1 + len(whole.layers), "a layer at a time"
+    assert sum(one.nbytes for one in said if not isinstance(one, bytes)) == len(whole.layers) * sum(
+        one.nbytes for one in layer.search.values()
+    )
+    made = from_main(Heard(1, said), lambda: None)
+    assert made is not None and not said and made.about == whole.about and list(made.layers) == list(whole.layers)
+    for index, own in whole.layers.items():
+        assert torch.equal(made.blocks[index], whole.blocks[index]) and made.layers[index].rule == own.rule
+        for mine, theirs in ((made.layers[index].sums, own.sums), (made.layers[index].search, own.search)):
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert from_main(Heard(0, said), lambda: None) is None and from_main(Heard(1, said), lambda: None) is None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trimoe import evidence
 from trimoe import form as forms
 from trimoe.card_metadata import metadata
 from trimoe.errors import UserError, reading
@@ -47,6 +48,7 @@ def text(record: dict[str, Any]) -> str:
         f"Calibration: {given['samples']} samples of {given['length']} tokens ({_escaped(', '.join(given['domains']))}), seed {record['seed']}."
         if given["samples"]
         else f"Calibration: none, no step reads text; seed {record['seed']}.",
+        *_evidence(record.get("metrics") or {}),
         _layers(plan["layers"]),
         "## Size",
         _table(
@@ -72,6 +74,12 @@ def _loading(plan: dict[str, Any]) -> str:
     bits = " or ".join(str(number) for number in sorted({row["bits"] for row in plan["layers"] if row.get("bits")}))
     made_for = form == forms.PACKED and str((plan.get("loads_in") or {}).get("vllm")).startswith("made for it")
     return (PACKED if form == forms.PACKED else NATIVE) + BITS.format(bits=bits) + (TRIED if made_for else "")
+
+
+def _evidence(metrics: dict[str, Any]) -> list[str]:
+    """On how much text each step was decided."""
+    found = [row.get("measured_on") or {} for row in metrics.values() if isinstance(row, dict)]
+    return [f"Decided by: {_escaped('; then by '.join(evidence.sentence(one) for one in found if one))}."] if any(found) else []
 
 
 def _layers(rows: list[dict[str, Any]]) -> str:

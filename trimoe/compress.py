@@ -38,7 +38,7 @@ from trimoe.recover import recover
 from trimoe.recover.given import check, refuse_inside
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
-from trimoe.stats import Stats
+from trimoe.stats import Stats, from_main
 from trimoe.stream import LayerWalk, usable_device
 from trimoe.transform import transform
 from trimoe.version import VERSION, versions
@@ -165,7 +165,7 @@ class Job:
             run.reporter.say(f"{out} holds the finished result of this very command already.")
             return finished
         main.from_main(lambda: _refuse_other_result(out, self.inputs))
-        given = main.from_main(lambda: _given_stats(stats, run.about, run.skeleton, run.recipe))
+        given = from_main(main, lambda: _given_stats(stats, run.about, run.skeleton, run.recipe))
         if run.recipe.recover is None:
             return self.compressed(out, before, given, out)
         stage = out / FOLDER / STAGE
@@ -195,7 +195,8 @@ class Job:
         run, text, parsed, skeleton = self.run, self.text, self.run.recipe, self.run.skeleton
         journal = Journal(out, self.inputs, run.team)
         run.team.from_main(journal.refuse_other_content)
-        run.team.from_main(lambda: disk.check(out, before.disk, before.spill))
+        others = (run.team.here - 1) * disk.search_spilled(skeleton, parsed, text.samples_NL.numel())
+        run.team.from_main(lambda: disk.check(out, before.disk, before.spill + others))
         with journal, journal.forgotten(NotFinite), logged(run.reporter, final_out / LOG, self.command, main=run.team.main):
             for warning in self.warnings:
                 run.reporter.say(f"warning: {warning}")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from trimoe import depth, gather, parts, receptive_field, recorded, search, stability
+from trimoe import depth, evidence, gather, parts, receptive_field, recorded, search, stability
 from trimoe.calibration import in_batches
 from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
@@ -28,7 +28,7 @@ from trimoe.sensitivity import probe_size, sensitivity, shrunk, streams
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
-from trimoe.subset import SubsetLoss
+from trimoe.subset import ROUTED, SubsetLoss, search_wanted
 from trimoe.variants import divergence, probe_rows, skipped, without_moe
 
 Value = TypeVar("Value")
@@ -222,9 +222,15 @@ def _searched(run: Run, stats: Stats, routed: dict[int, list[int]]) -> dict[str,
     if routed:
         every = sorted(count for layer in routed.values() for count in layer)
         tokens = max(len(stats.layers[index].search["logits_TE"]) for index in routed)
-        made["search"] = {"tokens": tokens, "routed_least": every[0], "routed_median": every[len(every) // 2]}
+        few = {index: [count for count in layer if count < ROUTED] for index, layer in routed.items()}
+        made["search"] = {
+            "tokens": tokens, "wanted": min(run.tokens, search_wanted(list(run.skeleton.sites.values()), run.spec.search_tokens)),
+            "routed_least": every[0], "routed_median": every[len(every) // 2], "enough": ROUTED,
+            "fewer": {str(index): {"experts": len(counts), "least": min(counts)} for index, counts in few.items() if counts},
+        }  # fmt: skip
         run.reporter.say(
-            f"Search on {tokens:,} of {run.tokens:,} tokens: an expert was chosen by {every[len(every) // 2]:,} of them (median), {every[0]:,} at least."
+            f"Search on {tokens:,} of {run.tokens:,} tokens: an expert was chosen by {every[len(every) // 2]:,} of them (median), {every[0]:,} at least"
+            f"{evidence.fewer(made['search'])}."
         )
     return made
 

@@ -12,7 +12,7 @@ import torch
 from trimoe import measurements
 from trimoe.errors import UserError
 from trimoe.methods import LowRank
-from trimoe.paper import search_memory
+from trimoe.paper import search_bytes
 from trimoe.recipe import Recipe
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
@@ -23,7 +23,7 @@ BESIDE = "files beside the weights"
 ENTRY, EXPERT, LEAST = 160, 400, 1 << 18  # bytes of a tensor's line in the index, of what is recorded of an expert, and of all else
 
 
-def output_need(skeleton: Skeleton, recipe: Recipe, result: int) -> dict[str, int]:
+def output_need(skeleton: Skeleton, recipe: Recipe, result: int, tokens: int) -> dict[str, int]:
     """Bytes in the output folder at once, by what they are: the result of `result` bytes, and what lies in OUT/.trimoe until the run is done."""
     checkpoint, experts = skeleton.checkpoint, sum(site.num_experts for site in skeleton.sites.values())
     beside = (
@@ -33,7 +33,7 @@ def output_need(skeleton: Skeleton, recipe: Recipe, result: int) -> dict[str, in
         + LEAST
     )
     found = {"result": result, BESIDE: beside}
-    statistics = sum(_statistics(skeleton, recipe, number) for number in range(len(recipe.steps)))
+    statistics = sum(_statistics(skeleton, recipe, number, tokens) for number in range(len(recipe.steps)))
     if statistics:
         found[STATISTICS] = statistics
     if recipe.recover is not None:
@@ -43,22 +43,35 @@ def output_need(skeleton: Skeleton, recipe: Recipe, result: int) -> dict[str, in
 
 
 def spilled(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
-    """Bytes of files in TMPDIR: hidden states, of one walk or of all versions walked side by side, and inputs that one layer's experts are
-    fitted to, beyond their budgets in memory."""
+    """Bytes of files in TMPDIR: hidden states, of one walk or of all versions walked side by side, inputs that one layer's experts are
+    fitted to, and search tokens of all layers, beyond their budgets in memory."""
     hidden = tokens * next(iter(skeleton.sites.values())).hidden * skeleton.dtype.itemsize
     fitted = any(isinstance(step, LowRank) or getattr(step, "calibrated", False) for step in recipe.steps)
     walked = max(0, hidden - BUDGET) * (2 if fitted else 1)
     sites = list(skeleton.sites.values())
     made = [one.nbytes for step in recipe.steps for one in measurements.of_step(skeleton, step, sites, recipe.calibration, tokens)]
-    return max(walked, max(made, default=0) - streams_budget(skeleton.largest_layer, torch.device("cpu")))
+    streams = max(made, default=0) - streams_budget(skeleton.largest_layer, torch.device("cpu"))
+    return max(walked, streams) + search_spilled(skeleton, recipe, tokens)
 
 
-def _statistics(skeleton: Skeleton, recipe: Recipe, number: int) -> int:
+def search_spilled(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
+    """Bytes of search tokens in TMPDIR, at most: every process of a machine has those of all layers."""
+    most = 0
+    for step in recipe.steps:
+        held = spilled = 0
+        for nbytes in search_bytes(step, dict(skeleton.sites), recipe, tokens):
+            held += nbytes
+            spilled += nbytes if held > BUDGET else 0  # as spill.room has it
+        most = max(most, spilled)
+    return most
+
+
+def _statistics(skeleton: Skeleton, recipe: Recipe, number: int, tokens: int) -> int:
     """The file of statistics that a step keeps so that a killed run need not gather them again, at most."""
     step = recipe.steps[number]
     if not step.gathers:
         return 0  # nothing is gathered
-    total = search_memory(step, dict(skeleton.sites), recipe)
+    total = sum(search_bytes(step, dict(skeleton.sites), recipe, tokens))
     for site in skeleton.sites.values():
         sums = 2 * site.num_experts**2 + site.num_experts * site.hidden
         if "spectra" in step.needs:

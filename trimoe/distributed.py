@@ -49,6 +49,11 @@ class Team:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def here(self) -> int:
+        """How many of the processes are on this machine."""
+        return 1
+
     def place(self, device: str) -> str:
         """The device of this process where `device` was asked for."""
         return device
@@ -116,6 +121,10 @@ class _Processes(Team):
 
     def __init__(self) -> None:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
+
+    @property
+    def here(self) -> int:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
 
     def place(self, device: str) -> str:
         if device.startswith("cuda:"):

@@ -23,7 +23,7 @@ from trimoe.skeleton import Skeleton
 from trimoe.spill import room
 from trimoe.stats import BLOCK, LayerStats, Stats, added
 from trimoe.stream import LayerWalk
-from trimoe.subset import gram_side, search_budget
+from trimoe.subset import search_budget, search_tensors, search_wanted
 
 ROUTING = frozenset({"channels", "cosines"})
 Extra = Callable[[nn.Module, Site, Seen, LayerStats], None]
@@ -94,6 +94,10 @@ def statistics(
     walk = LayerWalk(skeleton, batches[mine], device=device)
     wanted = search_budget(list(skeleton.sites.values()), reach, search_tokens, search_memory)
     tokens, first, own = (sum(batch.numel() for batch in some) for some in (batches, batches[: mine.start], batches[mine]))
+    if wanted < min(tokens, asked := search_wanted(list(skeleton.sites.values()), search_tokens)) and reach:
+        reporter.say(
+            f"Search tokens: {wanted:,} of the {min(tokens, asked):,} wanted, which is what search_memory {search_memory:g} GiB holds of a layer's."
+        )
     everyones = search_rows(batches, wanted, seed)
     rows = [r.to(walk.device) for r in everyones[mine]]
     places = [0, *accumulate(map(len, everyones))]
@@ -145,11 +149,8 @@ def statistics(
 
 def _search_room(site: Site, reach: int, tokens: int, held: int) -> tuple[dict[str, torch.Tensor], int]:
     """Where one layer's search tokens go: in memory beside the `held` bytes of other layers', or in mapped files; and the bytes held then."""
-    side, found = gram_side(site, reach), {}
-    for name, shape, dtype in (
-        ("logits_TE", (tokens, site.num_experts), torch.float32), ("order_TM", (tokens, side), torch.int64),
-        ("gram_TMM", (tokens, side, side), torch.float32),
-    ):  # fmt: skip
+    found = {}
+    for name, (shape, dtype) in search_tensors(site, reach, tokens).items():
         found[name] = room(shape, dtype, torch.device("cpu"), held)
         held += found[name].nbytes
     return found, held

@@ -14,7 +14,7 @@ from trimoe.aside import refuse_dangling
 from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
 from trimoe.progress import LOG
-from trimoe.stats import Stats
+from trimoe.stats import Stats, from_main
 from trimoe.write import write_text
 
 FOLDER = ".trimoe"  # inside the output folder until the run is finished
@@ -92,7 +92,7 @@ class Journal:
 
     def get_stats(self, stage: str) -> Stats | None:
         path = self.folder / f"{stage}.safetensors"
-        return self.team.from_main(lambda: Stats.load(path) if path.is_file() else None)
+        return from_main(self.team, lambda: Stats.load(path) if path.is_file() else None)
 
     def put_stats(self, stage: str, stats: Stats) -> None:
         if self.team.main:

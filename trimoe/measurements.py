@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from trimoe import receptive_field, sensitivity
 from trimoe.calibration import num_domains
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, Step
-from trimoe.recipe import CalibrationSpec
+from trimoe.paper import searched
+from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.spill import samples_for
+from trimoe.subset import search_wanted
 from trimoe.variants import sample_bytes
 
 
@@ -39,6 +42,27 @@ def of_step(skeleton: Skeleton, step: Step, sites: list[Site], spec: Calibration
         samples = min(max(1, tokens // length), samples_for(streams, sample, num_domains(spec.sources)))
         made.append(Measurement(name, streams, samples, (streams + 2) * samples * sample))
     return made
+
+
+def on_paper(skeleton: Skeleton, recipe: Recipe, tokens: int) -> list[dict[str, Any]]:
+    """A row for everything that a recipe measures: the step's number, what for, on how many tokens; and of a search by how many of them a mean expert
+    is chosen, of other measurements how many versions of the model are run on how many samples."""
+    sites, spec, rows = dict(skeleton.sites), recipe.calibration, []
+    for number, step in enumerate(recipe.steps):
+        if not step.gathers:
+            continue
+        rows.append({"step": number, "name": "Statistics", "tokens": tokens})
+        if step.reach(sites):
+            taken = searched(step, sites, recipe, tokens)
+            share = min(site.rule.top_k / site.num_experts for site in sites.values())
+            wanted = min(tokens, search_wanted(list(sites.values()), spec.search_tokens))
+            rows.append({"step": number, "name": "Search", "tokens": taken, "wanted": wanted, "routed": int(taken * share)})
+        length = min(spec.length, skeleton.context)
+        for one in of_step(skeleton, step, list(sites.values()), spec, tokens):
+            rows.append(
+                {"step": number, "name": one.name, "tokens": one.samples * length, "samples": one.samples, "versions": one.streams + 1}
+            )
+    return rows
 
 
 def dropped_parts(skeleton: Skeleton, step: LayerDrop | BlockDrop, sites: list[Site]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from trimoe import budget, depth, parts, residual
@@ -14,7 +15,7 @@ from trimoe.methods.method import Decisions, LayerDecision, decided_sites, uncha
 from trimoe.recipe import Recipe
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
-from trimoe.subset import gram_bytes, search_budget
+from trimoe.subset import search_budget, search_tensors
 
 WIDEST = 4  # bytes of a weight, at most, when bounding what is still open
 
@@ -36,7 +37,7 @@ class Paper:
                 raise UserError(f"{before} is fitted to the finished model, so it comes last and once; here {step.name} follows it.")
             try:
                 step.shape(sites, self.decisions)
-                search_memory(step, sites, recipe)
+                searched(step, sites, recipe, 0)
             except UserError as mistake:  # says the method; which of the steps it is, is known here
                 said = str(mistake)
                 raise UserError(f"steps.{number}.{said}" if said.startswith(f"{step.name}:") else said) from None
@@ -135,7 +136,16 @@ def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_
     return out, slack
 
 
-def search_memory(step: Step, sites: dict[int, Site], recipe: Recipe) -> int:
-    """Bytes that a step's search tokens take, at most; raises if too few of them would fit."""
-    every, spec = list(sites.values()), recipe.calibration
-    return search_budget(every, step.reach(sites), spec.search_tokens, spec.search_memory) * gram_bytes(every, step.reach(sites))
+def searched(step: Step, sites: dict[int, Site], recipe: Recipe, tokens: int) -> int:
+    """How many search tokens a step takes of so many; raises if too few of them would fit."""
+    spec = recipe.calibration
+    return min(tokens, search_budget(list(sites.values()), step.reach(sites), spec.search_tokens, spec.search_memory))
+
+
+def search_bytes(step: Step, sites: dict[int, Site], recipe: Recipe, tokens: int) -> list[int]:
+    """Bytes of every tensor that is kept of a step's search tokens, layer by layer."""
+    count, reach = searched(step, sites, recipe, tokens), step.reach(sites)
+    return [
+        math.prod(shape) * dtype.itemsize
+        for site in (sites.values() if reach else ()) for shape, dtype in search_tensors(site, reach, count).values()
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trimoe import memory
+from trimoe import measurements, memory
 from trimoe.advice import advice
 from trimoe.calibration import most_tokens
 from trimoe.checkpoint import Checkpoint
@@ -71,6 +71,7 @@ class Plan:
     memory_split: dict[str, int]
     depth: dict[str, list[int]]
     device_split: dict[str, int] = field(default_factory=dict)
+    measured_on: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def bytes(self) -> int | None:
@@ -234,13 +235,13 @@ def describe(
     }  # fmt: skip
     found = loading(skeleton, layout, native=native)
     held = memory.of_stages(skeleton, recipe, layout.decisions, tokens, after.parameters, device)
-    disk = output_need(skeleton, recipe, after.file_bytes)
+    disk = output_need(skeleton, recipe, after.file_bytes, tokens)
     return Plan(
         skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", found.loads_in,
         max(held.host.values()), sum(disk.values()), advice(skeleton, recipe, after.experts / before.experts, tokens=tokens, native=native),
         dense_layers={"count": len(skeleton.layers) - len(moe), **rest}, context=context_of(skeleton), disk_split=disk,
         spill=spilled(skeleton, recipe, tokens), parallel=as_json(found), memory_split=held.host, depth=_depth(skeleton, open_),
-        device_split=held.device,
+        device_split=held.device, measured_on=measurements.on_paper(skeleton, recipe, tokens),
     )  # fmt: skip
 
 

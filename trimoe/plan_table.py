@@ -51,7 +51,7 @@ def show(shown: RenderableType) -> None:
 def of_plan(plan: dict[str, Any]) -> RenderableType:
     """Everything that a plan says; under "time" it may have an estimate (timing.py), under "traffic" what statistics say of routing."""
     head = Text.assemble((plan["model"], "bold"), f" -> {form_of(plan)} checkpoint")
-    parts = [head, _totals(plan), _layers(plan), *_engines(plan), _resources(plan)]
+    parts = [head, _totals(plan), _layers(plan), *_engines(plan), *_measured(plan), _resources(plan)]
     parts += [part for name, show in (("time", _time), ("traffic", _traffic)) if plan.get(name) for part in show(plan[name])]
     return _apart(*parts, *(Text.assemble(("warning: ", "bold yellow"), warning) for warning in plan["warnings"]))
 
@@ -232,6 +232,23 @@ def _engines(plan: dict[str, Any]) -> Iterable[RenderableType]:
     if ways["expert"]:
         made.add_row("tensor parallel", "over " + ", ".join(map(str, ways["tensor"])))
         made.add_row("expert parallel", "over " + ", ".join(map(str, ways["expert"])))
+    yield made
+
+
+def _measured(plan: dict[str, Any]) -> Iterator[Table]:
+    """On how much text what is still open will be decided."""
+    rows = plan.get("measured_on") or ()
+    if not rows:
+        return
+    made, steps = table("decided on", "tokens", "", left=1), {row["step"] for row in rows}
+    made.columns[2].justify = "left"
+    for row in rows:
+        words = f"{row['samples']:,} samples, {row['versions']} versions of the model" if "samples" in row else ""
+        if "routed" in row:
+            words = f"{row['routed']:,} an expert, on average" + (
+                f"; {row['wanted']:,} do not fit" if row["tokens"] < row["wanted"] else ""
+            )
+        made.add_row(row["name"] + (f", step {row['step'] + 1}" if len(steps) > 1 else ""), f"{row['tokens']:,}", words)
     yield made
 
 

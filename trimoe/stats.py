@@ -7,7 +7,7 @@ y the output before it; only routed tokens count, except in the search tokens' G
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trimoe.aside import aside
+from trimoe.distributed import Team
 from trimoe.errors import UserError, first_line
 from trimoe.finite import within
 from trimoe.routing import RoutingRule
+from trimoe.spill import room
 
 FORMAT = "trimoe-stats-2"
 MAXIMA = frozenset({"max_abs_E"})
@@ -186,3 +188,38 @@ class Stats:
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} is a damaged statistics file: its description cannot be read.") from None
         return stats
+
+
+def from_main(team: Team, load: Callable[[], Stats | None]) -> Stats | None:
+    """What `load` returns in the main process, for all: layer by layer, and search tokens straight to where they stay, for all layers' may be
+    more than memory holds."""
+    loaded: list[Stats] = []
+
+    def head() -> tuple[dict[str, Any], dict[int, torch.Tensor], list[int]] | None:
+        if (stats := load()) is None:
+            return None
+        loaded.append(stats)
+        return stats.about, stats.blocks, list(stats.layers)
+
+    found = team.from_main(head)
+    if found is None or team.count == 1:
+        return loaded[0] if loaded else None
+    about, blocks, indices = found
+    made, held = loaded[0] if loaded else Stats(about, blocks=blocks), 0
+    for index in indices:
+
+        def layer_of(index: int = index) -> tuple[LayerStats, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+            own = loaded[0].layers[index]
+            return replace(own, search={}), {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.search.items()}
+
+        layer, shapes = team.from_main(layer_of)
+        if not team.main:
+            layer.search = {}
+            for name, (shape, dtype) in shapes.items():
+                layer.search[name] = room(shape, dtype, torch.device("cpu"), held)
+                held += layer.search[name].nbytes
+            made.layers[index] = layer
+        for name, (shape, _) in shapes.items():
+            whole = made.layers[index].search[name]
+            team.fill(whole, [slice(0, shape[0]), *[slice(0, 0)] * (team.count - 1)])
+    return made

@@ -28,14 +28,16 @@ TINY = 1e-12  # probability left to the survivors below which it is computed ane
 CHUNK = 1 << 22  # elements of a temporary: small enough to stay near the cache, large enough to keep the kernels busy
 
 
+def search_wanted(sites: Sequence[Site], tokens: int | None) -> int:
+    """How many search tokens are asked for: `tokens`, or where that is None USUAL, and more if a mean expert would have fewer than ROUTED."""
+    return tokens if tokens is not None else max(USUAL, *(math.ceil(ROUTED * site.num_experts / site.rule.top_k) for site in sites))
+
+
 def search_budget(sites: Sequence[Site], reach: int, tokens: int | None, memory: float) -> int:
-    """How many search tokens are taken: `tokens`, or where that is None USUAL, and more if a mean expert would have fewer than ROUTED of
-    them; no more than fit: each keeps a Gram of `reach` x `reach` float32, those of one layer in `memory` GiB. Raises UserError where they
-    would be too few to search by."""
+    """How many search tokens are taken: those wanted, but no more than fit: each keeps a Gram of `reach` x `reach` float32, those of one
+    layer in `memory` GiB. Raises UserError where they would be too few to search by."""
     if not reach:
         return 0
-    if tokens is None:
-        tokens = max(USUAL, *(math.ceil(ROUTED * site.num_experts / site.rule.top_k) for site in sites))
     each = max(gram_bytes([site], reach) for site in sites)
     fits = int(memory * 2**30 / each)
     if fits < FEWEST:
@@ -43,12 +45,21 @@ def search_budget(sites: Sequence[Site], reach: int, tokens: int | None, memory:
             f"search_memory {memory} GiB holds the expert products of {fits} search tokens in a layer, and {FEWEST} are the least to search by; "
             f"set calibration.search_memory to {each * FEWEST / 2**30:.2g} or more."
         )
-    return min(tokens, fits)
+    return min(search_wanted(sites, tokens), fits)
 
 
 def gram_bytes(sites: Sequence[Site], reach: int) -> int:
     """Bytes that one search token takes in all MoE layers together."""
     return sum(4 * gram_side(site, reach) ** 2 for site in sites)
+
+
+def search_tensors(site: Site, reach: int, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What is kept of one layer's search tokens: shapes and dtypes by name."""
+    side = gram_side(site, reach)
+    return {
+        "logits_TE": ((tokens, site.num_experts), torch.float32), "order_TM": ((tokens, side), torch.int64),
+        "gram_TMM": ((tokens, side, side), torch.float32),
+    }  # fmt: skip
 
 
 def gram_side(site: Site, reach: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from trimoe import evidence
 from trimoe.report import charts, experts, searched
 from trimoe.report.experts import DENSE_CELLS, by_layer
 from trimoe.report.read import Finished, Step, layer_rows
@@ -201,5 +202,15 @@ def _decisions(folder: Finished) -> Section:
     return Section(
         name="decisions", title="The decisions",
         text="Everything that was decided, layer by layer; trimoe.json holds the same, and a checkpoint is the source plus these.",
-        blocks=[Table(caption="Decisions by layer", head=("layer", "experts before", "after", "dropped", "and"), rows=rows, prose=True)],
+        blocks=[*_evidence(folder), Table(caption="Decisions by layer", head=("layer", "experts before", "after", "dropped", "and"), rows=rows, prose=True)],
     )  # fmt: skip
+
+
+def _evidence(folder: Finished) -> list[Table]:
+    """On how much text each step was decided."""
+    rows = [
+        (f"{number}, {step.name}: {name}", *cells)
+        for number, step in enumerate(folder.steps, 1)
+        for name, *cells in evidence.rows(step.metrics.get("measured_on") or {})
+    ]
+    return [Table(caption="On how much text it was decided", head=("step", *evidence.HEAD[1:]), rows=rows, prose=True)] if rows else []
