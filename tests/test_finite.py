@@ -15,7 +15,7 @@ from refusals import BASE, Line, recipe_file
 import trimoe
 from trimoe.distributed import ALONE
 from trimoe.evaluate import texts
-from trimoe.finite import Inside, NotFinite, Range, within
+from trimoe.finite import Inside, NotFinite, Range, checked
 from trimoe.observe import run_expert
 from trimoe.receptive_field import _distance
 from trimoe.skeleton import Skeleton
@@ -134,7 +134,7 @@ def test_one_number_is_found(dtype: torch.dtype, advice: str, bad: float) -> Non
         watched.check("numbers")
     watched.check("numbers seen since")
     with pytest.raises(Inside, match=advice):
-        within(numbers, "numbers", dtype)
+        checked(numbers, "numbers", dtype)
 
 
 def test_a_perplexity_beyond_float64_is_its_largest() -> None:

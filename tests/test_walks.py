@@ -33,8 +33,8 @@ from trimoe.progress import QUIET
 from trimoe.sensitivity import LEAST, Sensitivity, nudged, probe_size, sensitivity, shrunk
 from trimoe.skeleton import Skeleton
 from trimoe.spill import SAMPLES, STREAMS
-from trimoe.stream import LayerWalk
-from trimoe.variants import divergence, exact_logits, probe_rows, spread, without_moe
+from trimoe.stream import LayerWalk, exact_logits
+from trimoe.variants import divergence, probe_rows, spread, without_moe
 
 WALKED = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 BATCHES = [torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]

@@ -10,7 +10,7 @@ import torch
 from trimoe.passing import Call
 
 
-def within(value: Any, same_BLL: torch.Tensor, made: dict[int, torch.Tensor]) -> Any:
+def narrowed(value: Any, same_BLL: torch.Tensor, made: dict[int, torch.Tensor]) -> Any:
     """A layer's call whose masks hide all other documents too, as most models make them of the positions themselves; layers that share a
     mask go on sharing it (`made`, by the mask that it was)."""
     if isinstance(value, torch.Tensor):
@@ -20,8 +20,8 @@ def within(value: Any, same_BLL: torch.Tensor, made: dict[int, torch.Tensor]) ->
             made[id(value)] = value & same_BLL if value.dtype == torch.bool else value.masked_fill(~same_BLL, torch.finfo(value.dtype).min)
         return made[id(value)]
     if isinstance(value, dict):
-        return {name: within(one, same_BLL, made) for name, one in value.items()}
-    return type(value)(within(one, same_BLL, made) for one in value) if type(value) in (list, tuple) else value
+        return {name: narrowed(one, same_BLL, made) for name, one in value.items()}
+    return type(value)(narrowed(one, same_BLL, made) for one in value) if type(value) in (list, tuple) else value
 
 
 def apart(call: Call, positions_BL: torch.Tensor) -> bool:

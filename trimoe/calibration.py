@@ -205,7 +205,7 @@ def drawn(sources: Sequence[str], samples: int) -> int:
 
 def num_domains(sources: Sequence[str]) -> int:
     """How many domains these texts are, at most."""
-    return sum(len(_files(source)) if source.startswith("builtin:") else 1 for source in sources)
+    return sum(len(_files(source)) if source.startswith("builtin:") else len(data_set.several(source)) for source in sources)
 
 
 def _files(source: str) -> list[Path]:
@@ -379,8 +379,7 @@ def _notes(tokenizer: Any, texts: Sequence[Text]) -> tuple[str, ...]:
 
 
 def _joined(bodies: Sequence[torch.Tensor], first: tuple[int, ...], eos: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """All documents of a text in one row, each with what opens it and the end-of-text token ; and where they
-    begin."""
+    """All documents of a text in one row, each with what opens it and the end-of-text token, and the places where they begin."""
     opened, ended = torch.tensor(first, dtype=torch.int64), torch.tensor([] if eos is None else [eos], dtype=torch.int64)
     pieces = [torch.cat([opened, body, ended]) for body in bodies]
     if not pieces:

@@ -148,7 +148,7 @@ def is_original(folder: Path, against: str | None) -> bool:
 def add_evaluation(folder: Path, report: dict[str, Any], command: str | None = None) -> None:
     """Put the numbers of an evaluation against the original into a finished folder's trimoe.json and README.md. What it did not measure
     (texts, tasks) stays as an earlier one left it; `commands` says by which command line each was measured."""
-    of_texts = ("texts", "length", "stride")
+    of_texts = ("texts", "length", "stride", "dtype")
     new = {name: value for name, value in report.items() if report["texts"] or name not in of_texts}
     measured = [name for name in MEASURED if report.get(name)]
 
@@ -156,7 +156,7 @@ def add_evaluation(folder: Path, report: dict[str, Any], command: str | None = N
         commands = {name: said for name, said in (old.get("commands") or {}).items() if name not in measured}
         commands |= {} if command is None else dict.fromkeys(measured, command)
         return {
-            **{name: report[name] for name in of_texts},
+            **{name: report[name] for name in of_texts if name in report},
             **old,
             **new,
             **({"commands": commands} if "commands" in old or commands else {}),
@@ -253,7 +253,9 @@ def _quality(report: dict[str, Any] | None) -> str:
     ]
     unit = "KL, nats/token" + (" (95 %)" if any(sure) else "")
     table = _table(("text", "perplexity before", "after", unit, "top-1 agreement"), rows)
-    return f"{table}\n\nWindows of {report['length']} tokens, stride {report['stride']}. Perplexity flatters compressed models; look at the KL."
+    dtype = report.get("dtype", "float32")
+    rounded = f" Both models ran in {dtype}, whose roundings are in these numbers." if dtype != "float32" else ""
+    return f"{table}\n\nWindows of {report['length']} tokens, stride {report['stride']}.{rounded} Perplexity flatters compressed models; look at the KL."
 
 
 def _tasks(report: dict[str, Any] | None) -> list[str]:

@@ -24,13 +24,12 @@ from trimoe.errors import UserError, reading
 from trimoe.finished import lost, refuse_lost
 from trimoe.finite import NotFinite
 from trimoe.gather import statistics
-from trimoe.headers import DTYPES, read_json
+from trimoe.headers import read_json
 from trimoe.journal import FOLDER, STAGE, Journal
 from trimoe.layout import Layout
-from trimoe.linears import linears
-from trimoe.methods import ExpertDrop, LowRank, WeightPrune
+from trimoe.methods import ExpertDrop
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
-from trimoe.plan import Plan, final_plan, plan
+from trimoe.plan import Plan, final_plan, plan, skeleton_for
 from trimoe.precision import compute_dtype, dtype_name
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe import CalibrationSpec, Recipe, with_calibration
@@ -89,20 +88,20 @@ def compress(
     """
     out, changes, calibration = Path(out), listed(changes), listed(calibration)
     device = str(device)
-    precision = compute_dtype(dtype, device)
-    call = (
-        f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={changes!r}, calibration={calibration!r}, "
-        f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype_name(precision)!r})"
-    )
+    compute_dtype(dtype, device)  # a name that is none is said at once
     with team(device) as processes:
         reporter = (reporter if processes.main else QUIET).fresh()
 
         def on_paper() -> tuple[Job, Plan]:
             parsed = with_calibration(recipes.load(recipe, changes), calibration, samples, length)
             with reporter.stage("Read headers and plan"):
-                skeleton = Skeleton.of(str(model), precision)
+                skeleton = skeleton_for(str(model), [parsed], dtype, device)
                 before = possible(skeleton, parsed, out, device, any_memory, processes)
             text = text_of(skeleton, parsed, seed, reporter, processes)
+            call = (
+                f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={changes!r}, calibration={calibration!r}, "
+                f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype_name(skeleton.dtype)!r})"
+            )
             job = job_of(skeleton, parsed, text, seed, device, command or call, reporter, processes)
             return replace(job, warnings=tuple(before.warnings)), before
 
@@ -117,11 +116,10 @@ def possible(skeleton: Skeleton, parsed: Recipe, out: Path, device: str, any_mem
     if (skeleton.checkpoint.folder / GENERATION).is_file():
         read_json(skeleton.checkpoint.folder / GENERATION)  # which is carried over: what loads the result would meet it
     usable_device(processes.place(device))
-    _refuse_narrow(parsed, skeleton)
     if parsed.recover is not None and processes.count > 1:
         raise UserError("A recipe with recover runs in one process; leave recover out, then: accelerate launch -m trimoe.cli recover ...")
     if not any_memory:
-        before.held.refuse(processes.place(device))
+        before.held.refuse(processes.place(device), processes.here)
     return before
 
 
@@ -250,7 +248,9 @@ def gather_statistics(
                 disk.probe(Path(out), "--out")
             if not any_memory:
                 tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
-                memory.of_statistics(skeleton, replace(base, calibration=spec), tokens, processes.place(device)).refuse(device)
+                memory.of_statistics(skeleton, replace(base, calibration=spec), tokens, processes.place(device)).refuse(
+                    device, processes.here
+                )
             return skeleton, spec, calibration_for(skeleton, spec, seed, reporter)
 
         skeleton, spec, text = processes.after_main(on_paper)
@@ -332,23 +332,6 @@ def _batches(text: Calibration, device: str, processes: Team) -> list[torch.Tens
     return batches
 
 
-def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
-    """Factors, pruned weights, and matrices that stay dense beside them, are written from what was computed with."""
-    names = [f"{skeleton.layer_name(i)}.{site.block}.{path}" for i, site in skeleton.sites.items() for path in site.expert_paths()]
-    if any(isinstance(step, WeightPrune) and step.scope != "experts" for step in recipe.steps):
-        names += [
-            f"{skeleton.layer_name(i)}.{path}.weight" for i in range(len(skeleton.layers)) for path in linears(skeleton, i, block=True)
-        ]
-    keys = [key for name in names for key in skeleton.source_keys(name)]
-    stored = {DTYPES[skeleton.checkpoint.tensors[key].dtype] for key in keys}
-    wider = [dtype for dtype in stored if torch.promote_types(dtype, skeleton.dtype) != skeleton.dtype]
-    step = next((step for step in recipe.steps if isinstance(step, LowRank | WeightPrune)), None)
-    if wider and step is not None:
-        raise UserError(
-            f"{step.name} in {skeleton.dtype} would round weights that {skeleton.name} keeps in {wider[0]}; leave --dtype at float32."
-        )
-
-
 def record_of(out: Path, inputs: dict[str, Any], recover: Recover | None) -> dict[str, Any] | None:
     """What trimoe.json in `out` says, if it is of the same inputs, trained in the same way. Raises UserError where it is damaged."""
     path = out / "trimoe.json"
@@ -395,7 +378,7 @@ def _given_stats(path: str | os.PathLike[str] | None, about: dict[str, Any], ske
         return None
     stats = Stats.load(Path(path))
     for what in ("model", "calibration", "dtype"):
-        if stats.about.get(what) != about[what]:
+        if about[what] != stats.about.get(what) and not (what == "calibration" and about[what] == NO_TEXT.fingerprint):
             raise UserError(f"The statistics file {path} was made for another {what}; gather it again, or leave --stats out.")
     first = recipe.steps[0]
     if "spectra" in first.needs:

@@ -52,7 +52,7 @@ class Range:
         model.register_forward_hook(look)
 
 
-def within(made: torch.Tensor, what: str, dtype: torch.dtype) -> torch.Tensor:
+def checked(made: torch.Tensor, what: str, dtype: torch.dtype) -> torch.Tensor:
     """`made` if all of it is finite, else Inside; `what` names it in words, `dtype` is what it comes of. It waits for the device."""
     if made.numel() and not bool(torch.stack(made.aminmax()).isfinite().all()):
         raise Inside(f"{what} hold NaN or infinite numbers in {dtype_name(dtype)}; {advice(dtype)}.")

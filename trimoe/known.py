@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trimoe import scores, stability
+from trimoe.advice import reads_text
 from trimoe.calibration import calibrate, is_here
 from trimoe.errors import UserError
 from trimoe.methods import ExpertDrop
@@ -73,6 +74,8 @@ def _other_text(skeleton: Skeleton, recipe: Recipe, stats: Stats, path: Path) ->
     seed = int(stats.about.get("seed", 0))
     if seed:
         yield f"{path} was gathered with --seed {seed}: give compress the same."
+    if not any(map(reads_text, recipe.steps)):
+        return
     held = int(next(iter(stats.layers.values()))["tokens"])
     if not all(map(is_here, spec.sources)):
         yield f"whether {path} is of this calibration text is not known: {', '.join(spec.sources)} is not on this machine."

@@ -76,7 +76,9 @@ class Layout:
         rest = [entry for entry in self._with_linears(index) if entry.key not in old]
         if not self.guarded:
             return rest
-        dtype = self.skeleton.checkpoint.tensors[self.skeleton.keys_by_layer[index][0]].dtype
+        tensors = self.skeleton.checkpoint.tensors
+        kinds = [tensors[key].dtype for key in self.skeleton.keys_by_layer[index]]
+        dtype = next(kind for kind in kinds if DTYPES[kind].is_floating_point)
         disk = self._named(index, {modeling_trimoe.GUARD: torch.empty(1, device="meta")})
         return rest + [Entry(key, dtype, (1,), zeros=True, stands_for=0) for key in disk]
 

@@ -45,8 +45,16 @@ def _group_limits() -> list[int]:
                 break
             limit = _number(folder / ("memory.limit_in_bytes" if first else "memory.max"))
             if limit is not None:
-                found.append(limit + (0 if first else _number(folder / "memory.swap.max") or 0))
+                found.append(limit + (0 if first else _swap(folder / "memory.swap.max")))
     return found
+
+
+def _swap(path: Path) -> int:
+    """The swap that a group may take: the machine's where its file says "max", none where there is no such file."""
+    if not path.is_file():
+        return 0
+    own = _number(path)
+    return int(psutil.swap_memory().total) if own is None else own
 
 
 def _number(path: Path) -> int | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trimoe import hf
-from trimoe.finite import within
+from trimoe.finite import checked
 from trimoe.methods import Quantize, WeightPrune
 from trimoe.methods.method import Decisions
 from trimoe.site import Site
@@ -114,4 +114,4 @@ class Inputs:
         if owner is None:
             return None
         dtype = next(self.modules[path].parameters()).dtype
-        return within(self.sums[owner] / self.tokens[owner], f"the moments of what {path} is given", dtype)
+        return checked(self.sums[owner] / self.tokens[owner], f"the moments of what {path} is given", dtype)

@@ -136,6 +136,8 @@ def _experts(skeleton: Skeleton, site: Site) -> Any:
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
     if dtype != "auto":
         return compute_dtype(dtype)
     floats = [DTYPES[info.dtype] for info in checkpoint.stored.values() if DTYPES[info.dtype].is_floating_point]

@@ -37,19 +37,23 @@ class Held:
     host: dict[str, int]
     device: dict[str, int]
 
-    def short(self, device: str) -> list[str]:
-        """A sentence for the host and for the device if it has less memory than the largest stage takes there."""
-        has = {"this machine": (self.host, limits.host()), f"the device {device}": (self.device, limits.device(device))}
+    def short(self, device: str, processes: int = 1) -> list[str]:
+        """A sentence for the host and for the device if it has less memory than the largest stage takes there; of so many `processes` on this
+        machine, each takes that of the host."""
+        has = {"this machine": (self.host, limits.host() // processes), f"the device {device}": (self.device, limits.device(device))}
         said = []
         for where, (stages, there) in has.items():
             if there is not None and stages and max(stages.values()) > there:
                 stage = max(stages, key=lambda name: stages[name])
-                said.append(f"the {stage} stage takes up to {human(stages[stage])} of memory, {where} has {human(there)}: {LESS[stage]}")
+                each = f" for each of {processes} processes" if processes > 1 and stages is self.host else ""
+                said.append(
+                    f"the {stage} stage takes up to {human(stages[stage])} of memory, {where} has {human(there)}{each}: {LESS[stage]}"
+                )
         return said
 
-    def refuse(self, device: str) -> None:
+    def refuse(self, device: str, processes: int = 1) -> None:
         """Raise UserError where there is less memory than that."""
-        for words in self.short(device):
+        for words in self.short(device, processes):
             raise UserError(f"{words[0].upper()}{words[1:]}; or begin all the same with --any-memory (any_memory=True).")
 
 

@@ -1,6 +1,6 @@
 """What decoder layers are called with, and what they hand each other: found by running the model with stands in their places.
 
-Most models give a layer the hidden states and things that no layer has a part in: masks, positions. Some layers return something more, which
+Most models give a layer the hidden states and things that no layer makes or changes: masks, positions. Some layers return something more, which
 the next one is given (the choice of an indexer); that is carried along. Anything else that goes from layer to layer is refused.
 """
 

@@ -16,8 +16,10 @@ from trimoe.costs import PER, LayerCosts, context_of, head_matrix, of_layers
 from trimoe.disk import output_need, spilled
 from trimoe.engines import as_json, check_target, loading
 from trimoe.errors import UserError
+from trimoe.headers import DTYPES
 from trimoe.layout import Layout
-from trimoe.methods import Quantize
+from trimoe.linears import linears
+from trimoe.methods import LowRank, Quantize, WeightPrune
 from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.paper import WIDEST, Paper
 from trimoe.precision import compute_dtype
@@ -79,7 +81,7 @@ class Plan:
 
     @property
     def held(self) -> memory.Held:
-        """What it takes, to be compared with what there is (no part of what is recorded: that is the same on every machine)."""
+        """What it takes, to be compared with what there is (how many logits are held at once goes by the machine's memory)."""
         return memory.Held(self.memory_split, self.device_split)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def plan(
     take the place of the recipe's; `device` and `dtype` are as for compress (a skeleton has its own dtype). Raises
     UserError for a recipe that cannot be, and for a text of this machine that is not there or too short."""
     parsed = with_calibration(load_recipe(recipe, changes), calibration, samples, length)
-    skeleton = model if isinstance(model, Skeleton) else Skeleton.of(model, compute_dtype(dtype, device), weights=False)
+    skeleton = model if isinstance(model, Skeleton) else skeleton_for(model, [parsed], dtype, device, weights=False)
     forms, spec = _forms(skeleton, parsed), parsed.calibration
     layout, smaller, most = forms.layout, forms.smaller, forms.most
     tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
@@ -124,6 +126,42 @@ def plan(
         made,
         warnings=[*made.warnings, *(f"{words}; compress would refuse that without --any-memory." for words in made.held.short(device))],
     )
+
+
+def skeleton_for(
+    model: str | Checkpoint, recipes: Sequence[Recipe], dtype: str | torch.dtype, device: str, *, weights: bool = True
+) -> Skeleton:
+    """A model on paper in the precision that `dtype` means for these recipes on this device. "auto" is float32 where bfloat16 would round
+    weights that a recipe writes as they were computed with."""
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model, weights=weights)
+    found = compute_dtype(dtype, device)
+    if dtype == "auto" and any(map(_writes_computed, recipes)):
+        stored = {DTYPES[info.dtype] for info in checkpoint.tensors.values() if len(info.shape) > 1}
+        if any(torch.promote_types(kind, found) != found for kind in stored if kind.is_floating_point):
+            found = torch.float32
+    return Skeleton(checkpoint, found)
+
+
+def _writes_computed(recipe: Recipe) -> bool:
+    """Factors, pruned weights, and matrices that stay dense beside them, are written from what was computed with."""
+    return any(isinstance(step, LowRank | WeightPrune) for step in recipe.steps)
+
+
+def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
+    """Raises UserError where writing what was computed with would round stored weights."""
+    names = [f"{skeleton.layer_name(i)}.{site.block}.{path}" for i, site in skeleton.sites.items() for path in site.expert_paths()]
+    if any(isinstance(step, WeightPrune) and step.scope != "experts" for step in recipe.steps):
+        names += [
+            f"{skeleton.layer_name(i)}.{path}.weight" for i in range(len(skeleton.layers)) for path in linears(skeleton, i, block=True)
+        ]
+    keys = [key for name in names for key in skeleton.source_keys(name)]
+    stored = {DTYPES[skeleton.checkpoint.tensors[key].dtype] for key in keys}
+    wider = [dtype for dtype in stored if torch.promote_types(dtype, skeleton.dtype) != skeleton.dtype]
+    step = next((step for step in recipe.steps if isinstance(step, LowRank | WeightPrune)), None)
+    if wider and step is not None:
+        raise UserError(
+            f"{step.name} in {skeleton.dtype} would round weights that {skeleton.name} keeps in {wider[0]}; give --dtype float32."
+        )
 
 
 def check(skeleton: Skeleton, recipe: str | dict[str, Any] | Recipe) -> None:
@@ -151,6 +189,7 @@ def _forms(skeleton: Skeleton, recipe: Recipe) -> _Forms:
     stored = layout.native or smaller.native
     check_target(recipe, stored or most.open_counts, skeleton, least.decisions)
     _refuse_lone_experts(stored, skeleton, least.decisions)
+    _refuse_narrow(recipe, skeleton)
     return _Forms(most, layout, smaller, stored or most.open_counts)
 
 

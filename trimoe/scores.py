@@ -51,7 +51,11 @@ def leave_one_out(stats: LayerStats) -> torch.Tensor:
     Where the router could not do without even one expert (a layer at its floor, or router groups that only lose together), what each
     expert contributes stands in: sqrt(sum (g||y||)^2) / ||F(X)||.
     """
-    loss = SubsetLoss(stats)
+    return _alone(stats, SubsetLoss(stats))
+
+
+def _alone(stats: LayerStats, loss: SubsetLoss) -> torch.Tensor:
+    """The relative loss of dropping each expert alone, [E] float64, or what stands in for it."""
     if loss.max_drop < 1:
         return (stats["gate_norm_sq_E"] / stats["energy_EE"].sum().clamp_min(1e-30)).sqrt()
     return loss(torch.eye(stats.num_experts, dtype=torch.bool))
@@ -59,7 +63,8 @@ def leave_one_out(stats: LayerStats) -> torch.Tensor:
 
 def raw_leave_one_out(stats: LayerStats) -> torch.Tensor:
     """MoE-I2's importance as it is printed: ||F(X) - F(X; E minus e)||_F over the search tokens, [E], not divided by anything."""
-    return leave_one_out(stats) * SubsetLoss(stats).norm
+    loss = SubsetLoss(stats)
+    return _alone(stats, loss) * loss.norm
 
 
 def weights(stats: LayerStats) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe.finite import within
+from trimoe.finite import checked
 from trimoe.site import Site
 from trimoe.spill import room
 
@@ -88,7 +88,7 @@ class Given:
         return self._mixed(a_SM, b_SN, lambda: _mean_product(pool_a, pool_b))
 
     def _mixed(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pooled: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return within(self._mean(a_SM, b_SN, pooled), "the moments of what an expert is given", a_SM.dtype)
+        return checked(self._mean(a_SM, b_SN, pooled), "the moments of what an expert is given", a_SM.dtype)
 
     def _mean(self, a_SM: torch.Tensor, b_SN: torch.Tensor, pooled: Callable[[], torch.Tensor]) -> torch.Tensor:
         count = len(self.gate_S)

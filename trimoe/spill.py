@@ -75,7 +75,7 @@ class Carried(MutableSequence[torch.Tensor]):
         self._budget = BUDGET if budget is None else budget
         self._held: list[torch.Tensor] = []
         self._place: list[torch.device | None] = []  # of those in files: the device that they belong on
-        self._beside: list[Any] = []  # of those in files: what hangs on them (LayerWalk.step)
+        self._beside: list[Any] = []  # what hangs on them (LayerWalk.step)
         self._taken = 0
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class Carried(MutableSequence[torch.Tensor]):
             self._held[index] = value
         else:
             self._held[index].copy_(value)
-            self._beside[index] = getattr(value, "beside", ())
+        self._beside[index] = getattr(value, "beside", ())
 
     def insert(self, index: int, value: torch.Tensor) -> None:
         assert index == len(self._held), "batches come in order"

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from trimoe.aside import aside
 from trimoe.distributed import Team
 from trimoe.errors import UserError, first_line
-from trimoe.finite import within
+from trimoe.finite import checked
 from trimoe.routing import RoutingRule
 from trimoe.spill import room
 
@@ -87,7 +87,7 @@ class LayerStats:
     def check(self, dtype: torch.dtype) -> None:
         """Raises Inside where a sum, or a search token's Gram, is not finite: experts that no token chose run for search tokens alone."""
         for name, tensor in (*self.sums.items(), *self.search.items()):
-            within(tensor, f"its statistics ({name})", dtype)
+            checked(tensor, f"its statistics ({name})", dtype)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.sums[name]

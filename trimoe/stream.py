@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from trimoe import hf
-from trimoe.attention_mask import apart, within
+from trimoe.attention_mask import apart, narrowed
 from trimoe.checkpoint import Checkpoint
 from trimoe.documents import unmarked
 from trimoe.errors import UserError, first_line
@@ -28,6 +28,8 @@ from trimoe.passing import Call, Stand, same, standing, with_passed
 from trimoe.progress import Reporter
 from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import Carried, wider
+
+ROWS = 8192  # of the head's weights that are in float32 at once
 
 
 def usable_device(device: str) -> torch.device:
@@ -153,7 +155,7 @@ class LayerWalk:
             own_BL = (positions == 0).cumsum(1)
             same_BLL = (own_BL.unsqueeze(2) == own_BL.unsqueeze(1)).unsqueeze(1)
             made: dict[int, torch.Tensor] = {}
-            calls = [within(call, same_BLL, made) for call in calls]
+            calls = [narrowed(call, same_BLL, made) for call in calls]
             if (mixed := next((i for i, call in enumerate(calls) if not apart(call, positions)), None)) is not None:
                 raise UserError(
                     f"packing: separate is not possible with {self.skeleton.name}: layer {mixed} takes no mask that keeps documents apart "
@@ -207,8 +209,8 @@ class LayerWalk:
 
     @contextmanager
     def head(self) -> Iterator[Callable[..., torch.Tensor]]:
-        """A function (hidden, batch index, positions or None for all) -> logits [B, positions, vocabulary]: the stock final norm, head and
-        whatever scaling follows. Raises UserError at the end where any were not finite."""
+        """A function (hidden, batch index, positions or None for all) -> logits [B, positions, vocabulary]: the stock final norm, head (its
+        products in float32) and whatever scaling follows. Raises UserError at the end where any were not finite."""
         last = len(self.skeleton.layers) - 1
 
         @torch.no_grad()
@@ -221,9 +223,28 @@ class LayerWalk:
             self.range.see(made)
             return made
 
-        with self._outer("embeddings"):
+        with self._outer("embeddings"), exact_logits(self.model):
             yield logits
             self.range.check("the logits")
+
+
+@contextmanager
+def exact_logits(model: Any) -> Iterator[None]:
+    """The head's products in float32 whatever its weights are in: logits of 16 bits are rounded by more than small errors move them."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight.dtype == torch.float32:
+        yield
+        return
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        logits = torch.cat([x.float() @ rows.float().T for rows in head.weight.split(ROWS)], -1)
+        return logits if head.bias is None else logits + head.bias.float()
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def _ask_ahead(checkpoint: Checkpoint, keys: Sequence[str]) -> None:

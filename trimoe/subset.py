@@ -71,7 +71,7 @@ class SubsetLoss:
     """`loss(drop_PE)`: relative layer loss ||F(X) - F(X; E\\P)||_F / ||F(X)||_F of each candidate (float64 [P]); rows of `drop_PE` are
     sets of experts to drop (bool). Exact for sets of at most `max_drop` experts."""
 
-    def __init__(self, stats: LayerStats, *, device: str | torch.device = "cpu", relative: bool = True):
+    def __init__(self, stats: LayerStats, *, device: str | torch.device = "cpu"):
         assert stats.search, "no search tokens were gathered"
         self.rule, self.device = stats.rule, torch.device(device)
         self.logits_TE = stats.search["logits_TE"].to(self.device)
@@ -88,14 +88,13 @@ class SubsetLoss:
         else:
             self.full_weights_TK, self.full_index_TK = self.rule.route(self.logits_TE, self.bias_E)
         self.norm = float(self._full_energy().sum(dtype=torch.float64).clamp_min(1e-30).sqrt())
-        self.scale = self.norm if relative else 1.0
 
     def __call__(self, drop_PE: torch.Tensor) -> torch.Tensor:
         drop_PE = drop_PE.to(self.device)
         most = int(drop_PE.sum(1).max()) if len(drop_PE) else 0
         assert most <= self.max_drop, f"{most} experts dropped, the Gram reaches {self.max_drop}"
         squared = self._ordered(drop_PE) if self.rule.ordered else self._regrouped(drop_PE)
-        return squared.clamp_min(0).sqrt().cpu() / self.scale
+        return squared.clamp_min(0).sqrt().cpu() / self.norm
 
     @property
     def plain_softmax(self) -> bool:

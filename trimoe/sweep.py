@@ -30,12 +30,11 @@ from trimoe.errors import UserError
 from trimoe.evaluate import Ends, evaluate, harness, of_sources, taskset
 from trimoe.finished import lost
 from trimoe.journal import Journal
-from trimoe.plan import Plan
-from trimoe.precision import compute_dtype, dtype_name
+from trimoe.plan import Plan, skeleton_for
+from trimoe.precision import dtype_name
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe import Recipe
 from trimoe.shared_statistics import Shared
-from trimoe.skeleton import Skeleton
 from trimoe.spill import BUDGET
 from trimoe.standings import Row, frontier, plot, write_tables
 from trimoe.version import VERSION
@@ -117,7 +116,7 @@ def sweep(
         raise UserError("A sweep compares by KL on held-out text; give at least one (builtin:mixed is one).")
     several = isinstance(recipe, list | tuple) or (isinstance(recipe, dict) and "steps" not in recipe)
     found = variants(recipe if several else [recipe], changes)
-    skeleton = Skeleton.of(str(model), compute_dtype(dtype, device))
+    skeleton = skeleton_for(str(model), [variant.recipe() for variant in found], dtype, device)
     precision = dtype_name(skeleton.dtype)
 
     def planned(variant: Variant) -> tuple[Recipe, Plan]:

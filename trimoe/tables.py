@@ -23,7 +23,9 @@ def evaluation(report: dict[str, Any]) -> None:
 
 
 def _title(report: dict[str, Any], versus: bool) -> str:
-    return f"{report['model']}" + (f" against {report['against']}" if versus else "")
+    dtype = report.get("dtype", "float32")
+    inside = f", in {dtype}, whose roundings are in the numbers" if dtype != "float32" else ""
+    return f"{report['model']}" + (f" against {report['against']}" if versus else "") + inside
 
 
 def _texts(report: dict[str, Any], versus: bool) -> None:

@@ -22,7 +22,6 @@ from trimoe.skeleton import Skeleton
 from trimoe.spill import Carried, samples_for, streams_budget
 from trimoe.stream import LayerWalk
 
-ROWS = 8192  # of the head's weights that are in float32 at once
 Change = Callable[[nn.Module, Site | None], AbstractContextManager[None]]  # holds while the layer runs
 Name = TypeVar("Name", bound=Hashable)
 
@@ -94,25 +93,6 @@ def carried(hidden: Iterable[torch.Tensor], budget: int) -> Carried:
     return made
 
 
-@contextmanager
-def exact_logits(model: Any) -> Iterator[None]:
-    """The head's products in float32 whatever its weights are in: logits of 16 bits are rounded by more than small errors move them."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.weight.dtype == torch.float32:
-        yield
-        return
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        logits = torch.cat([x.float() @ rows.float().T for rows in head.weight.split(ROWS)], -1)
-        return logits if head.bias is None else logits + head.bias.float()
-
-    head.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del head.forward
-
-
 @torch.no_grad()
 def divergence(
     skeleton: Skeleton,
@@ -142,7 +122,7 @@ def divergence(
             streams = [grown for stream in streams for grown in _step(walk, index, layer, site, stream, versions, budget)]
     pieces: list[dict[Hashable, float]] = []
     ends = {name: stream.hidden for stream in streams for name in stream.names}
-    with walk.head() as head, exact_logits(walk.model):
+    with walk.head() as head:
         for batch in range(len(walk.batches)):
             for positions in walk.pieces(batch):
                 log_p = head(ends[original][batch], batch, positions).float().log_softmax(-1)

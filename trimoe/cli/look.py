@@ -52,16 +52,15 @@ def plan(
     from trimoe import plan_table
     from trimoe.calibration import check_here
     from trimoe.known import known
-    from trimoe.precision import compute_dtype
+    from trimoe.plan import skeleton_for
     from trimoe.recipe import load, with_calibration
-    from trimoe.skeleton import Skeleton
     from trimoe.timing import check_device, check_processes, estimate
 
     check_device(device)
     parsed = with_calibration(load(recipe, changes), calibration, samples, length)
     for source in parsed.calibration.sources:
         check_here(source)
-    skeleton = Skeleton.of(model, compute_dtype(dtype, device), weights=False)
+    skeleton = skeleton_for(model, [parsed], dtype, device, weights=False)
     made, traffic = trimoe.plan(skeleton, parsed, device=device), None
     check_processes(skeleton, parsed, processes, device)
     if stats is not None:

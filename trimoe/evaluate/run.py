@@ -17,7 +17,7 @@ from trimoe.errors import UserError, reading
 from trimoe.evaluate import generation, harness, taskset, texts
 from trimoe.evaluate.cache import Cache
 from trimoe.evaluate.texts import Ends
-from trimoe.precision import compute_dtype
+from trimoe.precision import compute_dtype, dtype_name
 from trimoe.progress import QUIET, Reporter
 from trimoe.skeleton import Skeleton
 from trimoe.stream import usable_device
@@ -95,7 +95,8 @@ def evaluate(
         harness.check(found, how)
     kept = Cache(Path(cache) if cache is not None else None)
     report: dict[str, Any] = {
-        "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride, "texts": [],
+        "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride,
+        "dtype": dtype_name(precision), "texts": [],
     }  # fmt: skip
     if sets:
         made = texts.measure(skeleton, other, sets, device=device, cache=kept, ends=ends, reporter=reporter)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from trimoe.errors import UserError
 from trimoe.expert import activate, matrices
-from trimoe.finite import within
+from trimoe.finite import checked
 from trimoe.methods.method import Decisions, Fitted
 from trimoe.seen import FEW, Given, Pool, Seen
 from trimoe.site import Site
@@ -138,7 +138,7 @@ class WeightPrune(Fitted):
         if given is None or self.score == "magnitude":
             return magnitude(w_OI)
         norm_I = input_norms(given.x_SH, given.gate_S if self.score == "moe_pruner" else None)
-        return weighted(w_OI, within(norm_I, "the norms of what an expert is given", given.x_SH.dtype))
+        return weighted(w_OI, checked(norm_I, "the norms of what an expert is given", given.x_SH.dtype))
 
     def _mask(self, score_OI: torch.Tensor) -> torch.Tensor:
         if self.n_of_m is not None:
@@ -174,5 +174,5 @@ def _moment(given: Given) -> torch.Tensor:
     """The mean of x x^T over the expert's tokens; few of them lean on the layer's."""
     x = given.x_SH.float()
     if len(x) >= FEW:
-        return within(x.T @ x / len(x), "the moments of what an expert is given", given.x_SH.dtype)
+        return checked(x.T @ x / len(x), "the moments of what an expert is given", given.x_SH.dtype)
     return replace(given, gate_S=torch.ones_like(given.gate_S)).moment

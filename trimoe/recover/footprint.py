@@ -65,8 +65,17 @@ def peak(skeleton: Skeleton, spec: Recover, device: str, *, parameters: int, ori
     each = STATE + (2 if masters and dtype != torch.float32 else 0)
     models = parameters + (original if spec.method == "experts" else 0)
     frozen = models - (trained if masters else 0)
-    body = frozen * dtype.itemsize + trained * each + activations + logits
-    return body, 0, parameters * dtype.itemsize
+    body = _frozen(skeleton, frozen, dtype.itemsize) + trained * each + activations + logits
+    return body, 0, _frozen(skeleton, parameters, dtype.itemsize)
+
+
+def _frozen(skeleton: Skeleton, numbers: int, item: int) -> int:
+    """Return the bytes of so many weights that do not train: packed matrices stay as they are stored, and one layer's are dense at a time."""
+    if skeleton.checkpoint.scheme is None:
+        return numbers * item
+    stored = skeleton.checkpoint.stored.values()
+    held = sum(math.prod(info.shape) * item if DTYPES[info.dtype].is_floating_point else info.nbytes for info in stored)
+    return held + skeleton.largest_layer // skeleton.dtype.itemsize * item
 
 
 def precision(spec: Recover, skeleton: Skeleton, device: str) -> torch.dtype:

@@ -39,8 +39,9 @@ class Logits:
         if self.whole:
             return part(self.found[:, :length], places)
         total = self.found.new_zeros((), dtype=torch.float32)
-        for at in places.split(self.share):
-            hidden_BPH = self.found[:, at[0] : at[-1] + 1]
+        for start in range(0, length, self.share):
+            at = places[start : start + self.share]
+            hidden_BPH = self.found[:, start : start + len(at)]
             if torch.is_grad_enabled():
                 found: Any = checkpoint(self._of, hidden_BPH, at, part, use_reentrant=False, preserve_rng_state=False)
             else:

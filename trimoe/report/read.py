@@ -113,7 +113,7 @@ class Finished:
     def asked(self) -> tuple[Any, ...]:
         """On what its mean KL was measured, in no order."""
         texts = sorted((str(row["name"]), str(row.get("windows")), int(row["tokens"])) for row in self.texts)
-        return (self.evaluation.get("length"), self.evaluation.get("stride"), *texts)
+        return (*(self.evaluation.get(name) for name in ("length", "stride")), self.evaluation.get("dtype", "float32"), *texts)
 
     @property
     def share(self) -> float:
