@@ -74,7 +74,7 @@ def test_host_and_device_are_compared_each_with_its_own(monkeypatch: pytest.Monk
 
 GROUPS = [
     ("0::/a/b\n", {"memory.max": "max"}, {"a/memory.max": "3000", "a/memory.swap.max": "500"}, 3500),
-    ("0::/a/b\n", {}, {"a/b/memory.max": "2000", "a/b/memory.swap.max": "max", "a/memory.max": "3000"}, 2000),
+    ("0::/a/b\n", {}, {"a/b/memory.max": "2000", "a/b/memory.swap.max": "max", "a/memory.max": "3000"}, 3000),
     ("0::/\n", {"memory.max": "4000"}, {}, 4000),
     ("0::/a\n", {}, {"a/memory.max": "max"}, 9000),
     ("5:cpu,cpuacct:/x\n4:memory:/x\n0::/\n", {}, {"memory/x/memory.limit_in_bytes": "2500"}, 2500),

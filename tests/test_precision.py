@@ -65,7 +65,7 @@ def test_what_auto_came_to_be_is_recorded(family_folder: Folder, text_file: Path
 
 
 def test_a_plan_counts_what_will_be_computed_in(family_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = trimoe.plan(str(family_folder("mixtral")), DROP, device="cuda", dtype="float32").memory_split
-    half = trimoe.plan(str(family_folder("mixtral")), DROP, device="cuda").memory_split
-    assert half == trimoe.plan(str(family_folder("mixtral")), DROP, device="cuda", dtype="bfloat16").memory_split
+    whole = trimoe.plan(str(family_folder("mixtral")), DROP, device="cuda", dtype="float32").device_split
+    half = trimoe.plan(str(family_folder("mixtral")), DROP, device="cuda").device_split
+    assert half == trimoe.plan(str(family_folder("mixtral")), DROP, device="cuda", dtype="bfloat16").device_split
     assert half["statistics"] < whole["statistics"]
