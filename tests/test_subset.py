@@ -23,7 +23,7 @@ from trimoe.routing import RoutingRule, identify
 from trimoe.site import Site, keep_experts
 from trimoe.skeleton import Skeleton
 from trimoe.stats import LayerStats
-from trimoe.subset import ROUTED, USUAL, SubsetLoss, search_budget
+from trimoe.subset import MEAN, USUAL, SubsetLoss, search_budget
 
 ALL = sorted(families.FAMILIES)
 RULES: dict[str, RoutingRule] = {
@@ -289,7 +289,7 @@ def test_search_budget_keeps_to_its_memory(family_folder: Callable[[str], Path])
     assert search_budget(sites, 0, 1000, 1.0) == 0
     assert search_budget(sites, 8, None, 2.0) == USUAL
     many = [replace(site, num_experts=512, rule=replace(site.rule, top_k=2)) for site in sites]
-    assert search_budget(many, 8, None, 2.0) == ROUTED * 256, "every expert has so many on average"
+    assert search_budget(many, 8, None, 2.0) == MEAN * 256, "every expert has so many on average"
     with pytest.raises(UserError, match="set calibration"):
         search_budget(sites, 8, 1000, 1e-9)
 

@@ -35,7 +35,7 @@ class CalibrationSpec:
     length         tokens in a sample; cut to the model's context
     packing        documents that share a sample: `joined`, tokens see those of the document before; `separate`, they do not, and positions
                    start again (not for models with recurrent layers, and of the calibration text alone: training joins documents)
-    search_tokens  tokens whose exact Gram is kept for searching; none given: 4,096, or so many that the mean expert has 64 of them
+    search_tokens  tokens whose exact Gram is kept for searching; none given: 4,096, or so many that the mean expert has 256 of them
     search_memory  GiB that the Grams of one layer may take; fewer search tokens are taken, and said, where more would not fit
     """
 

@@ -24,13 +24,14 @@ from trimoe.stats import LayerStats
 FEWEST = 16  # search tokens
 USUAL = 4096  # search tokens, where the recipe does not say
 ROUTED = 64  # search tokens that an expert should have been chosen for
+MEAN = 4 * ROUTED  # that a mean expert is to have, so that those have enough that are chosen a quarter as often
 TINY = 1e-12  # probability left to the survivors below which it is computed anew
 CHUNK = 1 << 22  # elements of a temporary: small enough to stay near the cache, large enough to keep the kernels busy
 
 
 def search_wanted(sites: Sequence[Site], tokens: int | None) -> int:
-    """How many search tokens are asked for: `tokens`, or where that is None USUAL, and more if a mean expert would have fewer than ROUTED."""
-    return tokens if tokens is not None else max(USUAL, *(math.ceil(ROUTED * site.num_experts / site.rule.top_k) for site in sites))
+    """How many search tokens are asked for: `tokens`, or where that is None USUAL, and more if a mean expert would have fewer than MEAN."""
+    return tokens if tokens is not None else max(USUAL, *(math.ceil(MEAN * site.num_experts / site.rule.top_k) for site in sites))
 
 
 def search_budget(sites: Sequence[Site], reach: int, tokens: int | None, memory: float) -> int:
