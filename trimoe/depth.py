@@ -84,7 +84,7 @@ def difference(skeleton: Skeleton, config: Mapping[str, Any], kept: Sequence[int
         return f"{len(layers)} layers come out instead of {len(kept)}"
     before, block = _stock_layers(skeleton), next(iter(skeleton.sites.values())).block
     for new, index in enumerate(kept):
-        found = _unlike(before[index], layers[new], block if index in without else None)
+        found = unlike(before[index], layers[new], block if index in without else None)
         if found is not None:
             return f"layer {index} would become another kind of layer ({found})"
     return None
@@ -100,7 +100,9 @@ def _stock_layers(skeleton: Skeleton) -> nn.ModuleList:
     )
 
 
-def _unlike(before: nn.Module, after: nn.Module, ignored: str | None) -> str | None:
+def unlike(before: nn.Module, after: nn.Module, ignored: str | None = None) -> str | None:
+    """In what two decoder layers differ beside their numbers; None if in nothing. What lies under `ignored` is not compared."""
+
     def parts(layer: nn.Module) -> dict[str, nn.Module]:
         return {n: m for n, m in layer.named_modules() if ignored is None or not (n == ignored or n.startswith(ignored + "."))}
 
