@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from trimoe import depth, hf
+from trimoe import depth, hf, passing
 from trimoe.errors import FOREIGN, stop_if_told
 from trimoe.headers import DTYPES
 from trimoe.layout import Layout
@@ -71,17 +71,22 @@ def caches(skeleton: Skeleton) -> list[Cache] | None:
 
 @torch.no_grad()
 def _caches(skeleton: Skeleton) -> Iterator[Cache]:
-    model, text = copy.deepcopy(skeleton.model), skeleton.config.get_text_config()
-    model = model.to("meta", cache_dtype(skeleton))
+    first, text = _first_alike(skeleton), skeleton.config.get_text_config()
+    model = copy.deepcopy(skeleton.model, {id(skeleton.layers[index]): skeleton.layers[index] for index in first if first[index] != index})
     layers = hf.decoder_layers(model)[1]
-    for index, site in skeleton.sites.items():
-        site.experts_of(layers[index]).forward = lambda hidden_states, *rest, **named: torch.zeros_like(hidden_states)
+    for index, like in first.items():
+        if like != index:
+            layers[index] = passing.Stand(layers[index])
+        elif index in skeleton.sites:
+            experts = skeleton.sites[index].experts_of(layers[index])
+            experts.forward = lambda hidden_states, *rest, **named: torch.zeros_like(hidden_states)
+    model = model.to("meta", cache_dtype(skeleton))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kept = model(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=True).past_key_values
     beside = [value for name, value in vars(kept).items() if name != "layers" and isinstance(value, list) and len(value) == len(layers)]
     heads, latent = text.num_attention_heads, getattr(text, "kv_lora_rank", None)
-    for index in range(len(layers)):
+    for index in first.values():
         held = kept.layers[index] if index < len(kept.layers) else None
         keys, values = getattr(held, "keys", None), getattr(held, "values", None)
         state = (
@@ -99,6 +104,19 @@ def _caches(skeleton: Skeleton) -> Iterator[Cache]:
             "latent" if latent else "window" if window else "all tokens", (keys.nbytes + values.nbytes) // keys.shape[-2], sizes[0], window,
             2 * heads * sum(widths), sizes[1],
         )  # fmt: skip
+
+
+def _first_alike(skeleton: Skeleton) -> dict[int, int]:
+    """Decoder layer -> the first one that is as it is in all but its number, and so keeps as much: the others need not run. Where layers hand
+    each other more than hidden states, each runs."""
+    kinds = getattr(skeleton.config.get_text_config(), "layer_types", None) or [None] * len(skeleton.layers)
+    found: dict[int, int] = {}
+    for index, layer in enumerate(skeleton.layers):
+        before = () if skeleton.passed_on else sorted(set(found.values()))
+        found[index] = next(
+            (like for like in before if kinds[like] == kinds[index] and depth.unlike(skeleton.layers[like], layer) is None), index
+        )
+    return found
 
 
 def cache_dtype(skeleton: Skeleton) -> torch.dtype:
@@ -198,7 +216,7 @@ def of_layers(skeleton: Skeleton, layout: Layout) -> list[LayerCosts]:
         cache = None if kept is None else kept[index]
         decision, site = layout.decisions.get(index), skeleton.sites.get(index)
         entries = layout.groups[index + 1]
-        parameters = sum(entry.parameters for entry in entries)
+        parameters = entries.parameters
         experts = inactive = 0
         if site is not None and decision is not None and decision.gone is None:
             experts = expert_parameters(skeleton, site, decision)
@@ -206,5 +224,5 @@ def of_layers(skeleton: Skeleton, layout: Layout) -> list[LayerCosts]:
         if decision is not None and decision.gone == "block":
             cache = GONE
         flops = 2 * multiplied(skeleton, index, decision) + (cache.flops(context) if cache is not None else 0)
-        found.append(LayerCosts(sum(entry.nbytes for entry in entries), parameters, parameters - inactive, experts, flops, cache))
+        found.append(LayerCosts(entries.nbytes, parameters, parameters - inactive, experts, flops, cache))
     return found

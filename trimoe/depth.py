@@ -84,7 +84,7 @@ def difference(skeleton: Skeleton, config: Mapping[str, Any], kept: Sequence[int
         return f"{len(layers)} layers come out instead of {len(kept)}"
     before, block = _stock_layers(skeleton), next(iter(skeleton.sites.values())).block
     for new, index in enumerate(kept):
-        found = _unlike(before[index], layers[new], block if index in without else None)
+        found = unlike(before[index], layers[new], block if index in without else None)
         if found is not None:
             return f"layer {index} would become another kind of layer ({found})"
     return None
@@ -100,7 +100,9 @@ def _stock_layers(skeleton: Skeleton) -> nn.ModuleList:
     )
 
 
-def _unlike(before: nn.Module, after: nn.Module, ignored: str | None) -> str | None:
+def unlike(before: nn.Module, after: nn.Module, ignored: str | None = None) -> str | None:
+    """In what two decoder layers differ beside their numbers; None if in nothing. What lies under `ignored` is not compared."""
+
     def parts(layer: nn.Module) -> dict[str, nn.Module]:
         return {n: m for n, m in layer.named_modules() if ignored is None or not (n == ignored or n.startswith(ignored + "."))}
 
@@ -176,19 +178,23 @@ def dense_form(skeleton: Skeleton, dropped: Sequence[int]) -> dict[str, Any] | N
 def zero_block(skeleton: Skeleton, index: int) -> dict[str, tuple[int, ...]] | None:
     """Name in the block -> shape of the dense MLP that stands in for layer `index`'s dropped MoE block in stock code; None where stock
     code has no such form, or the model has dense layers of another width beside."""
-    return skeleton.remembered(("zero block", index), lambda: _zero_block(skeleton, index))
+    return skeleton.remembered("zero blocks", lambda: _zero_blocks(skeleton))[index]
 
 
-def _zero_block(skeleton: Skeleton, index: int) -> dict[str, tuple[int, ...]] | None:
-    fields, every = dense_form(skeleton, [index]), list(range(len(skeleton.layers)))
+def _zero_blocks(skeleton: Skeleton) -> dict[int, dict[str, tuple[int, ...]] | None]:
+    """Of every MoE layer. They are built with all blocks dropped at once: stock code lists the layers that are dense one by one."""
+    fields, every = dense_form(skeleton, list(skeleton.sites)), list(range(len(skeleton.layers)))
     if fields is None:
-        return None
+        return dict.fromkeys(skeleton.sites)
     config = _plain_config(skeleton)
     config = with_text(config, {**text_of(config), **fields})
-    if difference(skeleton, config, every, [index]) is not None:
-        return None
+    if difference(skeleton, config, every, list(skeleton.sites)) is not None:
+        return dict.fromkeys(skeleton.sites)
     _, layers = hf.decoder_layers(hf.build_meta(hf.config_from(config, skeleton.config), skeleton.dtype))
-    block = skeleton.sites[index].block_of(layers[index])
+    return {index: _zero_block(site.block_of(layers[index])) for index, site in skeleton.sites.items()}
+
+
+def _zero_block(block: nn.Module) -> dict[str, tuple[int, ...]] | None:
     state = block.state_dict()
     if any(hf.is_decorated(module) for module in block.modules()) or any(name.endswith("bias") for name in state):
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -40,6 +41,18 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class Group(list[Entry]):
+    """Entries that go together, and are not changed any more."""
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self)
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(entry.parameters for entry in self)
 
 
 def changed(entry: Entry, decision: LayerDecision, inputs: int) -> list[Entry]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from trimoe import configuration, depth, hf, modeling_trimoe, residual
-from trimoe.entry import Entry, changed, dense_back, squeezed
+from trimoe.entry import Entry, Group, changed, dense_back, squeezed
 from trimoe.errors import UserError
 from trimoe.headers import DTYPES, header_bytes
 from trimoe.methods.method import Decisions, LayerDecision
@@ -37,6 +37,16 @@ class DiskExpert:
     axis: int = 0
 
 
+def _numbered(key: str, old: int, new: int) -> str:
+    """`key` of layer `old` under the number `new`; ValueError where its first number is not the layer's."""
+    parts = key.split(".")
+    at = next(n for n, part in enumerate([*parts, "0"]) if part.isdigit())
+    if at == len(parts) or int(parts[at]) != old:
+        raise ValueError(key)
+    parts[at] = str(new)
+    return ".".join(parts)
+
+
 class Layout:
     """The output of `decisions` on a checkpoint: entries by group (group 0: outside the layers; then one a layer)."""
 
@@ -47,13 +57,13 @@ class Layout:
         self.place = {index: new for new, index in enumerate(depth.kept_layers(skeleton, decisions))}  # old number -> new number
         self.groups = [
             self._copies(skeleton.outer_keys),
-            *(self._layer(index) if only in (None, index) else [] for index in range(len(skeleton.layers))),
+            *(self._layer(index) if only in (None, index) else Group() for index in range(len(skeleton.layers))),
         ]
 
     # ---- what is in a layer
 
-    def _copies(self, keys: Sequence[str]) -> list[Entry]:
-        return [self._copy(key, key) for key in keys]
+    def _copies(self, keys: Sequence[str]) -> Group:
+        return Group(self._copy(key, key) for key in keys)
 
     def _copy(self, key: str, source: str) -> Entry:
         """The whole of a source's tensor; one whose zeros are left out is read as rows, for its bytes do not lie in the file as they are."""
@@ -61,40 +71,42 @@ class Layout:
         rows = dict(axis=0, keep=tuple(range(info.shape[0]))) if squeezed else {}
         return Entry(key, info.dtype, info.shape, source=source, **rows)  # type: ignore[arg-type]
 
-    def _layer(self, index: int) -> list[Entry]:
+    def _layer(self, index: int) -> Group:
         """A decoder layer's entries under its new number; none if it is dropped."""
         if index not in self.place:
-            return []
+            return Group()
         if self.place[index] == index:
             return self.entries(index)
-        return [replace(entry, key=self._renumbered(entry.key, index)) for entry in self.entries(index)]
+        return Group(replace(entry, key=self._renumbered(entry.key, index)) for entry in self.entries(index))
 
-    def entries(self, index: int) -> list[Entry]:
+    def entries(self, index: int) -> Group:
         """A layer's entries under its old number, with the guard of the native form if that is the result's."""
         guard = (self.skeleton.spec or {}).get("guard", modeling_trimoe.GUARD)
         old = set(self.skeleton.source_keys(f"{self.skeleton.layer_name(index)}.{guard}"))
-        rest = [entry for entry in self._with_linears(index) if entry.key not in old]
+        rest = self._with_linears(index)
+        if old:
+            rest = Group(entry for entry in rest if entry.key not in old)
         if not self.guarded:
             return rest
         tensors = self.skeleton.checkpoint.tensors
         kinds = [tensors[key].dtype for key in self.skeleton.keys_by_layer[index]]
         dtype = next(kind for kind in kinds if DTYPES[kind].is_floating_point)
         disk = self._named(index, {modeling_trimoe.GUARD: torch.empty(1, device="meta")})
-        return rest + [Entry(key, dtype, (1,), zeros=True, stands_for=0) for key in disk]
+        return Group([*rest, *(Entry(key, dtype, (1,), zeros=True, stands_for=0) for key in disk)])
 
-    def _with_linears(self, index: int) -> list[Entry]:
+    def _with_linears(self, index: int) -> Group:
         entries, decision = self._with_experts(index), self.decisions.get(index)
         if decision is None or not decision.linears:
             return entries
         names = {self.skeleton.source_keys(f"{self.skeleton.layer_name(index)}.{path}.weight")[0] for path in decision.linears}
-        return [new for entry in entries for new in (changed(entry, decision, entry.shape[-1]) if entry.source in names else [entry])]
+        return Group(new for entry in entries for new in (changed(entry, decision, entry.shape[-1]) if entry.source in names else [entry]))
 
-    def _with_experts(self, index: int) -> list[Entry]:
+    def _with_experts(self, index: int) -> Group:
         """A layer's entries with its experts as decided."""
         keys, site = self.skeleton.keys_by_layer[index], self.skeleton.sites.get(index)
         decision = self.decisions.get(index)
         if decision is not None and site is not None and decision.gone == "moe":
-            return self._without_block(index, site)
+            return self.skeleton.remembered(("without block", index), lambda: self._without_block(index, site))
         whole = site is None or decision is None or len(decision.keep) == site.num_experts
         if site is None or decision is None or (whole and decision.in_ranks is None and not decision.changed):
             return self.skeleton.remembered(("copies", index), lambda: self._copies(keys))
@@ -114,7 +126,7 @@ class Layout:
             dtype = self.expert_dtype(index, site)
             disk = self._named(index, {f"{site.block}.{site.experts}.{name}": tensor for name, tensor in self.made(index).items()})
             entries += [Entry(key, dtype, tuple(tensor.shape)) for key, tensor in disk.items()]
-        return self._copies([key for key in keys if key not in replaced]) + entries
+        return Group([*self._copies([key for key in keys if key not in replaced]), *entries])
 
     def _refuse_stacked(self, index: int, found: DiskExpert, decision: LayerDecision) -> None:
         """compressed-tensors packs matrices; experts may lie stacked in one tensor."""
@@ -172,7 +184,7 @@ class Layout:
                 whole += len(decision.keep) * (site.first * site.hidden + site.hidden * site.width)
         return packed / whole
 
-    def _without_block(self, index: int, site: Site) -> list[Entry]:
+    def _without_block(self, index: int, site: Site) -> Group:
         """All but the MoE block: a dense MLP of zeros in its place where stock code can build one, the guard elsewhere."""
         prefix = f"{self.skeleton.layer_name(index)}.{site.block}."
         inside = {k for name, keys in self.skeleton.conversion.source_of.items() if name.startswith(prefix) for k in keys}
@@ -185,25 +197,41 @@ class Layout:
         empty = {f"{prefix}{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
         disk = hf.to_disk_format(self.skeleton.model, empty, self.skeleton.conversion)
         rest = self._copies([key for key in self.skeleton.keys_by_layer[index] if key not in inside])
-        return rest + [Entry(key, dtype, tuple(tensor.shape), zeros=True) for key, tensor in disk.items()]
+        return Group([*rest, *(Entry(key, dtype, tuple(tensor.shape), zeros=True) for key, tensor in disk.items())])
 
     def _renumbered(self, key: str, index: int) -> str:
         """`key` with the layer's new number: the first number in every known format's keys is the decoder layer's."""
         if self.place[index] == index:
             return key
-        parts = key.split(".")
-        at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
-        if at is None or int(parts[at]) != index:
-            raise UserError(f"block_drop: the layer's number could not be found in the checkpoint's key {key!r}; not supported yet.")
-        parts[at] = str(self.place[index])
-        return ".".join(parts)
+        try:
+            return _numbered(key, index, self.place[index])
+        except ValueError:
+            raise UserError(
+                f"block_drop: the layer's number could not be found in the checkpoint's key {key!r}; not supported yet."
+            ) from None
 
     def parameter(self, index: int, site: Site, path: str) -> str:
         return f"{self.skeleton.layer_name(index)}.{site.block}.{path}"
 
     def disk_expert(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
         """Where a parameter's experts lie on disk, and all keys that it is made of."""
-        return self.skeleton.remembered(("disk expert", index, path), lambda: self._disk_expert(index, site, path))
+        return self.skeleton.remembered(("disk expert", index, path), lambda: self._like_first(index, site, path))
+
+    def _like_first(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
+        """As in the first MoE layer, under this layer's number, if that gives this layer's keys; no conversion depends on the number."""
+        first = next(iter(self.skeleton.sites.values()))
+        shapes = {tensor_at(one.block_of(self.skeleton.layers[one.layer]), path).shape for one in (first, site) if path in one.expert_axes}
+        if first.layer != index and path in first.expert_axes and first.block == site.block and len(shapes) == 1:
+            found, _ = self.disk_expert(first.layer, first, path)
+            try:
+                whole = tuple(tuple(_numbered(key, first.layer, index) for key in keys) for keys in found.whole)
+                other = replace(found, whole=whole, key=_numbered(found.key, first.layer, index) if found.key else "")
+            except ValueError:
+                return self._disk_expert(index, site, path)
+            keys = {key for expert in whole for key in expert} or {other.key}
+            if keys == set(self.skeleton.source_keys(self.parameter(index, site, path))):
+                return other, keys
+        return self._disk_expert(index, site, path)
 
     def _disk_expert(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
         """Send expert numbers through the reverse conversion and see where they come out."""
@@ -279,7 +307,7 @@ class Layout:
         packs: list[list[int]] = [[]]
         size = 0
         for number, group in enumerate(self.groups):
-            nbytes = sum(entry.nbytes for entry in group)
+            nbytes = group.nbytes
             if packs[-1] and size + nbytes > MAX_SHARD:
                 packs.append([])
                 size = 0
@@ -289,7 +317,7 @@ class Layout:
 
     @property
     def tensor_bytes(self) -> int:
-        return sum(entry.nbytes for group in self.groups for entry in group)
+        return sum(group.nbytes for group in self.groups)
 
     @cached_property
     def nbytes(self) -> int:
@@ -331,7 +359,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(entry.nbytes for entry in self.entries)
+        return len(self.header) + sum(self.layout.groups[group].nbytes for group in self.groups)
 
     def offsets(self) -> dict[str, int]:
         """Absolute byte offset of each tensor."""

@@ -73,10 +73,10 @@ class Paper:
         self.open_layers = True
         weight = {}
         for kind, index in candidates:
-            weight[kind, index] = sum(entry.nbytes for entry in before.groups[index + 1])
+            weight[kind, index] = before.groups[index + 1].nbytes
             if kind == "moe":
                 without = {**self.decisions, index: replace(self.decisions[index], gone="moe")}
-                weight[kind, index] -= sum(entry.nbytes for entry in Layout(self.skeleton, without, only=index).groups[index + 1])
+                weight[kind, index] -= Layout(self.skeleton, without, only=index).groups[index + 1].nbytes
         order = sorted(candidates, key=lambda part: weight[part] / left.cost(part, (), mixed=step.blocks), reverse=self.largest)
         chosen: list[parts.Part] = []
         for part in order if total is not None or self.largest else ():

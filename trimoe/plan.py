@@ -183,7 +183,8 @@ def _forms(skeleton: Skeleton, recipe: Recipe) -> _Forms:
     _check_recovery(recipe)
     if skeleton.checkpoint.scheme is not None:
         raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
-    most, least = Paper(skeleton, recipe, largest=False), Paper(skeleton, recipe, largest=True)
+    most = Paper(skeleton, recipe, largest=False)
+    least = Paper(skeleton, recipe, largest=True) if most.open_depth else most  # the two differ in the layers that go
     layout = Layout(skeleton, most.decisions)
     smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
     stored = layout.native or smaller.native
@@ -331,7 +332,7 @@ def _mean(ranks: Sequence[int]) -> str:
 
 def sizes(skeleton: Skeleton, layout: Layout, layers: list[LayerCosts], open_: Open | None = None) -> Sizes:
     """The whole model's, from its layers and what lies outside them."""
-    outside = sum(entry.parameters for entry in layout.groups[0])
+    outside = layout.groups[0].parameters
     slack, more, low = (0, 0, layout.nbytes) if open_ is None else (open_.slack, open_.parameters, open_.least_bytes)
     cached = None if any(layer.cache is None for layer in layers) else [layer.cache for layer in layers if layer.cache is not None]
     return Sizes(
