@@ -122,7 +122,7 @@ def test_recipes_that_cannot_be(line: Line, source: Path, text_file: Path, tmp_p
         "more than its limit of 3",
         recipe={"steps": [{"expert_drop": {"count": 2, "counts": "uniform", "search": {"exhaustive": {"limit": 3}}}}]},
     )
-    go("dtype 'float8' is not one of float32, bfloat16, float16", "--dtype", "float8")
+    go("dtype 'float8' is not one of auto, float32, bfloat16, float16", "--dtype", "float8")
 
 
 def test_recipe_files_that_mean_harm(line: Line, source: Path, text_file: Path, tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from damage import says
 from safetensors.torch import load_file, save_file
 
 import trimoe
-from trimoe import hf, inspection
+from trimoe import costs, depth, hf, inspection
+from trimoe.layout import Layout
+from trimoe.loading import FAMILIES
+from trimoe.methods.method import unchanged
 from trimoe.skeleton import Skeleton
 
 Family = Callable[[str], Path]
@@ -120,3 +123,65 @@ def test_an_output_that_is_a_link_to_nothing(source: Path, text_file: Path, tmp_
     with pytest.raises(trimoe.errors.UserError, match=r"is a link to .*nowhere, which does not exist"):
         trimoe.compress(str(source), UNIFORM, out, calibration=[str(text_file)], samples=2, length=32)
     assert json.loads((source / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_next", "gpt_oss"])
+def test_alike_layers_are_as_each_by_itself(family: str, family_folder: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches and experts' keys are worked out for one layer of a kind: they are what every layer gives when it is asked."""
+    skeleton, other = (Skeleton.of(family_folder(family)) for _ in range(2))
+    layout = Layout(skeleton, unchanged(skeleton.sites))
+    for index, site in skeleton.sites.items():
+        for path in site.expert_axes:
+            assert layout.disk_expert(index, site, path) == layout._disk_expert(index, site, path)
+    found = costs.caches(skeleton)
+    monkeypatch.setattr(depth, "unlike", lambda *layers: "each is of its own kind")
+    assert found is not None and found == costs.caches(other)
+
+
+GROUPED, MLA = families.GROUPED, families.MLA
+ONE_GROUP = dict(n_shared_experts=1, n_group=1, topk_group=1)
+SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+INDEXED = {**GROUPED, **MLA, **ONE_GROUP, **SPARSE, "q_lora_rank": 16, "first_k_dense_replace": 1, "index_head_dim": 8, "index_n_heads": 2,
+           "index_topk": 8}  # fmt: skip
+LOCAL = dict(num_local_experts=8, num_experts_per_tok=2, intermediate_size=24)
+MIXED = ["sliding_attention", "full_attention", "full_attention"]
+LISTED: dict[str, dict[str, Any]] = {
+    **families.FAMILIES, **BIASED,
+    "axk1": INDEXED, "deepseek_v32": INDEXED, "glm_moe_dsa": {**INDEXED, "indexer_types": ["full", "full", "shared"]},
+    "bailing_hybrid": {**MLA, **QWEN, "num_experts_per_token": 2, "num_shared_experts": 1, "q_lora_rank": 16, "head_dim": 8, "n_group": 1,
+                       "topk_group": 1, "first_k_dense_replace": 1},
+    "cohere2_moe": {**QWEN, **SPARSE, "head_dim": 8, "layer_types": MIXED},
+    "dots1": {**GROUPED, **ONE_GROUP, "first_k_dense_replace": 1, "head_dim": 8},
+    "exaone_moe": {**QWEN, **SPARSE, "head_dim": 8, "n_group": 1, "topk_group": 1, "num_shared_experts": 1, "first_k_dense_replace": 1,
+                   "layer_types": MIXED},
+    "flex_olmo": dict(num_experts=8, num_experts_per_tok=2, intermediate_size=24, num_key_value_heads=4),
+    "glm4_moe_lite": {**GROUPED, **MLA, **ONE_GROUP, **SPARSE, "q_lora_rank": 16},
+    "granitemoeshared": {**LOCAL, "shared_intermediate_size": 24},
+    "granitemoehybrid": {**LOCAL, "shared_intermediate_size": 24, "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 8,
+                         "layers_block_type": ["mamba", "attention", "mamba"], "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "hy_v3": {**QWEN, **SPARSE, "head_dim": 8},
+    "laguna": {**QWEN, **SPARSE, "head_dim": 8, "shared_expert_intermediate_size": 24},
+    "mellum": dict(num_local_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8),
+    "mimo_v2_flash": {**GROUPED, **SPARSE, "head_dim": 8, "v_head_dim": 8, "swa_head_dim": 8, "swa_v_head_dim": 8, "n_group": 1,
+                      "topk_group": 1, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "minimax_m2": {**LOCAL, "head_dim": 8},
+    "nemotron_h": dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, intermediate_size=40, n_groups=2, n_group=1,
+                       moe_shared_expert_intermediate_size=24, hybrid_override_pattern="ME*E", num_hidden_layers=4, head_dim=8,
+                       mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, topk_group=1),
+    "qwen3_5_moe_text": {**families.FAMILIES["qwen3_next"], "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    "solar_open": {**GROUPED, **ONE_GROUP, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_listed_family_is_supported(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And what is built on meta has the buffers that a real build has."""
+    monkeypatch.setitem(families.FAMILIES, family, LISTED[family])
+    families.save(family, tmp_path)
+    skeleton = Skeleton.of(tmp_path)
+    assert skeleton.sites and all(site.rule.top_k == 2 for site in skeleton.sites.values())
+    config = families.config_of(family)
+    real, built = (dict(make(config, torch.float32).named_buffers()) for make in (hf._built, hf.build_meta))
+    assert real.keys() == built.keys() and all(torch.equal(built[name], buffer) for name, buffer in real.items())

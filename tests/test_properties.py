@@ -38,7 +38,7 @@ ENTRIES = st.fixed_dictionaries(
 )  # fmt: skip
 HEADERS = st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), ENTRIES | JSON, max_size=4)
 TENSORS = st.lists(
-    st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3).map(tuple)), max_size=5
+    st.tuples(st.sampled_from(sorted({*DTYPES} - {"F8_E8M0"})), st.lists(st.integers(0, 5), max_size=3).map(tuple)), max_size=5
 )  # fmt: skip
 Family = Callable[[str], Path]
 

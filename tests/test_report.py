@@ -194,7 +194,7 @@ def test_parts_are_drawn_in_one_order(made: Callable[[str], Path], tmp_path: Pat
         return [row[0] for row in figure.table.rows]
 
     folder = Path(shutil.copytree(made("layer-drop"), tmp_path / "copy"))
-    assert shown(folder) == ["embedding", "attention", "routers", "routed experts", "norms", "head"]
+    assert shown(folder) == ["embedding", "attention", "routers", "routed experts", "norms", "head", "other"]
 
 
 def test_two_steps_of_one_kind(family_folder: Family, text_file: Path, tmp_path: Path) -> None:

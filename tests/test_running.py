@@ -294,7 +294,7 @@ def test_mistakes_are_named(made: Any, tmp_path: Path) -> None:
         trimoe.load(folder, backend="fast")
     with pytest.raises(trimoe.UserError, match="not quantised"):
         trimoe.load(folder.parent / "packed-dense", backend="int8-dynamic")
-    with pytest.raises(trimoe.UserError, match="no dtype 'floaty'"):
+    with pytest.raises(trimoe.UserError, match="dtype 'floaty' is not one of auto, float32"):
         trimoe.load(folder, dtype="floaty")
     mixed = tmp_path / "mixed"
     mixed.mkdir()

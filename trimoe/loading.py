@@ -72,7 +72,7 @@ def load(
     running.check_backend(backend)
     checkpoint = Checkpoint.open(folder)
     config = hf.load_config(checkpoint.folder)
-    dtype = dtype if dtype == "auto" else compute_dtype(dtype)
+    dtype = "auto" if dtype == "auto" else _dtype(checkpoint, dtype)
     if hf.causal_lm_class(config) is None:
         raise UserError(f"{folder} ({config.model_type}) is not a causal language model that transformers knows.")
     if checkpoint.scheme is not None:

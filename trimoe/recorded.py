@@ -121,9 +121,12 @@ def _sizes(skeleton: Skeleton, part_of: Mapping[str, str], made: Sequence[Entry]
         sizes[part][0] += skeleton.checkpoint.tensors[key].nbytes
     stems = {**part_of, **{key.removesuffix("weight"): part for key, part in part_of.items()}}
     for entry in made:
+        if entry.zeros and entry.stands_for == 0:  # the guard of native forms
+            sizes.setdefault("other", [0, 0])[1] += entry.nbytes
+            continue
         stem = entry.key.removesuffix(BITMASK)
         sizes[stems.get(stem) or stems.get(stem[: stem.rfind(".") + 1]) or new][1] += entry.nbytes
-    return {part: both for part, both in sizes.items() if any(both)}
+    return {part: sizes[part] for part in PARTS if any(sizes.get(part, ()))}
 
 
 def _outside(skeleton: Skeleton) -> dict[str, str]:
