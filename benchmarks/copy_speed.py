@@ -20,8 +20,8 @@ import random_model
 import torch
 
 from trimoe import write
+from trimoe.decision import LayerDecision
 from trimoe.layout import Layout
-from trimoe.methods.method import LayerDecision
 from trimoe.skeleton import Skeleton
 
 

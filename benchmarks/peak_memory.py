@@ -21,8 +21,8 @@ import random_model
 from alternate import table, write_json
 
 import trimoe
-from trimoe.disk import human
 from trimoe.skeleton import Skeleton
+from trimoe.words import human
 
 
 def watch(command: list[str]) -> tuple[list[tuple[str, int]], float]:

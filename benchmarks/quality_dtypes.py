@@ -20,14 +20,14 @@ from quality_expert_drop import Held, Memory
 import trimoe
 from trimoe.calibration import calibrate
 from trimoe.decide import Run, _decide_drops
+from trimoe.decided import masked
+from trimoe.decision import Decisions, unchanged
 from trimoe.gather import statistics
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import Greedy
-from trimoe.methods.method import Decisions, unchanged
-from trimoe.observe import masked
 from trimoe.progress import QUIET
-from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.skeleton import Skeleton
+from trimoe.spec import CalibrationSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -79,7 +79,7 @@ def main() -> None:
         sites = dict(skeleton.sites)
         stats = statistics(skeleton, batches, reach=max(step.reach(sites) for step in steps), seed=given.seed)
         for step in steps:
-            run = Run(skeleton, Recipe(steps=(step,), calibration=spec), batches, given.seed, "cpu", {}, QUIET, domains=text.domains)
+            run = Run(skeleton, (step,), spec, batches, given.seed, "cpu", {}, QUIET, domains=text.domains)
             decisions, metrics = _decide_drops(run, Memory(), 0, step, sites, unchanged(sites), stats)  # type: ignore[arg-type]
             chosen[step.ratio or 0][name] = (kept(decisions), metrics)
             print(f"{name} {step.ratio:.1%} decided after {time.monotonic() - began:.0f} s", flush=True)

@@ -18,15 +18,16 @@ import torch
 import trimoe
 from trimoe.calibration import calibrate, encode, load_tokenizer, read_text
 from trimoe.decide import Run, _decide_drops
+from trimoe.decided import masked
+from trimoe.decision import unchanged
 from trimoe.evaluate import windows
 from trimoe.gather import statistics
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import Exhaustive, Genetic, Greedy, ReceptiveField
-from trimoe.methods.method import unchanged
-from trimoe.observe import masked
 from trimoe.progress import QUIET
-from trimoe.recipe import CalibrationSpec, Recipe
+from trimoe.recipe import Recipe
 from trimoe.skeleton import Skeleton
+from trimoe.spec import CalibrationSpec
 from trimoe.subset import SubsetLoss
 
 PAPER: dict[str, Any] = {"layer_limit": None, "protect_super_experts": False}
@@ -109,7 +110,7 @@ def main() -> None:
             if given.only and name not in given.only:
                 continue
             recipe = Recipe(steps=(step,), calibration=spec)
-            run = Run(skeleton, recipe, batches, given.seed, "cpu", {}, QUIET)
+            run = Run(skeleton, recipe.steps, recipe.calibration, batches, given.seed, "cpu", {}, QUIET)
             decisions, metrics = _decide_drops(run, Memory(), 0, step, dict(skeleton.sites), unchanged(skeleton.sites), stats)  # type: ignore[arg-type]
             losses = []
             with contextlib.ExitStack() as stack:

@@ -24,10 +24,10 @@ from alternate import table, write_json
 
 import trimoe
 from trimoe import limits, memory
-from trimoe.disk import human
 from trimoe.recover import footprint
 from trimoe.recover.spec import parsed
 from trimoe.skeleton import Skeleton
+from trimoe.words import human
 
 METHODS: dict[str, dict[str, Any]] = {
     "router": {"method": "router"},

@@ -34,7 +34,7 @@ import trimoe
 
 WAYS = ("whole", "killed", "two")
 HERE = Path.cwd()
-WORDS = 4000
+WORDS = 8000
 RECIPES = Path(trimoe.__file__).parent / "recipes"
 TRAINING = ("samples=8", "length=16", "steps=2", "epochs=1")
 MORE: dict[str, dict[str, Any]] = {
@@ -49,9 +49,7 @@ MORE: dict[str, dict[str, Any]] = {
 def make(model: Path, text: Path, name: str, out: Path) -> None:
     """Compress with small calibration, as this process or as one of a team."""
     changes = [f"recover.{change}" for change in TRAINING] if _trains(name) else []
-    trimoe.compress(
-        str(model), MORE.get(name, name), out, changes=changes, calibration=[str(text)], samples=6, length=32, command="same"
-    )
+    trimoe.compress(str(model), MORE.get(name, name), out, changes=changes, calibration=[str(text)], samples=80, length=64, command="same")
 
 
 def _trains(name: str) -> bool:
@@ -66,10 +64,9 @@ def forked(work: Callable[[], None], environment: dict[str, str] | None = None) 
     code = 1
     try:
         os.environ.update(environment or {})
-        sys.stderr = open(os.devnull, "w") if environment is not None and environment.get("RANK") != "0" else sys.stderr
         work()
         code = 0
-    except BaseException:  # noqa: BLE001 (the child has nobody to raise to)
+    except BaseException:
         traceback.print_exc()
     os._exit(code)
 
@@ -111,12 +108,10 @@ def sources(folder: Path) -> tuple[Path, Path]:
     """A small random model and a text for it."""
     model, text = folder / "model", folder / "text.txt"
     model.mkdir()
-    random_model.save(
-        random_model.config_of(layers=8, experts=8, hidden=64, width=32, top_k=2, vocabulary=96, context=64), model
-    )
+    random_model.save(random_model.config_of(layers=8, experts=8, hidden=64, width=32, top_k=2, vocabulary=96, context=64), model)
     dice = random.Random(0)
     text.write_text(" ".join("".join(dice.choices("etaoinshrdlu", k=dice.randint(1, 8))) for _ in range(WORDS)))
-    return model, text
+    return Path(model.name), Path(text.name)
 
 
 def main() -> int:
@@ -140,7 +135,7 @@ def main() -> int:
                 out = place / "out"
 
                 def work(name: str = name, out: Path = out) -> None:
-                    make(Path("model"), Path("text.txt"), name, out.relative_to(place))
+                    make(model, text, name, out.relative_to(place))
 
                 {"whole": whole, "killed": killed, "two": two}[way](work, seconds)
                 seconds = time.monotonic() - start if way == "whole" else seconds

@@ -24,16 +24,17 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 import trimoe
 from trimoe.calibration import calibrate
-from trimoe.disk import human, search_spilled
+from trimoe.decided import masked
+from trimoe.disk import search_spilled
 from trimoe.gather import statistics
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import Greedy
-from trimoe.observe import masked
 from trimoe.recipe import load
 from trimoe.recorded import routed
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.subset import USUAL, gram_bytes
+from trimoe.words import human
 
 MEMORY = 2.0  # GiB, search_memory's default
 

@@ -34,8 +34,9 @@ def classes() -> dict[str, Any]:
     """Every dataclass that a recipe is made of, by its name."""
     from trimoe.methods import METHODS
     from trimoe.methods.expert_drop import SEARCHES, ReceptiveField
-    from trimoe.recipe import CalibrationSpec, Recipe
+    from trimoe.recipe import Recipe
     from trimoe.recover.spec import Recover
+    from trimoe.spec import CalibrationSpec
 
     return {kind.__name__: kind for kind in (Recipe, CalibrationSpec, Recover, *METHODS.values(), *SEARCHES.values(), ReceptiveField)}
 

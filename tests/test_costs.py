@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import trimoe
 from trimoe.costs import caches, context_of, head_matrix, of_layers
+from trimoe.decision import unchanged
 from trimoe.layout import Layout
-from trimoe.methods.method import unchanged
 from trimoe.skeleton import Skeleton
 
 Family = Callable[[str], Path]

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 import trimoe
 from trimoe.calibration import in_batches
+from trimoe.decision import LayerDecision
 from trimoe.distributed import ALONE, Team
 from trimoe.methods.low_rank import LowRank
-from trimoe.methods.method import LayerDecision
 from trimoe.seen import Seen
 from trimoe.shares import narrowed, share
 from trimoe.skeleton import Skeleton

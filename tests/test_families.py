@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import trimoe
-from trimoe.observe import masked
+from trimoe.decided import masked
 from trimoe.site import keep_experts
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import trimoe
 from trimoe import costs, depth, hf, inspection
+from trimoe.decision import unchanged
 from trimoe.layout import Layout
 from trimoe.loading import FAMILIES
-from trimoe.methods.method import unchanged
 from trimoe.skeleton import Skeleton
 
 Family = Callable[[str], Path]

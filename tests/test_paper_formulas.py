@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import trimoe
 from trimoe import recipe
 from trimoe.calibration import calibrate
+from trimoe.decided import masked
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
-from trimoe.observe import masked
 from trimoe.skeleton import Skeleton
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "papers"

@@ -14,7 +14,7 @@ from torch import nn
 
 import trimoe
 from trimoe import passing, spill
-from trimoe.observe import masked
+from trimoe.decided import masked
 from trimoe.skeleton import Skeleton
 from trimoe.stream import LayerWalk
 

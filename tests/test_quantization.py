@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from trimoe.decision import LayerDecision, unchanged
 from trimoe.errors import UserError
 from trimoe.expert import matrices, run_expert
-from trimoe.methods.method import LayerDecision, unchanged
 from trimoe.methods.quantize import Quantize, folded, linear_rows, put_back
 from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed

@@ -14,7 +14,8 @@ from trimoe import recipe
 from trimoe.errors import UserError
 from trimoe.methods import ExpertDrop, LowRank
 from trimoe.methods.expert_drop import Exhaustive, Genetic, Greedy, Random, ReceptiveField
-from trimoe.recipe import CalibrationSpec, Recipe, load, recovery, text_of
+from trimoe.recipe import Recipe, load, recovery, text_of
+from trimoe.spec import CalibrationSpec
 
 DROP: dict[str, Any] = {"steps": [{"expert_drop": {"ratio": 0.25}}]}
 

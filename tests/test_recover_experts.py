@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import trimoe
 from trimoe import UserError, hf
 from trimoe.checkpoint import Checkpoint
+from trimoe.decision import LayerDecision
 from trimoe.journal import Journal
-from trimoe.methods.method import LayerDecision
 from trimoe.modeling_trimoe import FactoredExperts
 from trimoe.progress import QUIET
 from trimoe.recover.experts import distil, expert_loss

@@ -20,9 +20,9 @@ from trimoe import card
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from trimoe import evidence, recorded, words
+from trimoe import evidence, size_by_part, words
+from trimoe.decision import unchanged
 from trimoe.layout import Layout
-from trimoe.methods.method import unchanged
 from trimoe.report import build, charts, chosen, page, size
 from trimoe.report.read import Finished
 from trimoe.report.section import Code, Figure, Section, Table
@@ -166,7 +166,7 @@ def test_numbers_have_the_same_digits() -> None:
 def test_bytes_by_part(family: str, family_folder: Family) -> None:
     """Every tensor is in a part, the same before and after where nothing changes, and the parts are where one would look for them."""
     skeleton = Skeleton.of(str(family_folder(family)))
-    made = recorded.parts(Layout(skeleton, unchanged(skeleton.sites)))
+    made = size_by_part.parts(Layout(skeleton, unchanged(skeleton.sites)))
     assert all(before == after for place in (made["outside the layers"], *made["layers"].values()) for before, after in place.values())
     assert list(made["outside the layers"]) == ["embedding", "norms", "head"]
     for index, sizes in made["layers"].items():

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import nn
 
+from trimoe.decided import masked
 from trimoe.errors import UserError
 from trimoe.gather import search_rows, statistics
-from trimoe.observe import masked, reach_order
+from trimoe.observe import reach_order
 from trimoe.routing import RoutingRule, identify
 from trimoe.site import Site, keep_experts
 from trimoe.skeleton import Skeleton

@@ -26,9 +26,9 @@ from typer.testing import CliRunner
 import trimoe
 from trimoe import cli, receptive_field, spill, stream
 from trimoe.calibration import load_tokenizer
+from trimoe.decided import masked
 from trimoe.evaluate import windows
 from trimoe.methods.expert_drop import ReceptiveField
-from trimoe.observe import masked
 from trimoe.progress import QUIET
 from trimoe.sensitivity import LEAST, Sensitivity, nudged, probe_size, sensitivity, shrunk
 from trimoe.skeleton import Skeleton

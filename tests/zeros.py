@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 import trimoe
 from trimoe.compress import calibration_for
 from trimoe.progress import QUIET
-from trimoe.recipe import CalibrationSpec
 from trimoe.skeleton import Skeleton
+from trimoe.spec import CalibrationSpec
 from trimoe.stream import LayerWalk
 
 ALL = sorted(families.FAMILIES)

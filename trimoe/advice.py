@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from trimoe.calibration import BUILTIN_DOMAINS
 from trimoe.depth import zero_block
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
-from trimoe.recipe import CalibrationSpec, Recipe
+from trimoe.recipe import Recipe
 from trimoe.skeleton import Skeleton
+from trimoe.spec import CalibrationSpec
 
 ENOUGH = 512  # tokens an expert, on average: experts are used unevenly, and one that saw fewer than 128 is fitted to its layer's inputs
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from trimoe import card, card_metadata, disk, memory, recorded
+from trimoe import card, card_metadata, disk, memory, recorded, size_by_part
 from trimoe import recipe as recipes
 from trimoe.advice import reads_text
 from trimoe.calibration import NO_TEXT, Calibration, calibrate, check_shared_out, most_tokens
 from trimoe.checkpoint import Checkpoint
 from trimoe.decide import Run, decide, rounded
-from trimoe.disk import human
+from trimoe.decision import Decisions, LayerDecision, unchanged
 from trimoe.distributed import ALONE, Team, team
 from trimoe.documents import START
 from trimoe.errors import UserError, reading
@@ -28,20 +28,20 @@ from trimoe.headers import read_json
 from trimoe.journal import FOLDER, STAGE, Journal
 from trimoe.layout import Layout
 from trimoe.methods import ExpertDrop
-from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.plan import Plan, final_plan, plan, skeleton_for
 from trimoe.precision import compute_dtype, dtype_name
 from trimoe.progress import LOG, QUIET, Reporter, logged
-from trimoe.recipe import CalibrationSpec, Recipe, with_calibration
+from trimoe.recipe import Recipe, with_calibration
 from trimoe.recover import recover
 from trimoe.recover.given import check, refuse_inside
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
+from trimoe.spec import CalibrationSpec
 from trimoe.stats import Stats, from_main
 from trimoe.stream import LayerWalk, usable_device
 from trimoe.transform import transform
 from trimoe.version import VERSION, versions
-from trimoe.words import listed
+from trimoe.words import human, listed
 from trimoe.write import Writer, write_text
 
 GENERATION = "generation_config.json"
@@ -138,15 +138,18 @@ def job_of(
             "calibration": text.fingerprint,
             "dtype": dtype_name(skeleton.dtype),
         }
-    run = Run(skeleton, parsed, _batches(text, place, processes), seed, place, about, reporter, processes, text.domains)
+    run = Run(
+        skeleton, parsed.steps, parsed.calibration, _batches(text, place, processes), seed, place, about, reporter, processes, text.domains
+    )  # fmt: skip
     inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
-    return Job(run, text, inputs, command)
+    return Job(parsed, run, text, inputs, command)
 
 
 @dataclass(frozen=True)
 class Job:
     """A compression that nothing on paper speaks against; `warnings` are said as the work begins."""
 
+    recipe: Recipe
     run: Run
     text: Calibration
     inputs: dict[str, Any]
@@ -157,14 +160,14 @@ class Job:
         """The result in `out`: found there, or made, and trained where the recipe says so."""
         run, main = self.run, self.run.team
         source = run.skeleton.checkpoint
-        finished = main.from_main(lambda: _finished(out, self.inputs, run.recipe.recover, source))
+        finished = main.from_main(lambda: _finished(out, self.inputs, self.recipe.recover, source))
         if finished is not None:
             Journal(out, self.inputs, main).tidy()
             run.reporter.say(f"{out} holds the finished result of this very command already.")
             return finished
         main.from_main(lambda: _refuse_other_result(out, self.inputs))
-        given = from_main(main, lambda: _given_stats(stats, run.about, run.skeleton, run.recipe))
-        if run.recipe.recover is None:
+        given = from_main(main, lambda: _given_stats(stats, run.about, run.skeleton, self.recipe))
+        if self.recipe.recover is None:
             return self.compressed(out, before, given, out)
         stage = out / FOLDER / STAGE
         if not stage.exists():
@@ -175,14 +178,14 @@ class Job:
         Journal(stage, self.inputs).tidy()
         self._adopt(stage)
         trained = recover(
-            stage, out, run.recipe.recover, seed=run.seed, device=run.device, any_memory=True, command=self.command, reporter=run.reporter
+            stage, out, self.recipe.recover, seed=run.seed, device=run.device, any_memory=True, command=self.command, reporter=run.reporter
         )
         return replace(made, out=out, metrics={**made.metrics, "recover": trained.metrics})
 
     def _adopt(self, stage: Path) -> None:
         """The first half of a recipe may be that of one whose training diverged: what is recorded is this one's recipe and command."""
         record = read_json(stage / "trimoe.json")
-        mine = {"recipe": self.run.recipe.to_json(), "command": self.command}
+        mine = {"recipe": self.recipe.to_json(), "command": self.command}
         if {name: record[name] for name in mine} != mine:
             record |= mine
             write_text(stage / "README.md", card.text(record))
@@ -190,7 +193,7 @@ class Job:
 
     def compressed(self, out: Path, before: Plan, given: Stats | None, final_out: Path) -> Result:
         """Decide, transform, write; what a killed run has done already is taken from `out`. The log lies in `final_out`."""
-        run, text, parsed, skeleton = self.run, self.text, self.run.recipe, self.run.skeleton
+        run, text, parsed, skeleton = self.run, self.text, self.recipe, self.run.skeleton
         journal = Journal(out, self.inputs, run.team)
         run.team.from_main(journal.refuse_other_content)
         others = (run.team.here - 1) * disk.search_spilled(skeleton, parsed, text.samples_NL.numel())
@@ -210,7 +213,7 @@ class Job:
             record = {
                 "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
                 "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
-                "parts": recorded.parts(layout), "earlier": recorded.earlier(source := skeleton.checkpoint.folder),
+                "parts": size_by_part.parts(layout), "earlier": recorded.earlier(source := skeleton.checkpoint.folder),
                 "source_card": card_metadata.inherited(source),
                 "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains)),
                     "domain_samples": text.counts},

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from trimoe import depth, hf, modeling_trimoe, residual
+from trimoe.decision import Decisions, kept_layers
 from trimoe.errors import UserError
-from trimoe.methods.method import Decisions
 from trimoe.skeleton import Skeleton
 
 
 def native_spec(skeleton: Skeleton, decisions: Decisions) -> dict[str, object] | None:
     """`moe_compression` of the result; None where stock code can express it."""
-    kept = depth.kept_layers(skeleton, decisions)
+    kept = kept_layers(skeleton, decisions)
     total, layers = total_of(skeleton, decisions), {}
     for place, index in enumerate(kept):
         entry, decision = dict((skeleton.spec or {}).get("layers", {}).get(str(index), {})), decisions.get(index)
@@ -59,7 +59,7 @@ def config_of(skeleton: Skeleton, decisions: Decisions) -> dict[str, object]:
     """The source's config.json with the new expert counts and layers. Raises UserError where it cannot describe what is left."""
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key != modeling_trimoe.KEY}
     config.pop("auto_map", None)  # the source's own code is not carried over; transformers has the family
-    kept = depth.kept_layers(skeleton, decisions)
+    kept = kept_layers(skeleton, decisions)
     place = {index: new for new, index in enumerate(kept)}
     emptied = [index for index in kept if index in decisions and decisions[index].gone == "moe"]
     field, text = skeleton.count_field, skeleton.config.get_text_config()

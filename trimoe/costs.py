@@ -18,16 +18,16 @@ from typing import Any, Literal
 import torch
 
 from trimoe import depth, hf, passing
+from trimoe.decision import LayerDecision
 from trimoe.errors import FOREIGN, stop_if_told
 from trimoe.headers import DTYPES
 from trimoe.layout import Layout
 from trimoe.methods.low_rank import factor_share
-from trimoe.methods.method import LayerDecision
 from trimoe.site import Site, tensor_at
 from trimoe.skeleton import Skeleton
+from trimoe.words import PER
 
 CONTEXT = 4096  # tokens of context that FLOPs per token are stated for, or the model's own if it is shorter
-PER = 1000  # tokens that a cache's bytes are stated for
 
 Kind = Literal["all tokens", "latent", "window", "state", "nothing"]
 

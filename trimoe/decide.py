@@ -10,23 +10,23 @@ from typing import Any, TypeVar
 
 import torch
 
-from trimoe import depth, evidence, gather, parts, receptive_field, recorded, search, stability
+from trimoe import evidence, gather, parts, receptive_field, recorded, search, stability
 from trimoe.calibration import in_batches
+from trimoe.decided import masked
+from trimoe.decision import Decisions, LayerDecision, decided_sites
 from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
 from trimoe.gather import statistics
 from trimoe.journal import Journal
-from trimoe.linears import with_linears
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.expert_drop import Drop
-from trimoe.methods.method import Decisions, LayerDecision, decided_sites
-from trimoe.observe import masked
 from trimoe.progress import Reporter
-from trimoe.recipe import CalibrationSpec, Recipe
+from trimoe.scope import with_linears
 from trimoe.scores import super_experts
 from trimoe.sensitivity import probe_size, sensitivity, shrunk, streams
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
+from trimoe.spec import CalibrationSpec
 from trimoe.stats import Stats
 from trimoe.subset import ROUTED, SubsetLoss, search_wanted
 from trimoe.variants import divergence, probe_rows, skipped, without_moe
@@ -39,7 +39,8 @@ class Run:
     """What every stage needs to know."""
 
     skeleton: Skeleton
-    recipe: Recipe
+    steps: tuple[Step, ...]
+    spec: CalibrationSpec
     batches: list[torch.Tensor]
     seed: int
     device: str
@@ -55,10 +56,6 @@ class Run:
         domains = by_domain(self.domains[row] for row in rows if self.domains)
         self.reporter.say(f"{label} on {len(rows):,} of {len(samples_NL):,} samples ({len(rows) * length:,} tokens){_each(domains)}.")
         return in_batches(samples_NL[rows], self.device), {"samples": len(rows), "tokens": len(rows) * length, "domains": domains}
-
-    @property
-    def spec(self) -> CalibrationSpec:
-        return self.recipe.calibration
 
     @property
     def own(self) -> list[torch.Tensor]:
@@ -290,7 +287,7 @@ def _decide_depth(
 ) -> tuple[Decisions, dict[str, Any]]:
     """The most similar parts; or of a shortlist twice as long, one after the other, what costs the least KL at the end."""
     stats = _stats_for(run, journal, number, step, sites, given, decisions)
-    left = depth.left(run.skeleton, decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
+    left = parts.left(run.skeleton, decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
     similar, total = step.similarity(step.candidates(left), stats), step.total(left)
     chosen = step.pick(similar, left, total, mixed=step.blocks)
     if not chosen:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe import hf, modeling_trimoe, parts
+from trimoe import hf, modeling_trimoe
 from trimoe.errors import UserError, first_line, stop_if_told
-from trimoe.methods.method import Decisions
 from trimoe.skeleton import Skeleton
 
 # Fields that list layers by number, and those that count layers from the first on. (Lists as long as the model has layers, one entry a
@@ -49,22 +48,6 @@ def explicit(skeleton: Skeleton, config: Mapping[str, Any]) -> dict[str, Any]:
     known = {name: list(value) for name, value in vars(text).items() if isinstance(value, (list, tuple)) and len(value) == count}
     given = {name: value for name, value in config.items() if value is not None or name not in known}
     return {**{name: value for name, value in known.items() if all(isinstance(v, (str, int, float, bool)) for v in value)}, **given}
-
-
-def kept_layers(skeleton: Skeleton, decisions: Decisions) -> list[int]:
-    """Decoder layers that are not dropped whole, by their old numbers."""
-    return [i for i in range(len(skeleton.layers)) if i not in decisions or decisions[i].gone != "block"]
-
-
-def left(skeleton: Skeleton, decisions: Decisions, *, blocks: bool) -> parts.Depth:
-    """What is left of the model's depth; `blocks`: whole layers are to be dropped. Raises UserError where none can be."""
-    layers = kept_layers(skeleton, decisions)
-    emptied = tuple(i for i in layers if i in decisions and decisions[i].gone == "moe")
-    types = explicit(skeleton, {}).get("layer_types") or [""] * len(skeleton.layers)
-    return parts.Depth(
-        layers=tuple(layers), moe=tuple(i for i in layers if i in skeleton.sites and i not in emptied), emptied=emptied,
-        blocks=tuple(i for i in droppable_blocks(skeleton) if i in layers) if blocks else (), kinds=dict(enumerate(types)),
-    )  # fmt: skip
 
 
 def difference(skeleton: Skeleton, config: Mapping[str, Any], kept: Sequence[int], without: Sequence[int]) -> str | None:

@@ -17,6 +17,7 @@ from trimoe.recipe import Recipe
 from trimoe.recover.spec import Recover
 from trimoe.skeleton import Skeleton
 from trimoe.spill import BUDGET, streams_budget
+from trimoe.words import human
 
 STATISTICS = "statistics, until it is done"
 BESIDE = "files beside the weights"
@@ -136,12 +137,3 @@ def probe(path: Path, option: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{option} {path} cannot be written: {error.strerror}.") from None
-
-
-def human(count: float) -> str:
-    """1234567890 -> '1.15 GiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    raise AssertionError

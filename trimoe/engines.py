@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from trimoe import depth
+from trimoe.decision import Decisions
 from trimoe.errors import UserError
 from trimoe.layout import Layout
-from trimoe.methods.method import Decisions
 from trimoe.recipe import Recipe
 from trimoe.skeleton import Skeleton
 

@@ -13,8 +13,8 @@ from functools import cached_property
 
 import torch
 
+from trimoe.decision import LayerDecision
 from trimoe.headers import DTYPES
-from trimoe.methods.method import LayerDecision
 from trimoe.modeling_trimoe import BITMASK, expand
 from trimoe.packing import PARTS, Packed, packed_columns, unpack
 from trimoe.sparsity import dropped_of

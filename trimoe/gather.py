@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimoe.decided import prune_layer
+from trimoe.decision import Decisions, kept_layers
 from trimoe.distributed import ALONE, Team
-from trimoe.methods.method import Decisions, decided_site
-from trimoe.modeling_trimoe import drop_block, first_projection
+from trimoe.modeling_trimoe import first_projection
 from trimoe.observe import Observer
 from trimoe.progress import QUIET, Reporter
-from trimoe.residual import dropped_entry
 from trimoe.seen import Recorder, Seen
 from trimoe.shares import share
-from trimoe.site import Site, keep_experts
+from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.spill import room
 from trimoe.stats import BLOCK, LayerStats, Stats, added
@@ -27,32 +27,6 @@ from trimoe.subset import search_budget, search_tensors, search_wanted
 
 ROUTING = frozenset({"channels", "cosines"})
 Extra = Callable[[nn.Module, Site, Seen, LayerStats], None]
-
-
-def survivors(skeleton: Skeleton, decisions: Decisions | None) -> list[int]:
-    """Decoder layers that are not dropped whole."""
-    gone = {index for index, decision in (decisions or {}).items() if decision.gone == "block"}
-    return [index for index in range(len(skeleton.layers)) if index not in gone]
-
-
-def prune_layer(skeleton: Skeleton, index: int, layer: nn.Module, decisions: Decisions | None) -> Site | None:
-    """Apply what was decided about experts and the MoE block to a loaded layer; returns the site as it is then, None where there is no
-    MoE block (any more)."""
-    site, decision = skeleton.sites.get(index), (decisions or {}).get(index)
-    if site is None or decision is None:
-        return site
-    if decision.gone == "moe":
-        drop_moe(skeleton, index, layer)
-        return None
-    if len(decision.keep) < site.num_experts:
-        keep_experts(site.block_of(layer), site, decision.keep)
-    return decided_site(site, decision)
-
-
-def drop_moe(skeleton: Skeleton, index: int, layer: nn.Module) -> None:
-    """Take the MoE block and its norm out of a loaded layer."""
-    site = skeleton.sites[index]
-    drop_block(layer, site.block, **dropped_entry(skeleton, index))
 
 
 def search_rows(batches: Sequence[torch.Tensor], wanted: int, seed: int) -> list[torch.Tensor]:
@@ -103,7 +77,7 @@ def statistics(
     places = [0, *accumulate(map(len, everyones))]
     spans = [team.span(len(batches), rank) for rank in range(team.count)]
     held = 0  # bytes of search tokens in memory
-    left = survivors(skeleton, decisions)
+    left = kept_layers(skeleton, decisions)
     for index in reporter.track(left, "Statistics", len(left), tokens=walk.share):
         with walk.layer(index) as layer:
             site = prune_layer(skeleton, index, layer, decisions)

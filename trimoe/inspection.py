@@ -7,11 +7,11 @@ from typing import Any
 
 from trimoe.checkpoint import Checkpoint
 from trimoe.costs import context_of, of_layers
+from trimoe.decision import unchanged
 from trimoe.engines import as_json, loading
 from trimoe.errors import UserError
 from trimoe.layout import Layout
 from trimoe.methods import METHODS
-from trimoe.methods.method import unchanged
 from trimoe.plan import check, sizes
 from trimoe.skeleton import Skeleton
 

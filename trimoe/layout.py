@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import nn
 
 from trimoe import configuration, depth, hf, modeling_trimoe, residual
+from trimoe.decision import Decisions, LayerDecision, kept_layers
 from trimoe.entry import Entry, Group, changed, dense_back, squeezed
 from trimoe.errors import UserError
 from trimoe.headers import DTYPES, header_bytes
-from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.methods.quantize import QuantizedLayer
 from trimoe.packing import PARTS, Packed
 from trimoe.site import Site, tensor_at
@@ -54,7 +54,7 @@ class Layout:
         """`only`: nothing but this layer's entries is worked out."""
         self.skeleton, self.decisions = skeleton, decisions
         self.guarded = only is None and configuration.native_spec(skeleton, decisions) is not None
-        self.place = {index: new for new, index in enumerate(depth.kept_layers(skeleton, decisions))}  # old number -> new number
+        self.place = {index: new for new, index in enumerate(kept_layers(skeleton, decisions))}  # old number -> new number
         self.groups = [
             self._copies(skeleton.outer_keys),
             *(self._layer(index) if only in (None, index) else Group() for index in range(len(skeleton.layers))),

@@ -9,9 +9,10 @@ from trimoe import receptive_field, sensitivity
 from trimoe.calibration import num_domains
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, Step
 from trimoe.paper import searched
-from trimoe.recipe import CalibrationSpec, Recipe
+from trimoe.recipe import Recipe
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
+from trimoe.spec import CalibrationSpec
 from trimoe.spill import samples_for
 from trimoe.subset import search_wanted
 from trimoe.variants import sample_bytes

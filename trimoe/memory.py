@@ -13,12 +13,11 @@ import torch
 
 from trimoe import limits, measurements
 from trimoe.calibration import batch_tokens
-from trimoe.disk import human
+from trimoe.decision import Decisions, unchanged
 from trimoe.errors import UserError
 from trimoe.limits import IMPORTS
 from trimoe.methods import LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.low_rank import factor_share
-from trimoe.methods.method import Decisions, unchanged
 from trimoe.recipe import Recipe
 from trimoe.recover import footprint
 from trimoe.recover.spec import Recover
@@ -26,6 +25,7 @@ from trimoe.site import Site
 from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import BUDGET, streams_budget, wider
 from trimoe.subset import gram_bytes, search_budget
+from trimoe.words import human
 
 TABLES = 5  # of logits, in float32, that are held at once where versions are compared
 

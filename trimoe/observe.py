@@ -183,27 +183,3 @@ class _Cosines:
         before, block, out = (x.reshape(-1, x.shape[-1]).float() for x in (self.before_norm, self.block_output, out))
         self.stats.add("sublayer_cosine", similarity(before, out).double().sum())
         self.stats.add("output_cosine", similarity(before, block).double().sum())
-
-
-@contextmanager
-def masked(layer: nn.Module, site: Site, drop: tuple[int, ...]) -> Iterator[None]:
-    """Run `layer` as if the experts of `drop` did not exist: its router's decisions are replaced by the rule's among the others."""
-    if not drop:
-        yield
-        return
-    router = site.router_of(layer)
-    device = next(router.parameters()).device
-    keep_E = torch.ones(site.num_experts, dtype=torch.bool, device=device)
-    keep_E[list(drop)] = False
-    bias_E = site.bias_of(layer)
-
-    def reroute(module: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        logits, weights, indices = output
-        new_weights, new_indices = site.rule.route(logits.float(), bias_E, keep_E)
-        return logits, new_weights.to(weights.dtype), new_indices.to(indices.dtype)
-
-    handle = router.register_forward_hook(reroute)
-    try:
-        yield
-    finally:
-        handle.remove()

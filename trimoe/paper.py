@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from trimoe import budget, depth, parts, residual
+from trimoe import budget, parts, residual
+from trimoe.decision import Decisions, LayerDecision, decided_sites, unchanged
 from trimoe.errors import UserError
 from trimoe.layout import Layout
-from trimoe.linears import with_linears
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.low_rank import MULTIPLE, factor_share
-from trimoe.methods.method import Decisions, LayerDecision, decided_sites, unchanged
 from trimoe.recipe import Recipe
+from trimoe.scope import with_linears
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.subset import search_budget, search_tensors
@@ -61,7 +61,7 @@ class Paper:
 
     def _without(self, step: LayerDrop | BlockDrop) -> Decisions:
         """Which layers go is open; here those that weigh least or most, as the steps before leave them."""
-        left = depth.left(self.skeleton, self.decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
+        left = parts.left(self.skeleton, self.decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
         if isinstance(step, LayerDrop):
             for index in left.moe:
                 residual.dropped_entry(self.skeleton, index)  # raises where dropping is not the identity

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from trimoe.decision import Decisions, kept_layers
+from trimoe.depth import droppable_blocks, explicit
 from trimoe.errors import UserError
+from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
 
 Part = tuple[Literal["moe", "block"], int]  # what is dropped, and the decoder layer's number
@@ -127,3 +130,14 @@ def _run(similar: Mapping[Part, float], depth: Depth, total: int) -> list[Part]:
     if not runs:
         raise UserError(f"There is no run of {total} consecutive layers that can go; give a smaller count, or choose: discrete.")
     return max(runs, key=lambda run: (sum(similar[part] for part in run), run[0][1]))
+
+
+def left(skeleton: Skeleton, decisions: Decisions, *, blocks: bool) -> Depth:
+    """What is left of the model's depth; `blocks`: whole layers are to be dropped. Raises UserError where none can be."""
+    layers = kept_layers(skeleton, decisions)
+    emptied = tuple(i for i in layers if i in decisions and decisions[i].gone == "moe")
+    types = explicit(skeleton, {}).get("layer_types") or [""] * len(skeleton.layers)
+    return Depth(
+        layers=tuple(layers), moe=tuple(i for i in layers if i in skeleton.sites and i not in emptied), emptied=emptied,
+        blocks=tuple(i for i in droppable_blocks(skeleton) if i in layers) if blocks else (), kinds=dict(enumerate(types)),
+    )  # fmt: skip

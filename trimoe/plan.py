@@ -12,7 +12,8 @@ from trimoe import measurements, memory
 from trimoe.advice import advice
 from trimoe.calibration import most_tokens
 from trimoe.checkpoint import Checkpoint
-from trimoe.costs import PER, LayerCosts, context_of, head_matrix, of_layers
+from trimoe.costs import LayerCosts, context_of, head_matrix, of_layers
+from trimoe.decision import Decisions, LayerDecision, unchanged
 from trimoe.disk import output_need, spilled
 from trimoe.engines import as_json, check_target, loading
 from trimoe.errors import UserError
@@ -20,13 +21,13 @@ from trimoe.headers import DTYPES
 from trimoe.layout import Layout
 from trimoe.linears import linears
 from trimoe.methods import LowRank, Quantize, WeightPrune
-from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.paper import WIDEST, Paper
 from trimoe.precision import compute_dtype
 from trimoe.recipe import Recipe, with_calibration
 from trimoe.recipe import load as load_recipe
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
+from trimoe.words import PER
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from trimoe.costs import PER
-from trimoe.disk import human
 from trimoe.form import form_of
-from trimoe.words import COUNTS, GONE, bounds, duration, runs, short
+from trimoe.words import COUNTS, GONE, PER, bounds, duration, human, runs, short
 
 CACHE = f"cache/{PER // 1000}K"
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trimoe.decided import masked, prune_layer
+from trimoe.decision import Decisions, kept_layers
 from trimoe.distributed import ALONE, Team
-from trimoe.gather import prune_layer, survivors
 from trimoe.methods.expert_drop import Drop, ReceptiveField
-from trimoe.methods.method import Decisions
-from trimoe.observe import masked
 from trimoe.progress import QUIET, Reporter
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
@@ -70,7 +69,7 @@ def choose(
     blocks: list[dict[str, object]] = []
     layers: list[int] = []
     last = max(candidates, default=-1)
-    left = survivors(skeleton, decisions)
+    left = kept_layers(skeleton, decisions)
     for index in reporter.track(left, "Receptive field", len(left)):
         with walk.layer(index) as layer:
             site = prune_layer(skeleton, index, layer, decisions)

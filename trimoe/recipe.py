@@ -8,47 +8,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from trimoe.errors import UserError, first_line
 from trimoe.methods import METHODS, Step
 from trimoe.recover.spec import Recover
+from trimoe.spec import STRICT, CalibrationSpec
 from trimoe.words import counted, listed
 
 BUILTIN = Path(__file__).parent / "recipes"
-STRICT = ConfigDict(extra="forbid")
 LARGEST = 1 << 16  # bytes of a recipe; a long one has two thousand
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class CalibrationSpec:
-    """Which text, and how much.
-
-    data           one or several of: a file (text, JSON lines or array, parquet, table), `name=path`, `path#field`, a data set
-                   `NAME:CONFIG/SPLIT#COLUMN` or `NAME[CONFIG](SPLIT):SAMPLES`, `builtin:mixed`, `builtin:english`, `builtin:docs`,
-                   `builtin:code`
-    samples        how many samples are drawn, from every text equally many and at least one
-    length         tokens in a sample; cut to the model's context
-    packing        documents that share a sample: `joined`, tokens see those of the document before; `separate`, they do not, and positions
-                   start again (not for models with recurrent layers, and of the calibration text alone: training joins documents)
-    search_tokens  tokens whose exact Gram is kept for searching; none given: 4,096, or so many that the mean expert has 256 of them
-    search_memory  GiB that the Grams of one layer may take; fewer search tokens are taken, and said, where more would not fit
-    """
-
-    data: str | list[str] = "builtin:mixed"
-    samples: Annotated[int, Field(ge=1)] = 128
-    length: Annotated[int, Field(ge=2)] = 2048
-    packing: Literal["joined", "separate"] = "joined"
-    search_tokens: Annotated[int, Field(ge=16)] | None = None
-    search_memory: Annotated[float, Field(gt=0, le=1e6)] = 2.0
-
-    @property
-    def sources(self) -> list[str]:
-        return [self.data] if isinstance(self.data, str) else list(self.data)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

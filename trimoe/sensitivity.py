@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from trimoe.decision import Decisions
 from trimoe.distributed import ALONE, Team
-from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton

@@ -73,7 +73,7 @@ class Shared:
                 return None
             self.reporter.say(f"One statistics pass for {len(served)} variants.")
             statistics(
-                run.skeleton, run.batches, reach=run.recipe.steps[0].reach(dict(run.skeleton.sites)), search_tokens=run.spec.search_tokens,
+                run.skeleton, run.batches, reach=run.steps[0].reach(dict(run.skeleton.sites)), search_tokens=run.spec.search_tokens,
                 search_memory=run.spec.search_memory, seed=run.seed, device=run.device, about=run.about, reporter=self.reporter,
             ).save(path)  # fmt: skip
         return path
@@ -92,7 +92,7 @@ class Shared:
 def _searched(run: Run) -> str | None:
     """What of the search tokens the first step is given: among how many experts in each layer, and how many tokens. None where it cannot
     start from shared statistics."""
-    step, sites = run.recipe.steps[0], dict(run.skeleton.sites)
+    step, sites = run.steps[0], dict(run.skeleton.sites)
     if not isinstance(step, ExpertDrop | LayerDrop | BlockDrop) and step.needs != {"search"}:
         return None
     reach = step.reach(sites)

@@ -174,7 +174,7 @@ def sweep(
         )
     with journal, logged(reporter, out / LOG, command or f"trimoe.sweep of {model} into {out}"):
         for entry in entries:
-            body = yaml.safe_dump(entry.job.run.recipe.to_json(), sort_keys=False)
+            body = yaml.safe_dump(entry.job.recipe.to_json(), sort_keys=False)
             write_text(out / f"{entry.variant.name}.yaml", body)
         return race.run()
 
@@ -189,7 +189,7 @@ class Entry:
     plan: Plan
 
     def record(self) -> dict[str, Any] | None:
-        return record_of(self.folder, self.job.inputs, self.job.run.recipe.recover)
+        return record_of(self.folder, self.job.inputs, self.job.recipe.recover)
 
     def refuse_other(self) -> None:
         if (self.folder / RECORD).is_file() and self.record() is None:

@@ -138,7 +138,7 @@ def traffic_cells(found: list[dict[str, Any] | None]) -> list[str]:
 
 def bench(report: dict[str, Any]) -> None:
     """Speed and memory of one model, or of two and their ratio, on standard output."""
-    from trimoe.disk import human
+    from trimoe.words import human
 
     models, ratio = report["models"], report["ratio"]
     names = [f"{model['model']}\n{', '.join([model['dtype'], *(model['backends'] or {})])}" for model in models]

@@ -18,16 +18,17 @@ from torch import nn
 
 from trimoe import hf
 from trimoe.decide import Run
-from trimoe.gather import prune_layer, survivors
+from trimoe.decided import prune_layer
+from trimoe.decision import Decisions, LayerDecision, kept_layers
+from trimoe.fitting import factored, pruned, quantized
 from trimoe.headers import DTYPES
 from trimoe.journal import Journal
-from trimoe.linears import Inputs
+from trimoe.linear_inputs import Inputs
 from trimoe.methods import LowRank, Quantize, WeightPrune
-from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.methods.quantize import QuantizedLayer, put_back
 from trimoe.modeling_trimoe import first_projection
 from trimoe.seen import FEW, Recorder, Seen
-from trimoe.shares import factored, pruned, quantized, share
+from trimoe.shares import share
 from trimoe.site import Site, tensor_at
 from trimoe.stats import added
 from trimoe.stream import LayerWalk
@@ -38,9 +39,9 @@ from trimoe.write import Writer
 def transform(run: Run, decisions: Decisions, writer: Writer, journal: Journal) -> dict[str, Any]:
     """Write all groups: 0 is what lies outside the layers, then one a layer. Where nothing is computed, all of it is a copy. Returns what
     is worth knowing about it, by step."""
-    factor = next((step for step in run.recipe.steps if isinstance(step, LowRank)), None)
-    change = next((step for step in run.recipe.steps if isinstance(step, Quantize | WeightPrune)), None)
-    left = survivors(run.skeleton, decisions)
+    factor = next((step for step in run.steps if isinstance(step, LowRank)), None)
+    change = next((step for step in run.steps if isinstance(step, Quantize | WeightPrune)), None)
+    left = kept_layers(run.skeleton, decisions)
     computed = [i for i in left if (d := decisions.get(i)) and (d.changed or (d.gone is None and d.in_ranks is not None))]
     done = set(run.team.from_main(lambda: [group for group in range(len(run.skeleton.layers) + 1) if writer.done(group)]))
     _put(run, writer, 0)

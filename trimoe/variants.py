@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from trimoe.decided import prune_layer
+from trimoe.decision import Decisions, kept_layers
 from trimoe.distributed import ALONE, Team
-from trimoe.gather import prune_layer, survivors
-from trimoe.methods.method import Decisions
 from trimoe.progress import QUIET, Reporter
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
@@ -115,7 +115,7 @@ def divergence(
     walk = LayerWalk(skeleton, batches[team.span(len(batches))], device=device)
     budget = budget_of(skeleton, len(versions), walk.device)
     streams = [_Stream(list(versions), carried(walk.hidden, budget))]
-    left = survivors(skeleton, decisions) if walk.batches else []
+    left = kept_layers(skeleton, decisions) if walk.batches else []
     for index in reporter.track(left, label, len(left), tokens=walk.share):
         with walk.layer(index) as layer:
             site = prune_layer(skeleton, index, layer, decisions)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+PER = 1000  # tokens that a cache's bytes are stated for
+
 STEPS = ("", "K", "M", "G", "T", "P")
 COUNTS = ("", "K", "M", "B", "T")  # as models are spoken of
 GONE = {"moe": "MoE sub-layer dropped", "block": "layer dropped"}  # by methods.LayerDecision.gone
@@ -64,3 +66,12 @@ def runs(numbers: Sequence[int]) -> str:
 def bounds(low: int, high: int) -> str:
     """'12' where both are the same, else '10 to 12'."""
     return f"{high:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def human(count: float) -> str:
+    """1234567890 -> '1.15 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -14,10 +14,10 @@ import torch
 
 from trimoe import costs, measurements
 from trimoe.calibration import batch_tokens, most_tokens
+from trimoe.decision import Decisions, decided_sites, unchanged
 from trimoe.layout import Layout
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.expert_drop import Exhaustive, Genetic, Greedy, Random
-from trimoe.methods.method import Decisions, decided_sites, unchanged
 from trimoe.paper import Paper
 from trimoe.quantization import ALPHAS, SHRINK
 from trimoe.recipe import Recipe

@@ -24,9 +24,9 @@ import comparison
 
 from trimoe import parts, search
 from trimoe.calibration import calibrate
-from trimoe.depth import left
+from trimoe.decision import unchanged
 from trimoe.gather import statistics
-from trimoe.methods.method import unchanged
+from trimoe.parts import left
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
 from trimoe.subset import SubsetLoss

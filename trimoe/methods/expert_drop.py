@@ -13,8 +13,9 @@ from pydantic.dataclasses import dataclass
 
 from trimoe import budget, scores
 from trimoe import search as find
+from trimoe.decision import Decisions, LayerDecision
 from trimoe.errors import UserError
-from trimoe.methods.method import Decisions, LayerDecision, share_of
+from trimoe.methods.method import share_of
 from trimoe.site import Site
 from trimoe.stats import LayerStats
 from trimoe.subset import SubsetLoss

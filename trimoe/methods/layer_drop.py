@@ -9,8 +9,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from trimoe import parts
+from trimoe.decision import Decisions
 from trimoe.errors import UserError
-from trimoe.methods.method import Decisions, DepthDrop
+from trimoe.methods.method import DepthDrop
 from trimoe.site import Site
 from trimoe.stats import Stats
 

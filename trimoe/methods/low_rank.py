@@ -21,9 +21,9 @@ from scipy.linalg import eigh
 from torch import nn
 
 from trimoe import budget, knapsack, scores
+from trimoe.decision import Decisions, LayerDecision
 from trimoe.errors import UserError
 from trimoe.expert import activate, matrices, run_expert
-from trimoe.methods.method import Decisions, LayerDecision
 from trimoe.modeling_trimoe import DENSE, FactoredExperts, first_projection
 from trimoe.seen import DAMP, Given, Seen, damped
 from trimoe.site import Site

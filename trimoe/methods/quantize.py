@@ -17,9 +17,10 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from trimoe.decision import Decisions
 from trimoe.errors import UserError
 from trimoe.expert import activate, matrices
-from trimoe.methods.method import Decisions, Fitted
+from trimoe.methods.method import Fitted
 from trimoe.modeling_trimoe import first_projection
 from trimoe.packing import Packed
 from trimoe.quantization import awq_scale, clipped, common_group, gptq, rounded

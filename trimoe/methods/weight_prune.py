@@ -18,10 +18,11 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.nn import functional as F
 
+from trimoe.decision import Decisions
 from trimoe.errors import UserError
 from trimoe.expert import activate, matrices
 from trimoe.finite import checked
-from trimoe.methods.method import Decisions, Fitted
+from trimoe.methods.method import Fitted
 from trimoe.seen import FEW, Given, Pool, Seen
 from trimoe.site import Site
 from trimoe.sparsity import Pattern, input_norms, keep_pattern, keep_per_layer, keep_per_row, magnitude, sparsegpt, weighted

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trimoe.depth import kept_layers
+from trimoe.decision import Decisions, LayerDecision, kept_layers, unchanged
 from trimoe.errors import UserError
-from trimoe.methods.method import Decisions, LayerDecision, unchanged
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 
