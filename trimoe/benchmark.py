@@ -145,13 +145,13 @@ class Runner:
     """What the process does when asked."""
 
     def __init__(self, job: dict[str, Any]):
-        import trimoe
+        from trimoe.loading import load
 
         torch.set_num_threads(job["threads"])
         self.batch, self.prompt, self.generate = job["batch"], job["prompt"], job["generate"]
         self.before_bytes = 0 if torch.device(job["device"]).type == "cuda" else _status("VmRSS")
         start = time.perf_counter()
-        self.model: Any = trimoe.load(job["model"], device=job["device"], dtype=job["dtype"], backend=job["backend"])
+        self.model: Any = load(job["model"], device=job["device"], dtype=job["dtype"], backend=job["backend"])
         hf.plain_outputs(self.model.config)
         self._wait()
         self.load_s = time.perf_counter() - start
