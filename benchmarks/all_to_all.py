@@ -25,9 +25,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import trimoe
-from trimoe import hf
-from trimoe.skeleton import Skeleton
-from trimoe.traffic import ITEMSIZE, LayerTraffic, rank_of_expert
+from trimoe.model import transformers5
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.expert_parallel import ITEMSIZE, LayerTraffic, rank_of_expert
 
 STEPS: dict[str, dict[str, Any]] = {
     "expert drop": {"expert_drop": {"ratio": 0.25, "score": "gate", "counts": "uniform"}},
@@ -59,7 +59,7 @@ def count(model: str, texts: list[str], tokens: int) -> list[dict[str, Any]]:
 @torch.no_grad()
 def routed(model: str, texts: list[str], tokens: int) -> tuple[torch.Tensor, int, int]:
     """(experts chosen [T, k], number of experts, hidden size) of the middle MoE layer."""
-    from trimoe.calibration import calibrate
+    from trimoe.text.samples import calibrate
 
     skeleton = Skeleton.of(model)
     site = list(skeleton.sites.values())[len(skeleton.sites) // 2]
@@ -69,7 +69,7 @@ def routed(model: str, texts: list[str], tokens: int) -> tuple[torch.Tensor, int
         vocabulary=skeleton.config.get_text_config().vocab_size, seed=0,
     )  # fmt: skip
     seen: list[torch.Tensor] = []
-    layer = hf.decoder_layers(found)[1][site.layer]
+    layer = transformers5.decoder_layers(found)[1][site.layer]
     site.router_of(layer).register_forward_hook(lambda module, args, output: seen.append(output[2].reshape(-1, output[2].shape[-1])))
     for row in text.samples_NL:
         found(row[None])

@@ -28,7 +28,7 @@ from typing import Any
 import random_model
 from alternate import table, write_json
 
-from trimoe.words import human
+from trimoe.show.format import human
 
 ROOTS = (  # folder, a file that is there where memory is accounted for, the limit, the peak
     (Path("/sys/fs/cgroup"), "cgroup.controllers", "memory.max", "memory.peak"),

@@ -19,10 +19,10 @@ import alternate
 import random_model
 import torch
 
-from trimoe import write
-from trimoe.decision import LayerDecision
-from trimoe.layout import Layout
-from trimoe.skeleton import Skeleton
+from trimoe.model.decision import LayerDecision
+from trimoe.model.skeleton import Skeleton
+from trimoe.output import writer as write
+from trimoe.output.layout import Layout
 
 
 def written(layout: Layout, out: Path) -> None:

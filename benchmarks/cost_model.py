@@ -20,9 +20,10 @@ import torch
 from alternate import table, write_json
 
 import trimoe
-from trimoe import machine, recipe, timing
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan import machine, timing
 from trimoe.progress import Reporter
-from trimoe.skeleton import Skeleton
+from trimoe.recipe import recipe
 
 RECIPES = ("expert-drop", "moe-i2", "slim-int4")
 BEFORE = ("Read headers and plan", "Tokenise the calibration text", "Fingerprint the model")

@@ -49,9 +49,13 @@ class Bench:
 
     def __init__(self, folder: Path, seed: int):
         import trimoe
-        from trimoe import calibration, checkpoint, errors, inspection, skeleton
+        from trimoe import errors
+        from trimoe.checkpoint import folder as checkpoint
+        from trimoe.model import skeleton
+        from trimoe.plan import inspection
+        from trimoe.text import samples
 
-        self.trimoe, self.calibration, self.Checkpoint, self.UserError = trimoe, calibration, checkpoint.Checkpoint, errors.UserError
+        self.trimoe, self.calibration, self.Checkpoint, self.UserError = trimoe, samples, checkpoint.Checkpoint, errors.UserError
         self.inspection, self.folder, self.seed = inspection, folder, seed
         self.models = {family: folder / family for family in FAMILIES}
         self.clean = {(name, path.name): path.read_bytes() for name, model in self.models.items() for path in model.iterdir()}

@@ -3,7 +3,7 @@
     python benchmarks/gram_search.py
 
 "Again" is an efficient per-expert loop: the router's logits are there already, the survivors are re-routed with the dropped logits at
--inf, each expert runs once on its own tokens, and the output is compared with the original's. "Gram" is trimoe.subset.SubsetLoss on a
+-inf, each expert runs once on its own tokens, and the output is compared with the original's. "Gram" is trimoe.methods.expert_drop.subset.SubsetLoss on a
 population of 100 random sets, as a search calls it. Both in float32 on the same tokens, in turns in one process; the ratio is of times
 per candidate. The last columns say how far the two losses are apart, and what making the Gram once costs in candidates run again.
 """
@@ -17,10 +17,10 @@ import torch
 from alternate import common_options, middle, ratio, table, take_turns, write_json
 from torch.nn import functional as F
 
-from trimoe.observe import Observer
-from trimoe.routing import RoutingRule
-from trimoe.stats import LayerStats
-from trimoe.subset import SubsetLoss
+from trimoe.calibration.observer import Observer
+from trimoe.calibration.statistics import LayerStats
+from trimoe.methods.expert_drop.subset import SubsetLoss
+from trimoe.model.router import RoutingRule
 
 SHAPES = {
     "Mixtral: 8 experts, top 2": dict(

@@ -24,7 +24,7 @@ import torch
 from alternate import table, write_json
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from trimoe.headers import header_bytes
+from trimoe.checkpoint.headers import header_bytes
 
 SECONDS, MEMORY = 10, 2 << 30  # of the processor, and bytes, that a verb may take
 Entry = tuple[str, tuple[int, ...]]

@@ -35,9 +35,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel  # noqa: F401 (imported before the forks, not in each of them)
 
-from trimoe import cli, layout, progress, recipe, write
+from trimoe import cli, progress
 from trimoe.journal import Journal
-from trimoe.recover import loop, rewrite
+from trimoe.output import layout, rewriter, writer
+from trimoe.recipe import recipe
+from trimoe.recover import loop
 from trimoe.recover import run as recovery
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -141,10 +143,10 @@ def _child(folder: Path, words: list[str], watch: Watch, at: int | None, threads
     _announce(watch, progress.Reporter, "track")
     _announce(watch, loop.Training, "__init__", "load for training")
     _announce(watch, loop.Training, "run", "train")
-    _announce(watch, write.Writer, "finish", "last files")
-    _announce(watch, rewrite.Rewriter, "begin", "copy")
-    _announce(watch, rewrite.Rewriter, "put", "put")
-    _announce(watch, rewrite.Rewriter, "finish", "last renames")
+    _announce(watch, writer.Writer, "finish", "last files")
+    _announce(watch, rewriter.Rewriter, "begin", "copy")
+    _announce(watch, rewriter.Rewriter, "put", "put")
+    _announce(watch, rewriter.Rewriter, "finish", "last renames")
     _announce(watch, recovery.adapters, "save", "save adapter")
     _announce(watch, Journal, "close", "tidy up")
     _dying(watch, at)

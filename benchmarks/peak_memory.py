@@ -1,4 +1,4 @@
-"""The most memory that `trimoe compress` takes on a model larger than it, stage by stage, beside what plan says (trimoe/memory.py).
+"""The most memory that `trimoe compress` takes on a model larger than it, stage by stage, beside what plan says (trimoe/plan/memory.py).
 
     python benchmarks/peak_memory.py
 
@@ -21,8 +21,8 @@ import random_model
 from alternate import table, write_json
 
 import trimoe
-from trimoe.skeleton import Skeleton
-from trimoe.words import human
+from trimoe.model.skeleton import Skeleton
+from trimoe.show.format import human
 
 
 def watch(command: list[str]) -> tuple[list[tuple[str, int]], float]:

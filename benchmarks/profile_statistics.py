@@ -22,9 +22,12 @@ import random_model
 import torch
 from alternate import CLOCKS, common_options, table, write_json
 
-from trimoe import checkpoint, gather, hf, observe, spill, stream
-from trimoe.skeleton import Skeleton
-from trimoe.stats import Stats
+from trimoe.calibration import gather, observer
+from trimoe.calibration.statistics import Stats
+from trimoe.checkpoint import folder as checkpoint
+from trimoe.model import transformers5
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk import hidden_states, walk
 
 SHAPES: dict[str, Callable[[int], Any]] = {
     "qwen15_moe": random_model.qwen15_moe,
@@ -35,22 +38,22 @@ SHAPES: dict[str, Callable[[int], Any]] = {
 PARTS: tuple[tuple[str, Any, str], ...] = (
     ("reading shards", checkpoint, "_fill"),
     ("looking for NaN and infinities", checkpoint.Checkpoint, "_finite"),
-    ("loading: stacking, converting, fresh memory", hf, "load_into"),
+    ("loading: stacking, converting, fresh memory", transformers5, "load_into"),
     ("loading: stacking, converting, fresh memory", checkpoint.Checkpoint, "read_into"),
-    ("freeing a layer", stream, "_to_meta"),
-    ("freeing a layer", stream, "give_back"),
-    ("asking the system to read ahead", stream, "_ask_ahead"),
-    ("attention and the rest of the layer", stream.LayerWalk, "step"),
-    ("routing, weighting and adding of experts' outputs", observe, "observed_experts"),
-    ("experts' matrix products", observe, "run_expert"),
-    ("channel norms, means and maxima", observe.Observer, "see_expert"),
-    ("norms and the energy of pairs", observe.Observer, "see_outputs"),
-    ("Gram of searched tokens, its experts' products included", observe.Observer, "_see_search"),
-    ("cosines", observe._Cosines, "_layer"),
+    ("freeing a layer", walk, "_to_meta"),
+    ("freeing a layer", walk, "give_back"),
+    ("asking the system to read ahead", walk, "_ask_ahead"),
+    ("attention and the rest of the layer", walk.LayerWalk, "step"),
+    ("routing, weighting and adding of experts' outputs", observer, "observed_experts"),
+    ("experts' matrix products", observer, "run_expert"),
+    ("channel norms, means and maxima", observer.Observer, "see_expert"),
+    ("norms and the energy of pairs", observer.Observer, "see_outputs"),
+    ("Gram of searched tokens, its experts' products included", observer.Observer, "_see_search"),
+    ("cosines", observer._Cosines, "_layer"),
     ("cosines", Stats, "see_block"),
     ("scores from weights", gather, "weight_scores"),
-    ("hidden states kept or spilled", spill.Carried, "__getitem__"),
-    ("hidden states kept or spilled", spill.Carried, "__setitem__"),
+    ("hidden states kept or spilled", hidden_states.Carried, "__getitem__"),
+    ("hidden states kept or spilled", hidden_states.Carried, "__setitem__"),
 )
 
 
@@ -87,14 +90,14 @@ def watched(kind: str) -> Iterator[Clock]:
     clock, before = Clock(kind), [(owner, name, getattr(owner, name)) for _, owner, name in PARTS]
     for part, owner, name in PARTS:
         setattr(owner, name, clock.timed(part, getattr(owner, name)))
-    hf.register_experts(observe.NAME, observe.observed_experts)
+    transformers5.register_experts(observer.NAME, observer.observed_experts)
     try:
         yield clock
     finally:
         clock.switch()
         for owner, name, function in before:
             setattr(owner, name, function)
-        hf.register_experts(observe.NAME, observe.observed_experts)
+        transformers5.register_experts(observer.NAME, observer.observed_experts)
 
 
 def drop_page_cache() -> bool:

@@ -18,16 +18,16 @@ import torch
 from quality_expert_drop import Held, Memory
 
 import trimoe
-from trimoe.calibration import calibrate
-from trimoe.decide import Run, _decide_drops
-from trimoe.decided import masked
-from trimoe.decision import Decisions, unchanged
-from trimoe.gather import statistics
+from trimoe.calibration.gather import statistics
 from trimoe.methods import ExpertDrop
-from trimoe.methods.expert_drop import Greedy
+from trimoe.methods.expert_drop.expert_drop import Greedy
+from trimoe.methods.lab import Run, _decide_drops
+from trimoe.model.decision import Decisions, unchanged
+from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
-from trimoe.skeleton import Skeleton
-from trimoe.spec import CalibrationSpec
+from trimoe.text.samples import calibrate
+from trimoe.text.spec import CalibrationSpec
+from trimoe.walk.decided import masked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 
 import trimoe
-from trimoe.calibration import calibrate, encode, load_tokenizer, read_text
-from trimoe.decide import Run, _decide_drops
-from trimoe.decided import masked
-from trimoe.decision import unchanged
+from trimoe.calibration.gather import statistics
 from trimoe.evaluate import windows
-from trimoe.gather import statistics
 from trimoe.methods import ExpertDrop
-from trimoe.methods.expert_drop import Exhaustive, Genetic, Greedy, ReceptiveField
+from trimoe.methods.expert_drop.expert_drop import Exhaustive, Genetic, Greedy, ReceptiveField
+from trimoe.methods.expert_drop.subset import SubsetLoss
+from trimoe.methods.lab import Run, _decide_drops
+from trimoe.model.decision import unchanged
+from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
-from trimoe.recipe import Recipe
-from trimoe.skeleton import Skeleton
-from trimoe.spec import CalibrationSpec
-from trimoe.subset import SubsetLoss
+from trimoe.recipe.recipe import Recipe
+from trimoe.text.samples import calibrate, encode, load_tokenizer, read_text
+from trimoe.text.spec import CalibrationSpec
+from trimoe.walk.decided import masked
 
 PAPER: dict[str, Any] = {"layer_limit": None, "protect_super_experts": False}
 

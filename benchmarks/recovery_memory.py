@@ -1,4 +1,4 @@
-"""The most memory that every recovery method takes, beside what plan says (trimoe/recover/footprint.py).
+"""The most memory that every recovery method takes, beside what plan says (trimoe/plan/recovery_memory.py).
 
     python benchmarks/recovery_memory.py
 
@@ -23,11 +23,10 @@ import torch
 from alternate import table, write_json
 
 import trimoe
-from trimoe import limits, memory
-from trimoe.recover import footprint
-from trimoe.recover.spec import parsed
-from trimoe.skeleton import Skeleton
-from trimoe.words import human
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan import limits, memory, recovery_memory
+from trimoe.recipe.recover import parsed
+from trimoe.show.format import human
 
 METHODS: dict[str, dict[str, Any]] = {
     "router": {"method": "router"},
@@ -83,7 +82,7 @@ def main() -> None:
         folder = Path(scratch, "finished")
         dropped = {"expert_drop": {"ratio": 0.125, "score": "random", "counts": "uniform"}}
         trimoe.compress(model, {"steps": [dropped]}, folder, calibration=[str(text)], samples=4, length=32)
-        numbers = footprint.weights(Skeleton.of(str(folder)))
+        numbers = recovery_memory.weights(Skeleton.of(str(folder)))
         for dtype in given.dtypes:
             for name in given.methods:
                 spec = parsed(

@@ -23,18 +23,18 @@ from quality_expert_drop import Held
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 import trimoe
-from trimoe.calibration import calibrate
-from trimoe.decided import masked
-from trimoe.disk import search_spilled
-from trimoe.gather import statistics
+from trimoe.calibration.gather import statistics
 from trimoe.methods import ExpertDrop
-from trimoe.methods.expert_drop import Greedy
-from trimoe.recipe import load
-from trimoe.recorded import routed
-from trimoe.site import Site
-from trimoe.skeleton import Skeleton
-from trimoe.subset import USUAL, gram_bytes
-from trimoe.words import human
+from trimoe.methods.expert_drop.expert_drop import Greedy
+from trimoe.methods.expert_drop.subset import USUAL, gram_bytes
+from trimoe.methods.recorded import routed
+from trimoe.model.moe_block import Site
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan.disk import search_spilled
+from trimoe.recipe.recipe import load
+from trimoe.show.format import human
+from trimoe.text.samples import calibrate
+from trimoe.walk.decided import masked
 
 MEMORY = 2.0  # GiB, search_memory's default
 

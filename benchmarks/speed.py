@@ -22,7 +22,7 @@ from alternate import table, write_json
 from safetensors.torch import load_file, save_file
 
 import trimoe
-from trimoe.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton
 
 ROUND = "steps.1.method=round"
 ALL = "steps.1.scope=all-linear"

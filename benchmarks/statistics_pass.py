@@ -16,10 +16,11 @@ import random_model
 import torch
 from alternate import common_options, middle, ratio, table, take_turns, write_json
 
-from trimoe import gather, hf, observe
-from trimoe.seen import Recorder
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.calibration import gather, observer
+from trimoe.model import transformers5
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.expert_inputs import Recorder
+from trimoe.walk.walk import LayerWalk
 
 FEW = 128  # tokens for batched_mm, which copies an expert's weights for every token
 
@@ -52,10 +53,10 @@ def experts_alone(skeleton: Skeleton, batch: torch.Tensor, other: str, rounds: i
         experts._trimoe_observer = Blind()
 
         def under(name: str) -> None:
-            with hf.experts_implementation(layer, name):
+            with transformers5.experts_implementation(layer, name):
                 experts(seen.x_TH, seen.index_TK, seen.weight_TK)
 
-        return take_turns({"trimoe": lambda: under(observe.NAME), "other": lambda: under(other)}, rounds, clock)
+        return take_turns({"trimoe": lambda: under(observer.NAME), "other": lambda: under(other)}, rounds, clock)
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from alternate import common_options, middle, ratio, table, take_turns, write_js
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.walk import LayerWalk
 
 
 def streamed(skeleton: Skeleton, batches: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -33,10 +33,10 @@ BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "belo
 def classes() -> dict[str, Any]:
     """Every dataclass that a recipe is made of, by its name."""
     from trimoe.methods import METHODS
-    from trimoe.methods.expert_drop import SEARCHES, ReceptiveField
-    from trimoe.recipe import Recipe
-    from trimoe.recover.spec import Recover
-    from trimoe.spec import CalibrationSpec
+    from trimoe.methods.expert_drop.expert_drop import SEARCHES, ReceptiveField
+    from trimoe.recipe.recipe import Recipe
+    from trimoe.recipe.recover import Recover
+    from trimoe.text.spec import CalibrationSpec
 
     return {kind.__name__: kind for kind in (Recipe, CalibrationSpec, Recover, *METHODS.values(), *SEARCHES.values(), ReceptiveField)}
 
@@ -164,7 +164,7 @@ def all_verbs(_: str) -> str:
 
 def all_recipes(_: str) -> str:
     """Name, first line and steps of every built-in recipe."""
-    from trimoe import recipe
+    from trimoe.recipe import recipe
 
     rows = []
     for name in recipe.names():

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import trimoe
-from trimoe.scores import SCORES
-from trimoe.stats import Stats
+from trimoe.calibration.statistics import Stats
+from trimoe.methods.expert_drop.scores import SCORES
 
 file = Path(sys.argv[1] if len(sys.argv) > 1 else "mini.stats")
 trimoe.gather_statistics("builtin:mini-mixtral", file, samples=16)  # what `trimoe stats` does

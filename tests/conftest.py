@@ -58,7 +58,7 @@ def made(family_folder: Callable[[str], Path], text_file: Path, tmp_path_factory
     from pages import RECIPES, SMALL
 
     import trimoe
-    from trimoe import card
+    from trimoe.output import card
 
     folders: dict[str, Path] = {}
 

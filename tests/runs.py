@@ -12,9 +12,9 @@ import torch
 from refusals import snapshot
 
 import trimoe
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
-from trimoe.write import Writer
+from trimoe.model.skeleton import Skeleton
+from trimoe.output.writer import Writer
+from trimoe.walk.walk import LayerWalk
 
 IDS = torch.arange(3, 35).view(2, 16)
 
@@ -40,7 +40,7 @@ def check_resumes(make: Callable[[Path], trimoe.Result], folder: Path, after: in
         put(self, group, made)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trimoe.layout.MAX_SHARD", 1)
+        patch.setattr("trimoe.output.layout.MAX_SHARD", 1)
         whole = make(folder / "whole")
         patch.setattr(Writer, "put", cut)
         with pytest.raises(RuntimeError, match="power cut"):

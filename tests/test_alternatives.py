@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from trimoe import recipe as recipes
-from trimoe.alternatives import variants
 from trimoe.errors import UserError
+from trimoe.recipe import recipe as recipes
+from trimoe.sweep.grid import variants
 
 DROP: dict[str, Any] = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "score": ["gate", "reap"], "counts": "uniform"}}]}
 

@@ -17,7 +17,7 @@ from refusals import BASE, FACTORED, Family, Line, recipe_file, refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from trimoe import calibration
+from trimoe.text import samples
 
 # ---- the model
 
@@ -206,7 +206,7 @@ def test_texts_that_cannot_be(line: Line, source: Path, tmp_path: Path, monkeypa
     line.refused("--json - cannot be written: give a file", "eval", source, "--json", "-")
     (tmp_path / "folder.txt").mkdir()
     refused(line, "is not a file; a .txt or .jsonl file", source, tmp_path / "folder.txt", tmp_path)
-    monkeypatch.setattr(calibration, "MAX_LINE", 1000)
+    monkeypatch.setattr(samples, "MAX_LINE", 1000)
     (tmp_path / "long.jsonl").write_text('{"text": "' + "x" * 2000 + '"}')
     refused(line, "line 1 has more than 1,000 characters", source, tmp_path / "long.jsonl", tmp_path)
     (tmp_path / "long.txt").write_text("x" * 2000)

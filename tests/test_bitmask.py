@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from zeros import ALL, FEW, Folder, Tensors, compress, dense, disk, expert_keys, file_bytes, rows, step, whole_layers
 
 import trimoe
-from trimoe.checkpoint import INDEX, Checkpoint
+from trimoe.checkpoint.folder import INDEX, Checkpoint
 from trimoe.errors import UserError
-from trimoe.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton
 
 
 @pytest.mark.parametrize(("family", "form"), [*((family, "bitmask") for family in ALL), *((family, "dense") for family in FEW)])

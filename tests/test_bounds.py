@@ -12,8 +12,10 @@ import pytest
 from test_timing import SPEED
 
 import trimoe
-from trimoe import plan_table, recipe, timing
-from trimoe.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan import timing
+from trimoe.recipe import recipe
+from trimoe.show import plan
 
 Family = Callable[[str], Path]
 DROP = {"expert_drop": {"count": 2, "counts": "uniform", "search": "greedy"}}
@@ -88,7 +90,7 @@ def test_tables_are_whole_in_little_room(name: str) -> None:
     )}  # fmt: skip
     for width in (60, 80):
         out = io.StringIO()
-        plan_table.console(out, width=width).print(plan_table.of_plan(body))
+        plan.console(out, width=width).print(plan.of_plan(body))
         lines = out.getvalue().splitlines()
         assert max(map(len, lines)) <= width
         words = {word for line in lines for word in line.split()}

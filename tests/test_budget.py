@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimoe.budget import (
+from trimoe.methods.budget import (
     importance_counts,
     importance_ranks,
     optimal_counts,

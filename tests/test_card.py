@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from trimoe import UserError, card, card_metadata, tables
+from trimoe import UserError
 from trimoe.cli.options import check_writable, write_json
 from trimoe.evaluate import origin
-from trimoe.form import form_of
+from trimoe.output import card, card_metadata
+from trimoe.show import results
+from trimoe.show.form import form_of
 from trimoe.version import VERSION
 
 TEXTS: dict[str, Any] = {"model": "m", "against": "o", "length": 64, "stride": 32, "texts": [{"name": "a", "kl": 0.1}], "mean_kl": 0.1}
@@ -198,15 +200,15 @@ def test_what_a_result_is_and_the_columns_that_apply(form: str, changes: dict[st
 
 
 def test_numbers_have_three_digits() -> None:
-    assert [tables.three(value) for value in (2.0, 4.066, 12.34, 99.96, 99.94, 1234.5, 0.01234, 9.999)] == [
+    assert [results.three(value) for value in (2.0, 4.066, 12.34, 99.96, 99.94, 1234.5, 0.01234, 9.999)] == [
         "2.00", "4.07", "12.3", "100", "99.9", "1,234", "0.0123", "10.0"
     ]  # fmt: skip
 
 
 def test_a_saving_of_nothing_has_no_sign() -> None:
     one = {"bytes_per_token": 100_000.0, "imbalance": {"mean": 1.0, "worst": 1.0}}
-    assert tables.traffic_cells([one, one | {"bytes_per_token": 100_004.0}])[2] == "0.0%"
-    assert tables.traffic_cells([one, one | {"bytes_per_token": 103_000.0}])[2] == "-3.0%"
+    assert results.traffic_cells([one, one | {"bytes_per_token": 100_004.0}])[2] == "0.0%"
+    assert results.traffic_cells([one, one | {"bytes_per_token": 103_000.0}])[2] == "-3.0%"
 
 
 def test_names_in_tables_are_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +216,12 @@ def test_names_in_tables_are_text(capsys: pytest.CaptureFixture[str], monkeypatc
     ends = {"kl": [0.04781, 0.08123], "perplexity": [68.9123, 101.2345], "against_perplexity": [60.1, 70.2], "agreement": [0.8, 0.9]}
     row = {"name": "[/x]", "tokens": 64, "perplexity": 80.5, "against": {"perplexity": 65.25}, "kl": 0.0612, "agreement": 0.85,
            "intervals": ends, "resampled": "documents"}  # fmt: skip
-    tables.evaluation({"model": "m[v2]", "against": "o", "length": 64, "stride": 32, "texts": [row]})
+    results.evaluation({"model": "m[v2]", "against": "o", "length": 64, "stride": 32, "texts": [row]})
     shown = capsys.readouterr().out
     assert "m[v2]" in shown and "[/x]" in shown
     assert "0.0478-0.0812" in shown and "68.912-101.234" in shown and "80.0-90.0%" in shown
     row |= {"perplexity": 123456789.0, "intervals": {**ends, "perplexity": [12345678.9, 1234567891.2], "kl": [10.12, 15.12]}}
-    tables.evaluation({"model": "m", "against": "o", "length": 64, "stride": 32, "texts": [row]})
+    results.evaluation({"model": "m", "against": "o", "length": 64, "stride": 32, "texts": [row]})
     shown = capsys.readouterr().out
     assert "123456789.000" in shown and "[/x]" in shown and "…" not in shown and "85.0%" in shown, "intervals go before a number breaks"
 

@@ -12,10 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import trimoe
-from trimoe.costs import caches, context_of, head_matrix, of_layers
-from trimoe.decision import unchanged
-from trimoe.layout import Layout
-from trimoe.skeleton import Skeleton
+from trimoe.model.decision import unchanged
+from trimoe.model.skeleton import Skeleton
+from trimoe.output.layout import Layout
+from trimoe.plan.token_cost import caches, context_of, head_matrix, of_layers
 
 Family = Callable[[str], Path]
 ATTENDING = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "phimoe", "ernie4_5_moe", "hunyuan_v1_moe")

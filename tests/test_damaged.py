@@ -14,7 +14,7 @@ import pytest
 from damage import edit_header, says, shards
 from refusals import BASE, Line, recipe_file, refused
 
-from trimoe.checkpoint import Checkpoint
+from trimoe.checkpoint.folder import Checkpoint
 from trimoe.errors import UserError
 from trimoe.progress import LOG
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trimoe
-from trimoe import parts
-from trimoe.depth import droppable_blocks, renumbered
 from trimoe.errors import UserError
+from trimoe.methods.depth import candidates
+from trimoe.model.depth_config import droppable_blocks, renumbered
+from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import stock_class
-from trimoe.skeleton import Skeleton
-from trimoe.variants import divergence, skipped, without_moe
+from trimoe.walk.versions import divergence, skipped, without_moe
 
 ALL = sorted(families.FAMILIES)
 IDS = torch.arange(3, 35).view(2, 16)
@@ -96,7 +96,7 @@ def test_block_drop_is_the_model_without_the_layer(
     family: str, which: int, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(parts, "similarity", lambda part, stats, metric: 1.0 if part[1] == which else 0.0)
+    monkeypatch.setattr(candidates, "similarity", lambda part, stats, metric: 1.0 if part[1] == which else 0.0)
     result = compress(family_folder, family, text_file, out, {"block_drop": {"count": 1}})
     assert dropped_by(result) == {which: "block"}
     assert result.plan.form == "stock"
@@ -199,7 +199,7 @@ def test_the_interval_holds_whatever_is_dropped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(parts, "similarity", lambda part, stats, metric: float(part[1] == (first if part[0] == "moe" else second)))
+    monkeypatch.setattr(candidates, "similarity", lambda part, stats, metric: float(part[1] == (first if part[0] == "moe" else second)))
     steps = [{"expert_drop": {"ratio": 0.375, "counts": counts}}, {"layer_drop": {"count": 1}}, {"block_drop": {"count": 1}}]
     before = trimoe.plan(str(family_folder("mixtral")), {"steps": steps})
     result = compress(family_folder, "mixtral", text_file, tmp_path / "out", *steps)
@@ -233,9 +233,9 @@ def test_divergence_of_versions(family: str, family_folder: Callable[[str], Path
         assert got[name] == pytest.approx(float((truth.exp() * (truth - other)).sum(-1).mean()), rel=2e-3, abs=1e-7)
 
 
-def depth_of(count: int, kinds: str = "", blocks: bool = True) -> parts.Depth:
+def depth_of(count: int, kinds: str = "", blocks: bool = True) -> candidates.Depth:
     layers = tuple(range(count))
-    return parts.Depth(layers, layers, (), layers if blocks else (), dict(enumerate(kinds or "a" * count)))
+    return candidates.Depth(layers, layers, (), layers if blocks else (), dict(enumerate(kinds or "a" * count)))
 
 
 @settings(max_examples=80, deadline=None)
@@ -245,14 +245,14 @@ def test_picks(values: list[float], data: st.DataObject) -> None:
     kinds = data.draw(st.text("ab", min_size=len(values), max_size=len(values)))
     kind: Any = data.draw(st.sampled_from(["moe", "block"]))
     depth = depth_of(len(values), kinds)
-    similar: dict[parts.Part, float] = {(kind, index): value for index, value in enumerate(values)}
+    similar: dict[candidates.Part, float] = {(kind, index): value for index, value in enumerate(values)}
     most = depth.most(list(similar), mixed=False)
     sets = [list(chosen) for size in range(1, len(values) + 1) for chosen in combinations(similar, size) if depth.allows(chosen)]
     assert most == max((len(chosen) for chosen in sets), default=0)
     if most == 0:
         return
     total = data.draw(st.integers(1, most))
-    best = parts.pick(similar, depth, total)
+    best = candidates.pick(similar, depth, total)
     assert len(best) == total
     assert depth.allows(best)
     assert sum(similar[part] for part in best) == pytest.approx(
@@ -260,29 +260,29 @@ def test_picks(values: list[float], data: st.DataObject) -> None:
     )
     runs = [chosen for chosen in sets if len(chosen) == total and chosen[-1][1] - chosen[0][1] == total - 1]
     if runs:
-        found = parts.pick(similar, depth, total, consecutive=True)
+        found = candidates.pick(similar, depth, total, consecutive=True)
         assert sum(similar[part] for part in found) == pytest.approx(max(sum(similar[part] for part in run) for run in runs))
     else:
         with pytest.raises(UserError, match="no run of"):
-            parts.pick(similar, depth, total, consecutive=True)
+            candidates.pick(similar, depth, total, consecutive=True)
     threshold = data.draw(st.floats(-1, 1))
-    above = parts.pick(similar, depth, None, threshold=threshold)
+    above = candidates.pick(similar, depth, None, threshold=threshold)
     assert all(similar[part] > threshold for part in above)
     assert depth.allows(above)
 
 
 def test_mixtures_count_sub_layers() -> None:
     depth = depth_of(4)
-    similar: dict[parts.Part, float] = {
+    similar: dict[candidates.Part, float] = {
         ("moe", 0): 0.9, ("moe", 1): 0.7, ("moe", 2): 0.6, ("moe", 3): 0.5,
         ("block", 0): 0.85, ("block", 1): 0.2, ("block", 2): 0.1, ("block", 3): 0.88,
     }  # fmt: skip
-    assert parts.pick(similar, depth, 1, mixed=True) == [("moe", 0)], "a block does not fit"
-    assert parts.pick(similar, depth, 2, mixed=True) == [("block", 3)], "per sub-layer 0.06 is less than 0.075 and 0.1"
-    assert parts.pick(similar, depth, 4, mixed=True) == [("block", 3), ("block", 0)]
-    assert parts.pick(similar, depth, 5, mixed=True) == [("block", 3), ("block", 0), ("moe", 1)]
+    assert candidates.pick(similar, depth, 1, mixed=True) == [("moe", 0)], "a block does not fit"
+    assert candidates.pick(similar, depth, 2, mixed=True) == [("block", 3)], "per sub-layer 0.06 is less than 0.075 and 0.1"
+    assert candidates.pick(similar, depth, 4, mixed=True) == [("block", 3), ("block", 0)]
+    assert candidates.pick(similar, depth, 5, mixed=True) == [("block", 3), ("block", 0), ("moe", 1)]
     assert depth.add([("moe", 1)], ("block", 1), 2, mixed=True) == [("block", 1)], "a block takes its dropped sub-layer in"
-    emptied = parts.Depth((0, 1, 2), (1, 2), (0,), (0, 1, 2), dict.fromkeys(range(3), "a"))
+    emptied = candidates.Depth((0, 1, 2), (1, 2), (0,), (0, 1, 2), dict.fromkeys(range(3), "a"))
     assert emptied.cost(("block", 0), (), mixed=True) == 1, "its MoE block went in an earlier step"
     assert depth.most(list(similar), mixed=True) == 6, "the last MoE block stays, and its attention cannot go alone"
 

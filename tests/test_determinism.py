@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import trimoe
-from trimoe import decide, recipe
+from trimoe.methods import lab
+from trimoe.recipe import recipe
 
 COMPRESS = """
 import json, sys
@@ -105,4 +106,4 @@ def test_every_recipe_makes_the_same_folder_twice(name: str, eight_layers: Path,
 
 def test_reported_numbers_have_the_digits_that_threads_leave_alone() -> None:
     given = {"a": [0.123456789, 3], "b": {"c": 1234567.0, "d": float("inf"), "e": None, "f": True}, "g": (1e-30, "x")}
-    assert decide.rounded(given) == {"a": [0.12346, 3], "b": {"c": 1234600.0, "d": float("inf"), "e": None, "f": True}, "g": [1e-30, "x"]}
+    assert lab.rounded(given) == {"a": [0.12346, 3], "b": {"c": 1234600.0, "d": float("inf"), "e": None, "f": True}, "g": [1e-30, "x"]}

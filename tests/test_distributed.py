@@ -20,14 +20,14 @@ from refusals import snapshot
 from safetensors.torch import load_file
 
 import trimoe
-from trimoe.calibration import in_batches
-from trimoe.decision import LayerDecision
-from trimoe.distributed import ALONE, Team
-from trimoe.methods.low_rank import LowRank
-from trimoe.seen import Seen
-from trimoe.shares import narrowed, share
-from trimoe.skeleton import Skeleton
-from trimoe.stats import Stats
+from trimoe.calibration.statistics import Stats
+from trimoe.methods.low_rank.low_rank import LowRank
+from trimoe.model.decision import LayerDecision
+from trimoe.model.skeleton import Skeleton
+from trimoe.team import ALONE, Team
+from trimoe.text.samples import in_batches
+from trimoe.walk.expert_inputs import Seen
+from trimoe.walk.expert_shards import narrowed, share
 
 Family = Callable[[str], Path]
 NEW = pytest.mark.xdist_group("new process")
@@ -49,9 +49,9 @@ JOB = """
 import json, os, sys
 import trimoe
 source, text, out, recipes, options = json.loads(sys.argv[1])
-import trimoe.layout
+import trimoe.output.layout
 if os.environ.get("SHARDS"):
-    trimoe.layout.MAX_SHARD = 1
+    trimoe.output.layout.MAX_SHARD = 1
 if os.environ.get("DIES"):
     from trimoe import transform
     whole = transform._change
@@ -187,7 +187,7 @@ def test_a_process_that_dies_ends_the_run_which_any_number_of_processes_resumes(
     assert ".trimoe/changed-1.json" in died and ".trimoe/changed-2.json" not in died and "config.json" not in died
     assert any(name.endswith(".safetensors") for name in died), "two layers were written"
     shutil.copytree(out, tmp_path / "again")
-    monkeypatch.setattr("trimoe.layout.MAX_SHARD", 1)
+    monkeypatch.setattr("trimoe.output.layout.MAX_SHARD", 1)
     alone(source, letters, tmp_path / "one", recipes)
     alone(source, letters, out, recipes)
     assert snapshot(out / "gptq") == snapshot(tmp_path / "one" / "gptq")

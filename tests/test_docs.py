@@ -120,7 +120,7 @@ def test_examples_are_shown_as_they_are() -> None:
 
 def test_recipes_in_the_pages_are_recipes() -> None:
     """Every `--set` that a page shows next to a recipe's name works on it; every YAML block that has steps loads."""
-    from trimoe import recipe
+    from trimoe.recipe import recipe
 
     pages = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *DOCS.rglob("*.md")]]
     shown = [match for page in pages for match in re.findall(r"`([a-z0-9-]+)((?: --set [\w.]+=[\w.-]+)+)`", page)]

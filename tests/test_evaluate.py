@@ -18,13 +18,15 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import trimoe
-from trimoe import calibration, cli, tables
-from trimoe.calibration import encode, read_text
-from trimoe.checkpoint import Checkpoint
-from trimoe.compared import of_mean_kl
+from trimoe import cli
+from trimoe.checkpoint.folder import Checkpoint
 from trimoe.evaluate import cache, generation, intervals, windows
 from trimoe.evaluate.cache import Cache
-from trimoe.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton
+from trimoe.show import results
+from trimoe.show.frontier import of_mean_kl
+from trimoe.text import samples
+from trimoe.text.samples import encode, read_text
 
 DROP = {"steps": [{"expert_drop": {"count": 2, "counts": "uniform", "score": "frequency"}}]}
 
@@ -116,7 +118,7 @@ def test_report_and_table_have_intervals(family_folder: Callable[[str], Path], t
         low, high = row["intervals"][name]
         assert low <= value <= high
     assert row["intervals"]["difference_log_perplexity"] == [0.0, 0.0]
-    tables.evaluation(report)
+    results.evaluation(report)
     shown = capsys.readouterr().out
     assert "paired bootstrap over windows" in " ".join(shown.split())
     assert f"{row['intervals']['perplexity'][0]:.3f}-" in shown
@@ -153,7 +155,7 @@ def test_generation_is_the_models_own_and_the_same_every_time(
         assert {"loops", "empty", "distinct", "samples", "greedy", "sampled"} <= first[name].keys()
         assert first[name]["loops"] == pytest.approx((first[name]["greedy"]["loops"] + first[name]["sampled"]["loops"]) / 2)
     skeleton = Skeleton.of(str(folder))
-    model, tokenizer = trimoe.load(folder), calibration.load_tokenizer(skeleton.checkpoint)
+    model, tokenizer = trimoe.load(folder), samples.load_tokenizer(skeleton.checkpoint)
     (text,) = read_text(str(text_file))
     ids = generation.prompts([windows("letters", encode(tokenizer, text, 96), 32, 16, 500)], 64)[:1]
     sample, written = first["against"]["samples"][0], []

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import trimoe
-from trimoe import recipe
+from trimoe.recipe import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.sh")])

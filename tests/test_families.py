@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 import trimoe
-from trimoe.decided import masked
-from trimoe.site import keep_experts
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.model.moe_block import keep_experts
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.decided import masked
+from trimoe.walk.walk import LayerWalk
 
 ALL = sorted(families.FAMILIES)
 TOGETHER = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in ALL]  # on one worker, which compresses once

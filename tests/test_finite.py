@@ -13,13 +13,13 @@ import torch
 from refusals import BASE, Line, recipe_file
 
 import trimoe
-from trimoe.distributed import ALONE
+from trimoe.calibration.observer import run_expert
 from trimoe.evaluate import texts
-from trimoe.finite import Inside, NotFinite, Range, checked
-from trimoe.observe import run_expert
-from trimoe.receptive_field import _distance
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.methods.expert_drop.receptive_field import _distance
+from trimoe.model.skeleton import Skeleton
+from trimoe.team import ALONE
+from trimoe.walk.finite import Inside, NotFinite, Range, checked
+from trimoe.walk.walk import LayerWalk
 
 STEPS: dict[str, list[dict[str, Any]]] = {
     "statistics": [{"expert_drop": {"count": 2, "counts": "uniform", "score": "gate"}}],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import trimoe
-from trimoe.checkpoint import INDEX
+from trimoe.checkpoint.folder import INDEX
 from trimoe.modeling_trimoe import GUARD, KEY
 
 Folder = Callable[[str], Path]

@@ -22,12 +22,12 @@ from refusals import FACTORED, UNIFORM, Line, snapshot
 from safetensors.torch import save_file
 
 import trimoe
-from trimoe import disk
-from trimoe.aside import aside, disk_errors
+from trimoe.checkpoint.atomic import aside, disk_errors
 from trimoe.journal import FOLDER, Journal
+from trimoe.output.rewriter import Rewriter
+from trimoe.output.writer import Writer
+from trimoe.plan import disk
 from trimoe.progress import LOG
-from trimoe.recover.rewrite import Rewriter
-from trimoe.write import Writer
 
 Family = Callable[[str], Path]
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ import os, signal, sys
 sys.argv = {words!r}
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from trimoe import cli
-from trimoe.write import Writer
+from trimoe.output.writer import Writer
 
 def put(*_):
     try:
@@ -109,7 +109,7 @@ sys.argv = [{name!r}, "inspect", "builtin:mini-mixtral"]
 
 class Stop:
     def find_spec(self, module, *_):
-        if module == "trimoe.benchmark":
+        if module == "trimoe.run.bench":
             os.kill(os.getpid(), signal.SIGINT)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from trimoe.knapsack import cheapest_losses
+from trimoe.methods.low_rank.knapsack import cheapest_losses
 
 Menus = list[tuple[list[int], list[float]]]
 

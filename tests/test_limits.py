@@ -12,7 +12,7 @@ import pytest
 from refusals import UNIFORM, Line, recipe_file
 
 import trimoe
-from trimoe import limits, memory
+from trimoe.plan import limits, memory
 
 Family = Callable[[str], Path]
 TRAINED = {**UNIFORM, "recover": {"method": "lora", "samples": 8, "length": 32, "steps": 1, "batch": 2}}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimoe.methods.low_rank import factor, leading, spectrum
+from trimoe.methods.low_rank.low_rank import factor, leading, spectrum
 from trimoe.modeling_trimoe import DENSE
-from trimoe.seen import POOL_WEIGHT, Given, Pool
+from trimoe.walk.expert_inputs import POOL_WEIGHT, Given, Pool
 
 
 def moment_of(size: int, generator: torch.Generator) -> torch.Tensor:

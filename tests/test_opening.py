@@ -14,11 +14,12 @@ from damage import says
 from safetensors.torch import load_file, save_file
 
 import trimoe
-from trimoe import costs, depth, hf, inspection
-from trimoe.decision import unchanged
-from trimoe.layout import Layout
-from trimoe.loading import FAMILIES
-from trimoe.skeleton import Skeleton
+from trimoe.model import depth_config, transformers5
+from trimoe.model.decision import unchanged
+from trimoe.model.skeleton import Skeleton
+from trimoe.output.layout import Layout
+from trimoe.plan import inspection, token_cost
+from trimoe.run.load import FAMILIES
 
 Family = Callable[[str], Path]
 UNIFORM = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform", "score": "gate"}}]}
@@ -54,7 +55,7 @@ def test_what_is_left_out_is_said(key: str, kind: str, source: Path) -> None:
 
 def test_no_spelling_counts_prediction_layers() -> None:
     config = {"num_nextn_predict_layers": 1, "text_config": {"mtp_num_hidden_layers": 2, "use_mtp": True, "mtp_loss": 0.1}, "layers": 3}
-    made = hf.without_prediction(config)
+    made = transformers5.without_prediction(config)
     assert made == {
         "num_nextn_predict_layers": 0,
         "text_config": {"mtp_num_hidden_layers": 0, "use_mtp": False, "mtp_loss": 0.1},
@@ -101,11 +102,11 @@ def test_biases_that_the_block_keeps(family: str, monkeypatch: pytest.MonkeyPatc
 def test_nothing_large_is_allocated(family_folder: Family) -> None:
     """Stacked experts of terabytes, more than any machine has, are built on meta; buffers are those of a real build."""
     config = families.config_of("mixtral")
-    real = hf._built(config, torch.float32)
-    built = hf.build_meta(config, torch.float32)
+    real = transformers5._built(config, torch.float32)
+    built = transformers5.build_meta(config, torch.float32)
     assert all(torch.equal(buffer, dict(real.named_buffers())[name]) for name, buffer in built.named_buffers())
     config.num_local_experts, config.intermediate_size = 4096, 1 << 24
-    huge = hf.build_meta(config, torch.float32)
+    huge = transformers5.build_meta(config, torch.float32)
     assert all(parameter.is_meta for parameter in huge.parameters()) and not any(buffer.is_meta for buffer in huge.buffers())
 
 
@@ -133,9 +134,9 @@ def test_alike_layers_are_as_each_by_itself(family: str, family_folder: Family, 
     for index, site in skeleton.sites.items():
         for path in site.expert_axes:
             assert layout.disk_expert(index, site, path) == layout._disk_expert(index, site, path)
-    found = costs.caches(skeleton)
-    monkeypatch.setattr(depth, "unlike", lambda *layers: "each is of its own kind")
-    assert found is not None and found == costs.caches(other)
+    found = token_cost.caches(skeleton)
+    monkeypatch.setattr(depth_config, "unlike", lambda *layers: "each is of its own kind")
+    assert found is not None and found == token_cost.caches(other)
 
 
 GROUPED, MLA = families.GROUPED, families.MLA
@@ -183,5 +184,5 @@ def test_every_listed_family_is_supported(family: str, monkeypatch: pytest.Monke
     skeleton = Skeleton.of(tmp_path)
     assert skeleton.sites and all(site.rule.top_k == 2 for site in skeleton.sites.values())
     config = families.config_of(family)
-    real, built = (dict(make(config, torch.float32).named_buffers()) for make in (hf._built, hf.build_meta))
+    real, built = (dict(make(config, torch.float32).named_buffers()) for make in (transformers5._built, transformers5.build_meta))
     assert real.keys() == built.keys() and all(torch.equal(built[name], buffer) for name, buffer in real.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimoe.packing import Packed, pack, unpack
+from trimoe.checkpoint.packed import Packed, pack, unpack
 
 helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import trimoe
-from trimoe import recipe
-from trimoe.calibration import calibrate
-from trimoe.decided import masked
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
-from trimoe.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton
+from trimoe.recipe import recipe
+from trimoe.text.samples import calibrate
+from trimoe.walk.decided import masked
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "papers"
 SAMPLES = {"samples": 8, "length": 32}

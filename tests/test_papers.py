@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import trimoe
-from trimoe.alternatives import variants
-from trimoe.skeleton import Skeleton
-from trimoe.standings import Row
+from trimoe.model.skeleton import Skeleton
+from trimoe.sweep.grid import variants
+from trimoe.sweep.rows import Row
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "papers"
 PAPERS = {"moe_i2": "Mixtral-8x7B", "holistic": "Mixtral-8x7B", "moe_pruner": "Mixtral-8x7B"}

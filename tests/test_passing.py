@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import trimoe
-from trimoe import passing, spill
-from trimoe.decided import masked
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.model import layer_call
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk import hidden_states as spill
+from trimoe.walk.decided import masked
+from trimoe.walk.walk import LayerWalk
 
 IDS = torch.randint(3, 90, (5, 16), generator=torch.Generator().manual_seed(1))
 INDEXED: dict[str, Any] = {
@@ -132,7 +133,7 @@ class Model(nn.Module):
 def test_what_goes_from_layer_to_layer_is_counted(way: str, beside: int) -> None:
     model = Model(way)
     table, head = model.table, model.head
-    assert passing.passed_on(model, model.layers) == beside  # type: ignore[arg-type]
+    assert layer_call.passed_on(model, model.layers) == beside  # type: ignore[arg-type]
     assert (model.table, model.head) == (table, head) and all(isinstance(layer, Layer) for layer in model.layers)
 
 
@@ -143,7 +144,7 @@ def test_what_goes_from_layer_to_layer_is_counted(way: str, beside: int) -> None
 def test_other_ways_are_refused(way: str, message: str) -> None:
     model = Model(way)
     with pytest.raises(trimoe.UserError, match=message):
-        passing.passed_on(model, model.layers)  # type: ignore[arg-type]
+        layer_call.passed_on(model, model.layers)  # type: ignore[arg-type]
 
 
 def test_inspect_says_so(tmp_path: Path) -> None:

@@ -17,14 +17,18 @@ from refusals import Line
 from safetensors.torch import load_file, save_file
 
 import trimoe
-from trimoe import disk, engines, gather, inspection, machine, plan_table, spill
+from trimoe.calibration import gather
+from trimoe.checkpoint import free_disk
 from trimoe.errors import UserError
-from trimoe.limits import IMPORTS
 from trimoe.methods import ExpertDrop
-from trimoe.methods.expert_drop import Greedy
-from trimoe.plan import Plan
-from trimoe.recipe import load
-from trimoe.skeleton import Skeleton
+from trimoe.methods.expert_drop.expert_drop import Greedy
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan import disk, engines, inspection, machine
+from trimoe.plan.limits import IMPORTS
+from trimoe.plan.plan import Plan
+from trimoe.recipe.recipe import load
+from trimoe.show import plan as plan_table
+from trimoe.walk import hidden_states
 
 Family = Callable[[str], Path]
 DROP = {"expert_drop": {"count": 2, "counts": "uniform", "search": "greedy"}}
@@ -309,8 +313,8 @@ def test_plan_says_on_how_much_text(family_folder: Family) -> None:
 def test_search_tokens_lie_where_the_plan_says(family_folder: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are made of as many bytes as were counted, at a budget that holds some of them."""
     made: list[int] = []
-    monkeypatch.setattr(spill.os, "posix_fallocate", lambda file, start, size: (made.append(size), os.ftruncate(file, size)))
-    for module in (disk, spill):
+    monkeypatch.setattr(hidden_states.os, "posix_fallocate", lambda file, start, size: (made.append(size), os.ftruncate(file, size)))
+    for module in (disk, hidden_states):
         monkeypatch.setattr(module, "BUDGET", 200_000)
     skeleton, recipe = Skeleton.of(str(family_folder("qwen2_moe"))), load({"steps": [DROP]})
     reach, held = recipe.steps[0].reach(skeleton.sites), 0
@@ -343,11 +347,11 @@ def test_statistics_on_disk_are_what_plan_says(
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"The result needs 1\.00 TiB of disk at .*, which has .* free"):
-        disk.check(tmp_path / "new", 1 << 40)
+        free_disk.check(tmp_path / "new", 1 << 40)
     monkeypatch.setattr(disk.tempfile, "gettempdir", lambda: "/proc")
     with pytest.raises(UserError, match=r"Hidden states that do not fit in memory need .* set TMPDIR"):
-        disk.check(tmp_path / "new", 1, 1 << 40)
-    assert spill.BUDGET > 0
+        free_disk.check(tmp_path / "new", 1, 1 << 40)
+    assert hidden_states.BUDGET > 0
 
 
 def test_layers_that_nobody_chose_yet_are_shown_as_they_are_if_kept(family_folder: Family) -> None:

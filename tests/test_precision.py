@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import trimoe
-from trimoe import precision
-from trimoe.precision import compute_dtype
+from trimoe.model import precision
+from trimoe.model.precision import compute_dtype
 
 Folder = Callable[[str], Path]
 DROP: dict[str, Any] = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform", "score": "gate"}}]}

@@ -136,7 +136,7 @@ def test_what_is_said_outside_runs_is_in_no_log(tmp_path: Path) -> None:
 
 
 def test_log_goes_on_when_a_run_is_resumed(family_folder: Family, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimoe.write import Writer
+    from trimoe.output.writer import Writer
 
     real = Writer.finish
     monkeypatch.setattr(Writer, "finish", lambda self, side: 1 / 0)

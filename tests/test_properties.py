@@ -15,11 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from trimoe import calibration, inspection, recipe
+from trimoe.checkpoint.headers import DTYPES, header_bytes, read_header
 from trimoe.errors import UserError
-from trimoe.headers import DTYPES, header_bytes, read_header
-from trimoe.plan import plan
-from trimoe.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan import inspection
+from trimoe.plan.plan import plan
+from trimoe.recipe import recipe
+from trimoe.text import samples
 
 # The folders of fixtures serve every example of a test: each example writes its own file anew.
 FAST = settings(
@@ -186,5 +188,5 @@ def test_what_a_recipe_says_of_itself_can_be_read_again(field: str, value: Any) 
 def test_any_text_is_read_or_refused(lines: list[bytes], tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.txt"):
         (tmp_path / name).write_bytes(b"\n".join(lines))
-        found = allowed(lambda name=name: calibration.read_text(str(tmp_path / name)))
+        found = allowed(lambda name=name: samples.read_text(str(tmp_path / name)))
         assert found is None or all(isinstance(document, str) for text in found for document in text.documents)

@@ -19,16 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trimoe.decision import LayerDecision, unchanged
+from trimoe.checkpoint.packed import Packed
 from trimoe.errors import UserError
-from trimoe.expert import matrices, run_expert
-from trimoe.methods.quantize import Quantize, folded, linear_rows, put_back
+from trimoe.methods.quantize.quantize import Quantize, folded, linear_rows, put_back
+from trimoe.methods.quantize.rounding import ALPHAS, DAMP, SHRINK, awq_scale, clipped, common_group, gptq, rounded, weighted_error
+from trimoe.model.decision import LayerDecision, unchanged
+from trimoe.model.expert import matrices, run_expert
+from trimoe.model.moe_block import Site
+from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import first_projection
-from trimoe.packing import Packed
-from trimoe.quantization import ALPHAS, DAMP, SHRINK, awq_scale, clipped, common_group, gptq, rounded, weighted_error
-from trimoe.seen import Seen
-from trimoe.site import Site
-from trimoe.skeleton import Skeleton
+from trimoe.walk.expert_inputs import Seen
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 METHODS = ["gptq", "awq", "round"]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from trimoe import recipe
 from trimoe.errors import UserError
 from trimoe.methods import ExpertDrop, LowRank
-from trimoe.methods.expert_drop import Exhaustive, Genetic, Greedy, Random, ReceptiveField
-from trimoe.recipe import Recipe, load, recovery, text_of
-from trimoe.spec import CalibrationSpec
+from trimoe.methods.expert_drop.expert_drop import Exhaustive, Genetic, Greedy, Random, ReceptiveField
+from trimoe.recipe import recipe
+from trimoe.recipe.recipe import Recipe, load, recovery, text_of
+from trimoe.text.spec import CalibrationSpec
 
 DROP: dict[str, Any] = {"steps": [{"expert_drop": {"ratio": 0.25}}]}
 

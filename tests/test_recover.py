@@ -18,13 +18,15 @@ from refusals import FACTORED, UNIFORM, snapshot
 from safetensors.torch import load_file, save_file
 
 import trimoe
-from trimoe import UserError, card
-from trimoe.checkpoint import Checkpoint
+from trimoe import UserError
+from trimoe.checkpoint.folder import Checkpoint
+from trimoe.model.skeleton import Skeleton
+from trimoe.output import card
+from trimoe.plan import recovery_memory
 from trimoe.progress import Reporter
-from trimoe.recover import adapters, apart, footprint, head, layers, loop, recover
-from trimoe.recover.spec import parsed, schedule
+from trimoe.recipe.recover import parsed, schedule
+from trimoe.recover import adapters, apart, head, layers, loop, recover
 from trimoe.recover.teacher import Kept, distillation, keep
-from trimoe.skeleton import Skeleton
 
 JOB = importlib.import_module("trimoe.recover.run")
 UNEVEN = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "importance", "search": "greedy"}}, {"low_rank": {"ratio": 0.4}}]}
@@ -295,7 +297,7 @@ def test_layers_that_compute_again_give_the_same_bytes(
 ) -> None:
     folder, spec, called = finished(*CASES[case]), section(**{"text": repetitive, "epochs": 1, **fields}), []
     recover(folder, tmp_path / "once", spec)
-    monkeypatch.setattr(footprint, "computed_again", lambda *args: True)
+    monkeypatch.setattr(recovery_memory, "computed_again", lambda *args: True)
     monkeypatch.setattr(
         layers, "checkpoint", lambda *args, **kwargs: (called.append(1), torch.utils.checkpoint.checkpoint(*args, **kwargs))[1]
     )
@@ -364,7 +366,7 @@ def test_other_dtypes_are_refused(finished: Finished, repetitive: Path, tmp_path
         recover(finished("mixtral"), tmp_path / "out", section("lora", repetitive, dtype="float16"))
     skeleton = Skeleton.of(str(finished("mixtral")))
     spec = parsed({"method": "lora"})
-    assert footprint.precision(spec, skeleton, "cuda") == footprint.precision(spec, skeleton, "cpu") == torch.float32
+    assert recovery_memory.precision(spec, skeleton, "cuda") == recovery_memory.precision(spec, skeleton, "cpu") == torch.float32
 
 
 def test_lambda_is_of_the_whole_first_batch(finished: Finished, repetitive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,19 +18,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import trimoe
-from trimoe import UserError, hf
-from trimoe.checkpoint import Checkpoint
-from trimoe.decision import LayerDecision
+from trimoe import UserError
+from trimoe.checkpoint.folder import Checkpoint
 from trimoe.journal import Journal
+from trimoe.model import transformers5
+from trimoe.model.decision import LayerDecision
+from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import FactoredExperts
+from trimoe.output.rewriter import Rewriter
 from trimoe.progress import QUIET
+from trimoe.recipe.recover import Recover
 from trimoe.recover.experts import distil, expert_loss
-from trimoe.recover.given import pruned
+from trimoe.recover.inputs import pruned
 from trimoe.recover.pairs import Pair, pairs
-from trimoe.recover.rewrite import Rewriter
-from trimoe.recover.spec import Recover
 from trimoe.recover.zeros import Held, zero_masks
-from trimoe.skeleton import Skeleton
 
 Family = Callable[[str], Path]
 PRUNED = [{"weight_prune": {"ratio": 0.5}}]
@@ -99,13 +100,13 @@ def recover(student: Path, teacher: Path, out: Path, spec: Recover = SPEC, *, se
 
 def experts_of(folder: Path, dtype: torch.dtype = torch.float64) -> dict[int, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
-    return {index: site.experts_of(hf.decoder_layers(model)[1][index]) for index, site in Skeleton.of(str(folder)).sites.items()}
+    return {index: site.experts_of(transformers5.decoder_layers(model)[1][index]) for index, site in Skeleton.of(str(folder)).sites.items()}
 
 
 def called_with(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What a layer's experts are given on the held-out tokens, from the whole stock model."""
     model, site, calls = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), Skeleton.of(str(folder)).sites[layer], []
-    experts = site.experts_of(hf.decoder_layers(model)[1][layer])
+    experts = site.experts_of(transformers5.decoder_layers(model)[1][layer])
     experts.register_forward_pre_hook(lambda m, args, kwargs: calls.append((*args, *kwargs.values())[:2]), with_kwargs=True)
     with torch.no_grad():
         for batch in HELD:

@@ -15,18 +15,20 @@ import pytest
 from pages import RECIPES, SMALL, checked, everything
 
 import trimoe
-from trimoe import card
+from trimoe.output import card
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from trimoe import evidence, size_by_part, words
-from trimoe.decision import unchanged
-from trimoe.layout import Layout
+from trimoe.methods import evidence
+from trimoe.model.decision import unchanged
+from trimoe.model.skeleton import Skeleton
+from trimoe.output.layout import Layout
+from trimoe.plan import size_by_part
 from trimoe.report import build, charts, chosen, page, size
 from trimoe.report.read import Finished
 from trimoe.report.section import Code, Figure, Section, Table
-from trimoe.skeleton import Skeleton
+from trimoe.show import format
 
 Family = Callable[[str], Path]
 ALWAYS = {"summary", "quality", "traffic", "size", "decisions", "origin"}
@@ -157,7 +159,7 @@ def test_how_it_was_measured_is_said(made: Callable[[str], Path], tmp_path: Path
 
 
 def test_numbers_have_the_same_digits() -> None:
-    assert [words.short(count, words.COUNTS) for count in (2_000_000, 4_066_000, 999_600, 72_000, 812, 46_700_000_000)] == [
+    assert [format.short(count, format.COUNTS) for count in (2_000_000, 4_066_000, 999_600, 72_000, 812, 46_700_000_000)] == [
         "2.00M", "4.07M", "1.00M", "72.0K", "812", "46.7B"
     ]  # fmt: skip
 
@@ -170,7 +172,7 @@ def test_bytes_by_part(family: str, family_folder: Family) -> None:
     assert all(before == after for place in (made["outside the layers"], *made["layers"].values()) for before, after in place.values())
     assert list(made["outside the layers"]) == ["embedding", "norms", "head"]
     for index, sizes in made["layers"].items():
-        assert list(sizes) == [part for part in words.PARTS if part in sizes]
+        assert list(sizes) == [part for part in format.PARTS if part in sizes]
         site = skeleton.sites.get(int(index))
         shared = {"shared experts"} if site is not None and family in SHARED else set()
         feed = {"dense MLPs"} if site is None else {"routers", "routed experts"} | shared

@@ -14,7 +14,7 @@ from pages import SMALL, everything
 from refusals import Line
 
 import trimoe
-from trimoe import card, card_metadata
+from trimoe.output import card, card_metadata
 from trimoe.progress import LOG
 
 pytest.importorskip("altair")
@@ -68,7 +68,7 @@ def test_benchmarks_of_the_original_are_kept(
     bench = json.loads((folder / "trimoe.json").read_text())["bench"]
     shutil.copyfile(made("naee") / "trimoe.json", folder / "trimoe.json")
     monkeypatch.setattr(trimoe, "bench", lambda *args, **kwargs: bench)
-    monkeypatch.setattr("trimoe.tables.bench", lambda report: None)
+    monkeypatch.setattr("trimoe.show.results.bench", lambda report: None)
     line = Line(monkeypatch, capsys)
     assert line.run("bench", folder, "-q")[0] == 0 and line.run("bench", folder, "--against", family_folder("olmoe"), "-q")[0] == 0
     assert "bench" not in json.loads((folder / "trimoe.json").read_text())
@@ -92,7 +92,7 @@ def test_what_was_measured_is_saved_before_it_is_printed(
         shutil.copyfile(plain, folder / "trimoe.json")
         found = dict(record[part])
         monkeypatch.setattr(trimoe, name, lambda *args, found=found, **kwargs: found)
-        monkeypatch.setattr(f"trimoe.tables.{'bench' if verb == 'bench' else 'evaluation'}", gone)
+        monkeypatch.setattr(f"trimoe.show.results.{'bench' if verb == 'bench' else 'evaluation'}", gone)
         code, _, err = line.run(verb, folder, "--against", family_folder("mixtral"), "-q", "--json", tmp_path / f"{verb}.json")
         assert code == 1 and "Input/output error" in err
         assert f"trimoe {verb} " in (folder / LOG).read_text().splitlines()[-3], "in the folder's log, too"

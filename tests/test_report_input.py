@@ -13,8 +13,9 @@ from pages import checked, everything
 from refusals import Line
 
 import trimoe
-from trimoe import UserError, card
+from trimoe import UserError
 from trimoe.evaluate import origin
+from trimoe.output import card
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")

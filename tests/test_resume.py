@@ -14,7 +14,7 @@ from refusals import FACTORED, UNIFORM, Line, snapshot
 import trimoe
 from trimoe import UserError
 from trimoe.journal import Journal
-from trimoe.write import Writer
+from trimoe.output.writer import Writer
 
 Family = Callable[[str], Path]
 JOB = importlib.import_module("trimoe.compress")  # trimoe.compress is the function of that name
@@ -40,19 +40,19 @@ def cut_inside_a_shard(patch: pytest.MonkeyPatch) -> None:
 
 def cut_between_shards(patch: pytest.MonkeyPatch) -> None:
     cut_inside_a_shard(patch)
-    patch.setattr("trimoe.layout.MAX_SHARD", 1)
+    patch.setattr("trimoe.output.layout.MAX_SHARD", 1)
 
 
 def cut_before_config(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("trimoe.write.copy_file", stop)
+    patch.setattr("trimoe.output.writer.copy_file", stop)
 
 
 def cut_before_decisions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("trimoe.decide._decide_ranks", stop)
+    patch.setattr("trimoe.methods.lab._decide_ranks", stop)
 
 
 def cut_inside_decisions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("trimoe.decide._drop_metrics", stop)
+    patch.setattr("trimoe.methods.lab._drop_metrics", stop)
 
 
 CUTS = [cut_inside_decisions, cut_before_decisions, cut_before_transform, cut_inside_a_shard, cut_between_shards, cut_before_config]
@@ -76,7 +76,7 @@ def test_resumed_run_writes_the_same_bytes(
     before = snapshot(source)
     with pytest.MonkeyPatch.context() as patch:
         if cut is cut_between_shards:
-            patch.setattr("trimoe.layout.MAX_SHARD", 1)
+            patch.setattr("trimoe.output.layout.MAX_SHARD", 1)
         whole = compress(source, text_file, tmp_path / "whole")
         interrupted(cut, source, text_file, tmp_path / "cut")
         resumed = compress(source, text_file, tmp_path / "cut")
@@ -89,7 +89,7 @@ def test_resumed_run_writes_the_same_bytes(
 def test_what_was_decided_is_not_decided_again(family_folder: Family, text_file: Path, tmp_path: Path) -> None:
     interrupted(cut_before_transform, family_folder("mixtral"), text_file, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("trimoe.decide.statistics", "trimoe.decide._decide_drops", "trimoe.decide._decide_ranks"):
+        for name in ("trimoe.methods.lab.statistics", "trimoe.methods.lab._decide_drops", "trimoe.methods.lab._decide_ranks"):
             patch.setattr(name, stop)
         compress(family_folder("mixtral"), text_file, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").is_file()

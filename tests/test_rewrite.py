@@ -12,10 +12,10 @@ import torch
 from refusals import snapshot
 from safetensors.torch import load_file
 
-from trimoe.checkpoint import Checkpoint
-from trimoe.recover import rewrite
-from trimoe.recover.rewrite import Rewriter
-from trimoe.recover.spec import Diverged
+from trimoe.checkpoint.folder import Checkpoint
+from trimoe.output import rewriter as rewrite
+from trimoe.output.rewriter import Rewriter
+from trimoe.recipe.recover import Diverged
 
 Family = Callable[[str], Path]
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import trimoe
-from trimoe import benchmark, running
-from trimoe.checkpoint import Checkpoint
-from trimoe.loading import load_packed
-from trimoe.packing import Packed
-from trimoe.running import BACKENDS, choose
+from trimoe.checkpoint.folder import Checkpoint
+from trimoe.checkpoint.packed import Packed
+from trimoe.run import bench, kernels
+from trimoe.run.kernels import BACKENDS, choose
+from trimoe.run.load import load_packed
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"]
 SIZES: dict[str, dict[str, Any]] = {
@@ -169,9 +169,9 @@ def test_every_backend_multiplies(device: str, bits: int, dtype: torch.dtype, to
 
 def test_one_scale_a_row_is_kept_and_several_are_regrouped() -> None:
     one = quantize(torch.randn(32, 64), 8, 64, torch.float32)
-    assert torch.equal(running.per_row(one)[0], one.q_OI) and torch.equal(running.per_row(one)[1], one.scale_OG[:, 0])
+    assert torch.equal(kernels.per_row(one)[0], one.q_OI) and torch.equal(kernels.per_row(one)[1], one.scale_OG[:, 0])
     several = quantize(torch.randn(32, 64), 4, 16, torch.float32)
-    q_OI, scale_O = running.per_row(several)
+    q_OI, scale_O = kernels.per_row(several)
     moved = (q_OI * scale_O.unsqueeze(1) - several.dense()).abs()
     assert bool((moved <= 1.001 * several.dense().abs().amax(1, keepdim=True) / 254).all())
 
@@ -312,7 +312,7 @@ def test_mistakes_are_named(made: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bench(made: Any) -> None:
     folder, _ = made("mixtral")
-    report = benchmark.bench(folder, folder.parent / "packed-dense", prompt=8, generate=4, rounds=2)
+    report = bench.bench(folder, folder.parent / "packed-dense", prompt=8, generate=4, rounds=2)
     first, second = report["models"]
     assert first["backends"] == {"int4-weight-only": 48} and second["backends"] is None
     assert first["disk_bytes"] < second["disk_bytes"]
@@ -322,4 +322,4 @@ def test_bench(made: Any) -> None:
     assert json.loads(json.dumps(report)) == copy.deepcopy(report)
     assert report["ratio"]["decode_tokens_s"]["median"] > 0
     with pytest.raises(trimoe.UserError, match="context"):
-        benchmark.bench(folder, prompt=60, generate=60, rounds=1)
+        bench.bench(folder, prompt=60, generate=60, rounds=1)

@@ -12,10 +12,10 @@ from runs import IDS, streamed
 from zeros import Folder, compress, dense, disk, expert_keys, file_bytes, inputs_of, lawful, named, rows, step, tokens
 
 import trimoe
-from trimoe.checkpoint import Checkpoint
+from trimoe.checkpoint.folder import Checkpoint
 from trimoe.errors import UserError
-from trimoe.running import PackedLinear
-from trimoe.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton
+from trimoe.run.kernels import PackedLinear
 
 SHARED = ("shared_expert.", "shared_experts.", "shared_mlp.")
 

@@ -8,11 +8,11 @@ import families
 import pytest
 import torch
 
-from trimoe import scores
-from trimoe.gather import statistics
-from trimoe.routing import RoutingRule
-from trimoe.skeleton import Skeleton
-from trimoe.stats import LayerStats
+from trimoe.calibration.gather import statistics
+from trimoe.calibration.statistics import LayerStats
+from trimoe.methods.expert_drop import scores
+from trimoe.model.router import RoutingRule
+from trimoe.model.skeleton import Skeleton
 
 
 def by_hand(num_experts: int = 6, tokens: int = 50, top_k: int = 2) -> tuple[LayerStats, torch.Tensor, torch.Tensor]:

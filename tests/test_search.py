@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimoe import search
-from trimoe.search import Drop, Found, Space, exhaustive, genetic, greedy, greedy_path, random
+from trimoe.methods.expert_drop import search
+from trimoe.methods.expert_drop.search import Drop, Found, Space, exhaustive, genetic, greedy, greedy_path, random
 
 SMALL = [Space(8, 2), Space(8, 4), Space(16, 4), Space(16, 8), Space(64, 2), Space(24, 8, groups=4, protected=(0, 13))]
 IDS = [f"E{s.num_experts}n{s.num_drop}g{s.groups}" for s in SMALL]

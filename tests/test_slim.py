@@ -15,11 +15,11 @@ import torch
 from runs import IDS, check_resumes, streamed
 
 import trimoe
-from trimoe.checkpoint import Checkpoint
+from trimoe.checkpoint.folder import Checkpoint
 from trimoe.errors import UserError
-from trimoe.quantization import rounded
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.methods.quantize.rounding import rounded
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.walk import LayerWalk
 
 STACKED = {"gpt_oss", "granitemoe"}  # families that keep their experts in one tensor on disk
 ALL = sorted(set(families.FAMILIES) - STACKED)

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimoe.errors import UserError
-from trimoe.quantization import DAMP, weighted_error
-from trimoe.sparsity import (
+from trimoe.methods.quantize.rounding import DAMP, weighted_error
+from trimoe.methods.weight_prune.masks import (
     Pattern,
     dropped_of,
     input_norms,

@@ -8,9 +8,9 @@ import families
 import pytest
 import torch
 
-from trimoe import checkpoint
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.checkpoint import folder
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.walk import LayerWalk
 
 STORED_STACKED = ("gpt_oss", "granitemoe")
 
@@ -24,7 +24,7 @@ def weights(walk: LayerWalk, index: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_layers_equal_those_of_the_stock_loader(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     families.save(family, tmp_path, dtype=dtype)
-    monkeypatch.setattr(checkpoint, "PIECE", 300)  # a few rows: pieces of a matrix that do not divide it
+    monkeypatch.setattr(folder, "PIECE", 300)  # a few rows: pieces of a matrix that do not divide it
     for computed in (torch.float32, torch.bfloat16):
         skeleton = Skeleton.of(str(tmp_path), computed)
         found, walk = skeleton.conversion.stacked, LayerWalk(skeleton, [torch.arange(3, 19)[None]])

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from trimoe import standings
-from trimoe.standings import Row, frontier
+from trimoe.sweep import rows as standings
+from trimoe.sweep.rows import Row, frontier
 
 
 def row(name: str, size: int, kl: float) -> Row:

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from trimoe import scores
-from trimoe.distributed import Team
+from trimoe.calibration.gather import search_rows, statistics
+from trimoe.calibration.statistics import LayerStats, Stats, from_main
 from trimoe.errors import UserError
-from trimoe.gather import search_rows, statistics
-from trimoe.routing import RoutingRule
-from trimoe.site import Site
-from trimoe.skeleton import Skeleton
-from trimoe.stats import LayerStats, Stats, from_main
+from trimoe.methods.expert_drop import scores
+from trimoe.model.moe_block import Site
+from trimoe.model.router import RoutingRule
+from trimoe.model.skeleton import Skeleton
+from trimoe.team import Team
 
 Value = TypeVar("Value")
 ALL = sorted(families.FAMILIES)

@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch import nn
 
-from trimoe.decided import masked
+from trimoe.calibration.gather import search_rows, statistics
+from trimoe.calibration.observer import reach_order
+from trimoe.calibration.statistics import LayerStats
 from trimoe.errors import UserError
-from trimoe.gather import search_rows, statistics
-from trimoe.observe import reach_order
-from trimoe.routing import RoutingRule, identify
-from trimoe.site import Site, keep_experts
-from trimoe.skeleton import Skeleton
-from trimoe.stats import LayerStats
-from trimoe.subset import MEAN, USUAL, SubsetLoss, search_budget
+from trimoe.methods.expert_drop.subset import MEAN, USUAL, SubsetLoss, search_budget
+from trimoe.model.moe_block import Site, keep_experts
+from trimoe.model.router import RoutingRule, identify
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.decided import masked
 
 ALL = sorted(families.FAMILIES)
 RULES: dict[str, RoutingRule] = {
@@ -227,7 +227,7 @@ def test_candidates_do_not_see_each_other(name: str, monkeypatch: pytest.MonkeyP
     many = loss(mask_PE)
     one = torch.cat([loss(row.unsqueeze(0)) for row in mask_PE])
     torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-7)
-    monkeypatch.setattr("trimoe.subset.CHUNK", 1 << 12)
+    monkeypatch.setattr("trimoe.methods.expert_drop.subset.CHUNK", 1 << 12)
     torch.testing.assert_close(loss(mask_PE), many, rtol=1e-6, atol=1e-7)
     assert loss(mask_PE[:0]).shape == (0,)
 

@@ -15,14 +15,16 @@ import pytest
 from typer.testing import CliRunner
 
 import trimoe
-from trimoe import cli, disk, standings
-from trimoe import recipe as recipes
-from trimoe.alternatives import variants
+from trimoe import cli
+from trimoe.calibration.statistics import Stats
 from trimoe.errors import UserError
 from trimoe.evaluate import Ends, texts
+from trimoe.plan import disk
 from trimoe.progress import LOG, Reporter
+from trimoe.recipe import recipe as recipes
 from trimoe.report import read
-from trimoe.stats import Stats
+from trimoe.sweep import rows as standings
+from trimoe.sweep.grid import variants
 
 Families = Callable[[str], Path]
 DROP: dict[str, Any] = {"steps": [{"expert_drop": {"ratio": [0.25, 0.5], "score": ["gate", "reap"], "counts": "uniform"}}]}
@@ -33,10 +35,10 @@ class Calls:
     """Counts what the sweep asks for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        import trimoe.sweep  # noqa: F401 (the module, which the function of the same name hides)
+        import trimoe.sweep.sweep  # noqa: F401 (the module, which the function of the same name hides)
 
         self.seen: list[str] = []
-        for name, where in (("statistics", "trimoe.shared_statistics"), ("evaluate", "trimoe.sweep")):
+        for name, where in (("statistics", "trimoe.sweep.statistics"), ("evaluate", "trimoe.sweep.sweep")):
             module = sys.modules[where]
             monkeypatch.setattr(module, name, self._counted(name, getattr(module, name)))
 

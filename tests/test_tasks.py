@@ -27,11 +27,12 @@ import transformers
 from typer.testing import CliRunner
 
 import trimoe
-from trimoe import UserError, cli, tables
-from trimoe.calibration import load_tokenizer
+from trimoe import UserError, cli
 from trimoe.evaluate import taskset
+from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
-from trimoe.skeleton import Skeleton
+from trimoe.show import results
+from trimoe.text.samples import load_tokenizer
 
 pytest.importorskip("lm_eval")
 DROP = {"steps": [{"expert_drop": {"count": 2, "counts": "uniform", "score": "frequency"}}]}
@@ -276,7 +277,7 @@ def test_one_model_alone_and_examples_in_the_prompt(
     reports = [trimoe.evaluate(folder, text=[], tasks=["quiz"], include=[files.yaml], fewshot=shots, limit=4) for shots in (0, 2)]
     for report, shots in zip(reports, (0, 2), strict=True):
         assert all(row["fewshot"] == shots and "difference" not in row and "against" not in row for row in report["tasks"])
-    tables.evaluation(reports[0])
+    results.evaluation(reports[0])
     assert "before" not in capsys.readouterr().out
 
 

@@ -15,16 +15,16 @@ import transformers
 
 import trimoe
 from trimoe import UserError
-from trimoe.advice import reads_text
-from trimoe.calibration import Text, calibrate, check_here, drawn, encode, is_here, most_tokens, opening, read_text
-from trimoe.checkpoint import Checkpoint
-from trimoe.data_set import Named, several
-from trimoe.documents import START, Conversation, unmarked
+from trimoe.checkpoint.folder import Checkpoint
 from trimoe.evaluate.texts import windows
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan.warnings import reads_text
 from trimoe.progress import QUIET
-from trimoe.recipe import parse
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.recipe.recipe import parse
+from trimoe.text.data_set import Named, several
+from trimoe.text.documents import START, Conversation, unmarked
+from trimoe.text.samples import Text, calibrate, check_here, drawn, encode, is_here, most_tokens, opening, read_text
+from trimoe.walk.walk import LayerWalk
 
 Family = Callable[[str], Path]
 HELLO = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "and you", "reasoning_content": "polite"}]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import trimoe
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.walk import LayerWalk
 
 IDS = torch.arange(3, 35).view(2, 16)
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"

@@ -17,12 +17,13 @@ import pytest
 import torch
 from test_distributed import NEW, torchrun
 
-from trimoe import machine, recipe, timing, work
 from trimoe.errors import UserError
-from trimoe.machine import ROWS, Rates
 from trimoe.methods import LowRank
-from trimoe.skeleton import Skeleton
-from trimoe.work import FEW, Work
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan import machine, timing, work
+from trimoe.plan.machine import ROWS, Rates
+from trimoe.plan.work import FEW, Work
+from trimoe.recipe import recipe
 
 Family = Callable[[str], Path]
 SPEED = Rates((1e9, 4e9, 16e9, 16e9), 1e9, 1e8, 2e8, 1e9, 5e8, 1e9, 1e8, 5e7, 1e5)

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trimoe
-from trimoe import card, tables
-from trimoe.calibration import load_tokenizer
 from trimoe.evaluate import windows
-from trimoe.skeleton import Skeleton
-from trimoe.traffic import WAYS, Traffic, rank_of_expert
+from trimoe.model.skeleton import Skeleton
+from trimoe.output import card
+from trimoe.show import results
+from trimoe.text.samples import load_tokenizer
+from trimoe.walk.expert_parallel import WAYS, Traffic, rank_of_expert
 
 HIDDEN = 32
 DROP = {"steps": [{"expert_drop": {"count": 2, "counts": "uniform", "score": "frequency"}}]}
@@ -219,7 +220,7 @@ def test_evaluate_reports_the_models_own_routing(
             assert said["layers"] == [{key: pytest.approx(value, rel=1e-9) for key, value in row.items()} for row in rows]
             assert said["bytes_per_token"] == pytest.approx(sum(row["bytes_per_token"] for row in rows))
             assert said["imbalance"]["worst"] == pytest.approx(max(row["imbalance"] for row in rows))
-    tables.evaluation(report)
+    results.evaluation(report)
     shown = capsys.readouterr().out
     assert "Expert parallelism" in shown and "saving" in shown
     copy = tmp_path / "copy"
@@ -233,6 +234,6 @@ def test_evaluate_reports_the_models_own_routing(
 def test_one_model_alone(family_folder: Callable[[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = trimoe.evaluate(family_folder("mixtral"), text=[str(text_file)], length=32, tokens=64)
     assert all(list(entry) == ["model"] for entry in report["traffic"]["ways"].values())
-    tables.evaluation(report)
+    results.evaluation(report)
     shown = capsys.readouterr().out
     assert "imbalance" in shown and "before" not in shown

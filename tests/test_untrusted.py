@@ -16,8 +16,8 @@ from refusals import UNIFORM, snapshot
 from safetensors.torch import load_file, save_file
 
 import trimoe
-from trimoe import hf
 from trimoe.errors import UserError, first_line
+from trimoe.model import transformers5
 
 Family = Callable[[str], Path]
 INDEX = "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def test_ctrl_c_is_not_a_mistake_in_the_configuration(family_folder: Family, mon
         except UnboundLocalError as error:
             raise ValueError("a validator's own words") from error
 
-    for where, name in ((hf, "build_bare"), (hf.AutoConfig, "from_pretrained")):
+    for where, name in ((transformers5, "build_bare"), (transformers5.AutoConfig, "from_pretrained")):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, stopped)
             with pytest.raises(KeyboardInterrupt):

@@ -24,17 +24,20 @@ from torch import nn
 from typer.testing import CliRunner
 
 import trimoe
-from trimoe import cli, receptive_field, spill, stream
-from trimoe.calibration import load_tokenizer
-from trimoe.decided import masked
+from trimoe import cli
 from trimoe.evaluate import windows
-from trimoe.methods.expert_drop import ReceptiveField
+from trimoe.methods.expert_drop import receptive_field
+from trimoe.methods.expert_drop.expert_drop import ReceptiveField
+from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
-from trimoe.sensitivity import LEAST, Sensitivity, nudged, probe_size, sensitivity, shrunk
-from trimoe.skeleton import Skeleton
-from trimoe.spill import SAMPLES, STREAMS
-from trimoe.stream import LayerWalk
-from trimoe.variants import divergence, probe_rows, spread, without_moe
+from trimoe.text.samples import load_tokenizer
+from trimoe.walk import hidden_states
+from trimoe.walk import walk as stream
+from trimoe.walk.decided import masked
+from trimoe.walk.hidden_states import SAMPLES, STREAMS
+from trimoe.walk.sensitivity import LEAST, Sensitivity, nudged, probe_size, sensitivity, shrunk
+from trimoe.walk.versions import divergence, probe_rows, spread, without_moe
+from trimoe.walk.walk import LayerWalk
 
 WALKED = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 BATCHES = [torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]
@@ -259,8 +262,8 @@ def test_what_lies_in_files_is_what_would_lie_in_memory(
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: (mapped.append(args), from_file(*args, **kwargs))[1])
-    monkeypatch.setattr(spill, "BUDGET", 0)
-    monkeypatch.setattr(spill, "FLOOR", 0)
+    monkeypatch.setattr(hidden_states, "BUDGET", 0)
+    monkeypatch.setattr(hidden_states, "FLOOR", 0)
     trimoe.compress(family_folder("qwen2_moe"), {"steps": steps}, tmp_path / "spilled", **options)
     assert mapped and not list((tmp_path / "files").iterdir())
     for path in (tmp_path / "memory").glob("*.safetensors"):
@@ -277,7 +280,7 @@ def test_logits_held_at_once_go_by_memory(device: str, gibibytes: int, times: in
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: memory)
-    assert spill.wider(device) == times
+    assert hidden_states.wider(device) == times
 
 
 def test_wider_pieces_give_the_same_divergence(family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

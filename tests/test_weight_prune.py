@@ -31,7 +31,7 @@ from zeros import (
 )
 
 import trimoe
-from trimoe.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton
 
 
 @pytest.mark.parametrize(("family", "fields"), [

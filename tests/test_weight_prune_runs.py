@@ -12,9 +12,9 @@ from runs import IDS, check_resumes, streamed
 from zeros import Folder, compress, disk, file_bytes, named, stacks, step, whole_layers
 
 import trimoe
-from trimoe import recipe as recipes
 from trimoe.errors import UserError
-from trimoe.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton
+from trimoe.recipe import recipe as recipes
 
 
 @pytest.mark.parametrize(("family", "fields", "after"), [

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 import trimoe
 from trimoe.compress import calibration_for
+from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
-from trimoe.skeleton import Skeleton
-from trimoe.spec import CalibrationSpec
-from trimoe.stream import LayerWalk
+from trimoe.text.spec import CalibrationSpec
+from trimoe.walk.walk import LayerWalk
 
 ALL = sorted(families.FAMILIES)
 # One matrix a key; transposed, interleaved, biased and stacked on disk; stacked; dense first layers; every second layer; a correction bias.

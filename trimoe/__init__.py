@@ -48,15 +48,15 @@ WORDS_ONLY = _words_only()
 
 if not WORDS_ONLY:
     with _ended_at_once():
-        from trimoe.benchmark import bench
         from trimoe.compress import Result, compress, gather_statistics
         from trimoe.errors import UserError
         from trimoe.evaluate import evaluate
-        from trimoe.inspection import inspect
-        from trimoe.loading import load, register
-        from trimoe.plan import Plan, plan
+        from trimoe.plan.inspection import inspect
+        from trimoe.plan.plan import Plan, plan
         from trimoe.recover import Recovered, recover
-        from trimoe.sweep import Sweep, sweep
+        from trimoe.run.bench import bench
+        from trimoe.run.load import load, register
+        from trimoe.sweep.sweep import Sweep, sweep
 
         register()
 

@@ -11,38 +11,41 @@ from typing import Any
 
 import torch
 
-from trimoe import card, card_metadata, disk, memory, recorded, size_by_part
-from trimoe import recipe as recipes
-from trimoe.advice import reads_text
-from trimoe.calibration import NO_TEXT, Calibration, calibrate, check_shared_out, most_tokens
-from trimoe.checkpoint import Checkpoint
-from trimoe.decide import Run, decide, rounded
-from trimoe.decision import Decisions, LayerDecision, unchanged
-from trimoe.distributed import ALONE, Team, team
-from trimoe.documents import START
+from trimoe.calibration.gather import statistics
+from trimoe.calibration.statistics import Stats, from_main
+from trimoe.checkpoint import free_disk
+from trimoe.checkpoint.atomic import write_text
+from trimoe.checkpoint.folder import Checkpoint
+from trimoe.checkpoint.headers import read_json
+from trimoe.checkpoint.whole import lost, refuse_lost
 from trimoe.errors import UserError, reading
-from trimoe.finished import lost, refuse_lost
-from trimoe.finite import NotFinite
-from trimoe.gather import statistics
-from trimoe.headers import read_json
 from trimoe.journal import FOLDER, STAGE, Journal
-from trimoe.layout import Layout
-from trimoe.methods import ExpertDrop
-from trimoe.plan import Plan, final_plan, plan, skeleton_for
-from trimoe.precision import compute_dtype, dtype_name
+from trimoe.methods import ExpertDrop, recorded
+from trimoe.methods.lab import Run, decide, rounded
+from trimoe.model.decision import Decisions, LayerDecision, unchanged
+from trimoe.model.precision import compute_dtype, dtype_name
+from trimoe.model.skeleton import Skeleton
+from trimoe.output import card, card_metadata
+from trimoe.output.last_walk import transform
+from trimoe.output.layout import Layout
+from trimoe.output.writer import Writer
+from trimoe.plan import disk, memory, size_by_part
+from trimoe.plan.plan import Plan, final_plan, plan, skeleton_for
+from trimoe.plan.warnings import reads_text
 from trimoe.progress import LOG, QUIET, Reporter, logged
-from trimoe.recipe import Recipe, with_calibration
+from trimoe.recipe import recipe as recipes
+from trimoe.recipe.recipe import Recipe, with_calibration
+from trimoe.recipe.recover import Recover
 from trimoe.recover import recover
-from trimoe.recover.given import check, refuse_inside
-from trimoe.recover.spec import Recover
-from trimoe.skeleton import Skeleton
-from trimoe.spec import CalibrationSpec
-from trimoe.stats import Stats, from_main
-from trimoe.stream import LayerWalk, usable_device
-from trimoe.transform import transform
+from trimoe.recover.inputs import check, refuse_inside
+from trimoe.show.format import human, listed
+from trimoe.team import ALONE, Team, team
+from trimoe.text.documents import START
+from trimoe.text.samples import NO_TEXT, Calibration, calibrate, check_shared_out, most_tokens
+from trimoe.text.spec import CalibrationSpec
 from trimoe.version import VERSION, versions
-from trimoe.words import human, listed
-from trimoe.write import Writer, write_text
+from trimoe.walk.finite import NotFinite
+from trimoe.walk.walk import LayerWalk, usable_device
 
 GENERATION = "generation_config.json"
 
@@ -197,7 +200,7 @@ class Job:
         journal = Journal(out, self.inputs, run.team)
         run.team.from_main(journal.refuse_other_content)
         others = (run.team.here - 1) * disk.search_spilled(skeleton, parsed, text.samples_NL.numel())
-        run.team.from_main(lambda: disk.check(out, before.disk, before.spill + others))
+        run.team.from_main(lambda: free_disk.check(out, before.disk, before.spill + others))
         with journal, journal.forgotten(NotFinite), logged(run.reporter, final_out / LOG, self.command, main=run.team.main):
             for warning in self.warnings:
                 run.reporter.say(f"warning: {warning}")
@@ -206,7 +209,7 @@ class Job:
                 name = f"{number}.{step.name}"
                 decisions, metrics[name] = decide(run, journal, number, step, decisions, given if number == 0 else None)
             final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel(), str(run.device))
-            run.team.from_main(lambda: disk.check(out, final.disk, final.spill))
+            run.team.from_main(lambda: free_disk.check(out, final.disk, final.spill))
             layout = Layout(skeleton, decisions)
             writer = Writer(layout, out)
             metrics |= rounded(transform(run, decisions, writer, journal))
@@ -248,7 +251,7 @@ def gather_statistics(
             if processes.main and Path(out).exists():
                 raise UserError(f"The statistics file {out} exists already; give another name.")
             if processes.main:
-                disk.probe(Path(out), "--out")
+                free_disk.probe(Path(out), "--out")
             if not any_memory:
                 tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
                 memory.of_statistics(skeleton, replace(base, calibration=spec), tokens, processes.place(device)).refuse(

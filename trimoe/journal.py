@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimoe.aside import refuse_dangling
-from trimoe.distributed import ALONE, Team
+from trimoe.calibration.statistics import Stats, from_main
+from trimoe.checkpoint.atomic import refuse_dangling, write_text
 from trimoe.errors import UserError
 from trimoe.progress import LOG
-from trimoe.stats import Stats, from_main
-from trimoe.write import write_text
+from trimoe.team import ALONE, Team
 
 FOLDER = ".trimoe"  # inside the output folder until the run is finished
 STAGE = "compressed"  # in it: what a recipe with recover trains

@@ -22,14 +22,15 @@ from typing import Any
 
 import comparison
 
-from trimoe import parts, search
-from trimoe.calibration import calibrate
-from trimoe.decision import unchanged
-from trimoe.gather import statistics
-from trimoe.parts import left
-from trimoe.skeleton import Skeleton
-from trimoe.stats import Stats
-from trimoe.subset import SubsetLoss
+from trimoe.calibration.gather import statistics
+from trimoe.calibration.statistics import Stats
+from trimoe.methods.depth import candidates as parts
+from trimoe.methods.depth.candidates import left
+from trimoe.methods.expert_drop import search
+from trimoe.methods.expert_drop.subset import SubsetLoss
+from trimoe.model.decision import unchanged
+from trimoe.model.skeleton import Skeleton
+from trimoe.text.samples import calibrate
 
 Recipes = comparison.Recipes
 

@@ -21,7 +21,7 @@ import trimoe
 from trimoe.cli.options import names_of
 from trimoe.evaluate.cache import default_folder
 from trimoe.progress import Reporter
-from trimoe.standings import Row
+from trimoe.sweep.rows import Row
 
 HERE = Path(__file__).parent
 Recipes = dict[str, dict[str, Any]]

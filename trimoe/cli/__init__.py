@@ -35,24 +35,24 @@ def main() -> None:
         app()
     from transformers.utils import logging
 
-    from trimoe import distributed
+    from trimoe import team
     from trimoe.errors import TERMINATED, UserError
 
     logging.set_verbosity_error()  # this process is ours: warnings about configurations are not the user's business here
-    if not distributed.speaks():
+    if not team.speaks():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
-    if not distributed.launched():  # torchrun's processes are ended by torchrun
+    if not team.launched():  # torchrun's processes are ended by torchrun
         signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _stop)
     try:
         app()
     except UserError as mistake:
-        if not isinstance(mistake, distributed.Elsewhere):
+        if not isinstance(mistake, team.Elsewhere):
             print(f"trimoe: {mistake}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
-        if end.code in (INTERRUPTED, TERMINATED) and distributed.speaks():
+        if end.code in (INTERRUPTED, TERMINATED) and team.speaks():
             goes_on = sys.argv[1:2] and sys.argv[1] in ("compress", "sweep", "recover")
             print("trimoe: stopped." + (" The same command goes on where this one was." if goes_on else ""), file=sys.stderr)
         raise

@@ -42,10 +42,12 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Perplexity on each text, KL and agreement against the original, lm-eval tasks, what it writes. Both models are streamed."""
     import trimoe
-    from trimoe import UserError, card, distributed, tables
+    from trimoe import UserError, team
     from trimoe.evaluate import origin
     from trimoe.evaluate.cache import default_folder
+    from trimoe.output import card
     from trimoe.progress import LOG, logged
+    from trimoe.show import results
 
     check_writable(json_file)
     if "none" in text and len(text) > 1:
@@ -56,7 +58,7 @@ def evaluate(
             against = origin(Path(folder))
         except UserError as reason:
             print(f"trimoe: It is evaluated alone, not against the model it was made from: {reason}", file=sys.stderr)  # also with -q
-    kept = distributed.speaks() and card.is_original(Path(folder), against)
+    kept = team.speaks() and card.is_original(Path(folder), against)
     if kept:
         card.check(Path(folder))
     with logged(reporter, Path(folder) / LOG, command_line(), main=kept):
@@ -69,4 +71,4 @@ def evaluate(
     write_json(json_file, report)
     if kept:
         card.add_evaluation(Path(folder), report, command_line())
-    tables.evaluation(report)
+    results.evaluation(report)

@@ -29,7 +29,8 @@ from trimoe.cli.options import (
 
 def inspect(model: Model, as_json: JsonFlag = False) -> None:
     """Structure, bytes by part and what can be done, from configuration and headers alone."""
-    from trimoe import inspection, plan_table
+    from trimoe.plan import inspection
+    from trimoe.show import plan as plan_table
 
     about = inspection.inspect(model)
     if as_json:
@@ -49,12 +50,12 @@ def plan(
     from dataclasses import replace
 
     import trimoe
-    from trimoe import plan_table
-    from trimoe.calibration import check_here
-    from trimoe.known import known
-    from trimoe.plan import skeleton_for
-    from trimoe.recipe import load, with_calibration
-    from trimoe.timing import check_device, check_processes, estimate
+    from trimoe.plan.from_statistics import known
+    from trimoe.plan.plan import skeleton_for
+    from trimoe.plan.timing import check_device, check_processes, estimate
+    from trimoe.recipe.recipe import load, with_calibration
+    from trimoe.show import plan as plan_table
+    from trimoe.text.samples import check_here
 
     check_device(device)
     parsed = with_calibration(load(recipe, changes), calibration, samples, length)
@@ -87,11 +88,13 @@ def bench(
     """Tokens per second, time to the first token and memory, here; against another model in turns. Against the original of a trimoe
     folder, the numbers are kept in its trimoe.json."""
     import trimoe
-    from trimoe import card, distributed, tables
+    from trimoe import team
+    from trimoe.output import card
     from trimoe.progress import LOG, logged
+    from trimoe.show import results
 
     check_writable(json_file)
-    kept = distributed.speaks() and card.is_original(Path(folder), against)
+    kept = team.speaks() and card.is_original(Path(folder), against)
     if kept:
         card.check(Path(folder))
     reporter = reporter_of(quiet)
@@ -103,12 +106,12 @@ def bench(
     write_json(json_file, report)
     if kept:
         card.add_bench(Path(folder), report, command_line())
-    tables.bench(report)
+    results.bench(report)
 
 
 def recipes(name: Annotated[str | None, typer.Argument(help="print this one", show_default=False)] = None) -> None:
     """The built-in recipes; with a name, one of them as YAML ready to edit."""
-    from trimoe import recipe
+    from trimoe.recipe import recipe
 
     if name is not None:
         print(recipe.text_of(name), end="")

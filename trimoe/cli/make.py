@@ -88,8 +88,8 @@ def sweep(
 ) -> None:  # fmt: skip
     """Compress and evaluate every variant of a recipe: a table, sweep.csv, sweep.json and the frontier. Run again, it goes on."""
     import trimoe
-    from trimoe import standings
     from trimoe.evaluate.cache import default_folder
+    from trimoe.sweep import rows
 
     check_writable(json_file)
     found = trimoe.sweep(
@@ -99,7 +99,7 @@ def sweep(
         reporter=reporter_of(quiet),
     )  # fmt: skip
     write_json(json_file, {"out": str(found.out), "variants": [row.__dict__ for row in found.rows]})
-    standings.table(found.rows)
+    rows.table(found.rows)
 
 
 def recover(
@@ -119,7 +119,7 @@ def recover(
 ) -> None:  # fmt: skip
     """Train a compressed model to win back quality. Killed and run again with the same arguments, it resumes."""
     import trimoe
-    from trimoe import recipe
+    from trimoe.recipe import recipe
 
     check_writable(json_file)
     given = {
@@ -154,17 +154,19 @@ def demo(
 ) -> None:  # fmt: skip
     """The main job on a built-in model: MoE-I2, evaluated before and after on held-out text, and the report on it."""
     import trimoe
-    from trimoe import UserError, card, distributed, tables
+    from trimoe import UserError, team
+    from trimoe.output import card
+    from trimoe.show import results
 
     reporter = reporter_of(quiet)
     result = trimoe.compress(model, "moe-i2", out, command=command_line(), reporter=reporter)
     report = trimoe.evaluate(out, against=model, reporter=reporter)
-    if distributed.speaks():
+    if team.speaks():
         card.add_evaluation(out, report, command_line())
     print_plan(result.plan)
-    tables.evaluation(report)
+    results.evaluation(report)
     print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")
-    if distributed.speaks():
+    if team.speaks():
         try:
             show.report([str(out)])
         except UserError as reason:  # a core install has no charts

@@ -58,7 +58,7 @@ STAMP = "trimoe"  # the first key of every result, with the version that wrote i
 
 def check_writable(path: Path | None) -> None:
     """Find out before hours of work, not after; and replace nothing but an earlier result, or an empty file."""
-    from trimoe import disk
+    from trimoe.checkpoint import free_disk
     from trimoe.errors import UserError
 
     if path is None:
@@ -70,7 +70,7 @@ def check_writable(path: Path | None) -> None:
         raise UserError(f"--json {path} is the name of a file of a model's folder; give another name.")
     if path.exists() and path.stat().st_size and not _is_result(path):
         raise UserError(f"--json {path} exists and is no earlier result of trimoe's, so it is not replaced; give another name.")
-    disk.probe(path, "--json")
+    free_disk.probe(path, "--json")
 
 
 def _is_result(path: Path) -> bool:
@@ -84,16 +84,16 @@ def _is_result(path: Path) -> bool:
 
 def write_json(path: Path | None, value: dict[str, Any]) -> None:
     """Whole or not at all."""
-    from trimoe import distributed
+    from trimoe import team
+    from trimoe.checkpoint.atomic import write_text
     from trimoe.version import VERSION
-    from trimoe.write import write_text
 
-    if path is not None and distributed.speaks():
+    if path is not None and team.speaks():
         write_text(path, json.dumps({STAMP: VERSION, **value}, indent=1) + "\n")
 
 
 def print_plan(made: Any) -> None:
     """A plan on standard output."""
-    from trimoe import plan_table
+    from trimoe.show import plan
 
-    plan_table.show(plan_table.of_plan(made.to_json()))
+    plan.show(plan.of_plan(made.to_json()))

@@ -17,9 +17,9 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """One self-contained page of everything that is known of a result; refreshes its model card."""
-    from trimoe import card
+    from trimoe.checkpoint.whole import PAGE
     from trimoe.errors import UserError
-    from trimoe.finished import PAGE
+    from trimoe.output import card
     from trimoe.report import read
     from trimoe.report.build import report as build
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trimoe.checkpoint import Checkpoint
+from trimoe.checkpoint.folder import Checkpoint
 from trimoe.version import versions
 
 

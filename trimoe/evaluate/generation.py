@@ -11,14 +11,14 @@ from typing import Any
 import psutil
 import torch
 
-from trimoe import hf
 from trimoe.evaluate.quiet import quiet
 from trimoe.evaluate.texts import Windows
-from trimoe.finite import Range
-from trimoe.loading import load
+from trimoe.model import transformers5
+from trimoe.model.skeleton import Skeleton
 from trimoe.progress import Reporter
-from trimoe.skeleton import Skeleton
-from trimoe.stream import give_back
+from trimoe.run.load import load
+from trimoe.walk.finite import Range
+from trimoe.walk.walk import give_back
 
 PROMPTS = 9
 PROMPT_TOKENS, NEW_TOKENS = 32, 64  # at most; both are cut to what the context holds
@@ -82,7 +82,7 @@ def smoke(
     for name, skeleton in reporter.track(models.items(), "Generate", len(models)):
         with quiet(bars=False):
             model = load(skeleton.checkpoint.folder, device=device, dtype=skeleton.dtype)
-        hf.plain_outputs(model.config)
+        transformers5.plain_outputs(model.config)
         Range(skeleton.name, skeleton.dtype).guard(model)
         written = {how: _continue(model, ids.to(device), new, tokenizer, how) for how in ("greedy", "sampled")}
         del model

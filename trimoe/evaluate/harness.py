@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimoe.calibration import load_tokenizer
 from trimoe.errors import UserError
 from trimoe.evaluate.cache import Cache, digest, identity
 from trimoe.evaluate.generation import fits
 from trimoe.evaluate.quiet import quiet
 from trimoe.evaluate.seeded import seeded
 from trimoe.evaluate.taskset import TaskSet, average
+from trimoe.model.skeleton import Skeleton
 from trimoe.progress import Reporter
-from trimoe.skeleton import Skeleton
-from trimoe.stream import give_back
+from trimoe.text.samples import load_tokenizer
+from trimoe.walk.walk import give_back
 
 RESAMPLES, SEED = 200, 0  # bootstrap of metrics that are not means
 OR_ACC = "acc_norm or acc"  # of averages: length-normalised accuracy of the members that have it

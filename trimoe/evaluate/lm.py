@@ -18,14 +18,14 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 
-from trimoe import hf
 from trimoe.errors import UserError
-from trimoe.finite import Range
-from trimoe.loading import load
+from trimoe.model import transformers5
+from trimoe.model.skeleton import LOGITS, Skeleton
 from trimoe.progress import Reporter
-from trimoe.skeleton import LOGITS, Skeleton
-from trimoe.spill import wider
-from trimoe.stream import LayerWalk
+from trimoe.run.load import load
+from trimoe.walk.finite import Range
+from trimoe.walk.hidden_states import wider
+from trimoe.walk.walk import LayerWalk
 
 BATCH_TOKENS = 4096  # of a batch of the walk
 WALK_BYTES = 16 << 30  # of hidden states in one walk; those beyond spill.BUDGET lie in files
@@ -73,7 +73,7 @@ class InMemory(Counting, HFLM):
     def __init__(self, skeleton: Skeleton, tokenizer: Any, *, device: str, batch: int, bars: bool):
         packed: dict[str, Any] = {"backend": "dequantize"} if skeleton.checkpoint.scheme is not None else {}  # exactly the stored weights
         model = load(skeleton.checkpoint.folder, device=device, dtype=skeleton.dtype, **packed)
-        hf.plain_outputs(model.config)
+        transformers5.plain_outputs(model.config)
         Range(skeleton.name, skeleton.dtype).guard(model)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=skeleton.context, softmax_dtype="float32")
         self.cut, self.bars = Counter(), bars

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from trimoe import memory
-from trimoe.calibration import load_tokenizer, opening
-from trimoe.checkpoint import Checkpoint
+from trimoe.checkpoint.folder import Checkpoint
 from trimoe.errors import UserError, reading
 from trimoe.evaluate import generation, harness, taskset, texts
 from trimoe.evaluate.cache import Cache
 from trimoe.evaluate.texts import Ends
-from trimoe.precision import compute_dtype, dtype_name
+from trimoe.model.precision import compute_dtype, dtype_name
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan import memory
 from trimoe.progress import QUIET, Reporter
-from trimoe.skeleton import Skeleton
-from trimoe.stream import usable_device
-from trimoe.words import listed
+from trimoe.show.format import listed
+from trimoe.text.samples import load_tokenizer, opening
+from trimoe.walk.walk import usable_device
 
 
 def evaluate(

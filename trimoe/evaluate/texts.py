@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from trimoe.calibration import encode, opening, read_text
 from trimoe.errors import UserError
 from trimoe.evaluate import intervals
 from trimoe.evaluate.cache import Cache, digest, identity
+from trimoe.model.skeleton import Skeleton
 from trimoe.progress import Reporter
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
-from trimoe.traffic import ITEMSIZE, WAYS, Traffic
+from trimoe.text.samples import encode, opening, read_text
+from trimoe.walk.expert_parallel import ITEMSIZE, WAYS, Traffic
+from trimoe.walk.walk import LayerWalk
 
 BATCH_TOKENS = 4096
 LARGEST = 700.0  # nats per token whose exponential a float64 still holds

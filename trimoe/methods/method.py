@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar, Literal, Protocol
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as configured
 
-from trimoe import parts
-from trimoe.decision import Decisions
 from trimoe.errors import UserError
-from trimoe.site import Site
+from trimoe.methods.depth import candidates
+from trimoe.model.decision import Decisions
+from trimoe.model.moe_block import Site
 
 
 class Method(Protocol):
@@ -68,12 +68,16 @@ class DepthDrop:
         return 0
 
     def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
-        parts.check(self.name, self.ratio, self.count, self.threshold, consecutive=self.choose == "consecutive", rerank=self.rerank == "kl")
+        candidates.check(
+            self.name, self.ratio, self.count, self.threshold, consecutive=self.choose == "consecutive", rerank=self.rerank == "kl"
+        )
 
-    def pick(self, similar: Mapping[parts.Part, float], depth: parts.Depth, total: int | None, *, mixed: bool) -> list[parts.Part]:
+    def pick(
+        self, similar: Mapping[candidates.Part, float], depth: candidates.Depth, total: int | None, *, mixed: bool
+    ) -> list[candidates.Part]:
         """The most similar parts. Raises UserError where no consecutive run can be had."""
         threshold = 2.0 if self.threshold is None else self.threshold
-        return parts.pick(similar, depth, total, threshold=threshold, consecutive=self.choose == "consecutive", mixed=mixed)
+        return candidates.pick(similar, depth, total, threshold=threshold, consecutive=self.choose == "consecutive", mixed=mixed)
 
 
 def share_of(ratio: float | None, count: int | None, what: str, per_layer: int) -> float:

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe.aside import disk_errors
+from trimoe.checkpoint.atomic import disk_errors, write_text
 from trimoe.errors import UserError
+from trimoe.model.skeleton import Skeleton
+from trimoe.recipe.recover import Recover
 from trimoe.recover import apart
-from trimoe.recover.spec import Recover
-from trimoe.skeleton import Skeleton
-from trimoe.write import write_text
 
 FILES = ("README.md", "adapter_model.safetensors", "adapter_config.json")  # in the order of writing; the last makes it an adapter
 # Last parts of names that peft takes for experts' names of transformers 4 (utils/transformers_weight_conversion.py): as target_modules

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import _grouped_linear
 
-from trimoe import hf
+from trimoe.model import transformers5
 from trimoe.modeling_trimoe import FactoredExperts, first_projection
 
 ADAPTER = "default"  # peft's name of the only one
@@ -36,7 +36,7 @@ def take_apart(adapted: nn.Module) -> list[nn.Module]:
         base: Any = wrapper.get_base_layer()
         if isinstance(base, nn.Linear):
             wrapper.forward = partial(_linear, wrapper)  # type: ignore[method-assign]
-        elif hf.is_decorated(base) and not isinstance(base, FactoredExperts):
+        elif transformers5.is_decorated(base) and not isinstance(base, FactoredExperts):
             wrapper.forward = partial(_through, wrapper)  # type: ignore[method-assign]
             stacks.setdefault(base, {})[wrapper.parameter_name] = wrapper
         else:

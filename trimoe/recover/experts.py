@@ -19,23 +19,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trimoe import hf
+from trimoe.checkpoint.headers import DTYPES
 from trimoe.errors import UserError
-from trimoe.expert import run_expert
-from trimoe.headers import DTYPES
 from trimoe.journal import Journal
+from trimoe.model import transformers5
+from trimoe.model.expert import by_expert, run_expert
+from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import DENSE, FactoredExperts
-from trimoe.observe import by_expert
+from trimoe.output.rewriter import Rewriter
 from trimoe.progress import Reporter
-from trimoe.recover.given import went_over, why_held
+from trimoe.recipe.recover import Recover, schedule
+from trimoe.recover.inputs import went_over, why_held
 from trimoe.recover.pairs import Pair, pairs
-from trimoe.recover.rewrite import Rewriter
-from trimoe.recover.spec import Recover, schedule
 from trimoe.recover.zeros import Held, zero_masks
-from trimoe.seen import Recorder, Seen
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
-from trimoe.words import counted
+from trimoe.show.format import counted
+from trimoe.walk.expert_inputs import Recorder, Seen
+from trimoe.walk.walk import LayerWalk
 
 CHECKS = 10  # validations of a layer, about
 BETAS = (0.9, 0.95)
@@ -126,7 +125,7 @@ def _stored(student: Skeleton, index: int) -> dict[str, torch.dtype]:
 
 def _on_disk(student: Skeleton, index: int, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     named = {_name(student, index, leaf): tensor for leaf, tensor in state.items()}
-    disk = hf.to_disk_format(student.model, named, student.conversion)
+    disk = transformers5.to_disk_format(student.model, named, student.conversion)
     assert set(disk) == {key for name in named for key in student.source_keys(name)}, "written under other names than it was read from"
     return disk
 

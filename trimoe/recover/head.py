@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from trimoe.skeleton import LOGITS
+from trimoe.model.skeleton import LOGITS
 
 Part = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits [B, P, V], positions [P]) -> mean over them
 

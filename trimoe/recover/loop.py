@@ -23,19 +23,19 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from trimoe.aside import aside
+from trimoe.checkpoint.atomic import aside
 from trimoe.errors import UserError
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan.recovery_memory import samples_at_once
 from trimoe.progress import Reporter
+from trimoe.recipe.recover import Diverged, Recover, schedule
 from trimoe.recover.experts import expert_errors, expert_loss
-from trimoe.recover.footprint import samples_at_once
 from trimoe.recover.head import Logits
 from trimoe.recover.layers import Again
 from trimoe.recover.pairs import Pair
-from trimoe.recover.spec import Diverged, Recover, schedule
 from trimoe.recover.teacher import Kept, Teacher, distillation, save_aside
 from trimoe.recover.zeros import Held
-from trimoe.skeleton import Skeleton
-from trimoe.words import counted
+from trimoe.show.format import counted
 
 VALIDATIONS = 10  # over a whole run, beside the one at the start
 SAVE_EVERY = 60.0  # seconds between two states on disk

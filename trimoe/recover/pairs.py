@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trimoe.decision import Decisions, LayerDecision, kept_layers, unchanged
 from trimoe.errors import UserError
-from trimoe.site import Site
-from trimoe.skeleton import Skeleton
+from trimoe.model.decision import Decisions, LayerDecision, kept_layers, unchanged
+from trimoe.model.moe_block import Site
+from trimoe.model.skeleton import Skeleton
 
 
 @dataclass(frozen=True)

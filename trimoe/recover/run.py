@@ -14,27 +14,30 @@ from typing import Any
 
 import torch
 
-from trimoe import card, distributed, hf, memory
-from trimoe.calibration import Calibration, in_batches
+from trimoe import team
+from trimoe.checkpoint.atomic import write_text
+from trimoe.checkpoint.headers import DTYPES
+from trimoe.checkpoint.whole import lost, lost_adapter, refuse_lost
 from trimoe.errors import UserError
-from trimoe.finished import lost, lost_adapter, refuse_lost
-from trimoe.headers import DTYPES
 from trimoe.journal import ANSWERS, FOLDER, Journal
-from trimoe.loading import load
+from trimoe.model import transformers5
+from trimoe.model.skeleton import Skeleton
+from trimoe.output import card
+from trimoe.output.rewriter import Rewriter
+from trimoe.plan import memory, recovery_memory
 from trimoe.progress import LOG, QUIET, Reporter, logged
-from trimoe.recover import adapters, apart, experts, footprint, layers
-from trimoe.recover.given import record_of, refuse_inside, refuse_packed, teacher_of, text_for, went_over, why_held
+from trimoe.recipe.recover import Diverged, Recover, parsed
+from trimoe.recover import adapters, apart, experts, layers
+from trimoe.recover.inputs import record_of, refuse_inside, refuse_packed, teacher_of, text_for, went_over, why_held
 from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
-from trimoe.recover.rewrite import Rewriter
-from trimoe.recover.spec import Diverged, Recover, parsed
 from trimoe.recover.teacher import Teacher
 from trimoe.recover.zeros import Held, zero_masks
-from trimoe.skeleton import Skeleton
-from trimoe.stream import give_back, usable_device
+from trimoe.run.load import load
+from trimoe.show.format import counted
+from trimoe.text.samples import Calibration, in_batches
 from trimoe.version import VERSION, versions
-from trimoe.words import counted
-from trimoe.write import write_text
+from trimoe.walk.walk import give_back, usable_device
 
 Changed = Mapping[str, Callable[[], torch.Tensor]]  # full parameter name -> its new value, made when it is asked for
 ADAPTER_RECORD = "recovered.json"  # beside a kept adapter, which is no model folder
@@ -83,13 +86,13 @@ def recover(
 ) -> Recovered:
     """Train the finished folder `folder` and write the result to `out`, in the same form; called again with the same arguments it resumes.
 
-    spec      the `recover` section of a recipe (trimoe/recover/spec.py)
+    spec      the `recover` section of a recipe (trimoe/recipe/recover.py)
     teacher   the original; by default the model that trimoe.json names
     any_memory   begin even where training takes more memory than there is
     Raises UserError (a ValueError) for every mistake in the input, before anything is written.
     """
     out, spec, device, processes = Path(out), parsed(spec), str(device), launcher()
-    if processes.num_processes == 1 and distributed.launched():
+    if processes.num_processes == 1 and team.launched():
         raise UserError("recover: torchrun's processes do not share this work on this device; start it with accelerate launch.")
     if processes.num_processes > 1 and spec.method == "experts" and spec.stream:
         raise UserError(
@@ -100,7 +103,7 @@ def recover(
     record = record_of(Path(folder))
     with reporter.stage("Read headers"):
         student = Skeleton.of(str(folder))
-        dtype = footprint.precision(spec, student, device)
+        dtype = recovery_memory.precision(spec, student, device)
         original = teacher_of(spec, teacher, Path(folder), record, student, dtype)
     refuse_packed(spec, student)
     for skeleton in (student, original):
@@ -181,7 +184,7 @@ def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, Changed]
     with run.reporter.stage("Load the model"):
         model = _loaded(run.student, place, run.dtype, **options)
     if _twice(run):
-        layers.checkpointed(hf.decoder_layers(model)[1])
+        layers.checkpointed(transformers5.decoder_layers(model)[1])
     job, about = _job(run, model, teacher, place)
     training = Training(
         job, run.text.samples_NL, run.count, run.spec, run.folder, processes, seed=run.seed, device=run.device, reporter=run.reporter,
@@ -234,15 +237,15 @@ def _stored_as(run: Run, name: str, value: torch.Tensor) -> torch.Tensor:
 def _merged(run: Run, name: str, adapter: Any) -> torch.Tensor:
     """A stored weight with what its adapter adds, rounded once."""
     added, sources = apart.delta(adapter), run.student.checkpoint.read_together(run.student.source_keys(name))
-    return _stored_as(run, name, hf.read_parameter(run.student.model, name, sources).to(added.device) + added)
+    return _stored_as(run, name, transformers5.read_parameter(run.student.model, name, sources).to(added.device) + added)
 
 
 def _loaded(skeleton: Skeleton, place: Any, dtype: torch.dtype, **options: Any) -> Any:
     """The model in `dtype`, frozen, in eval mode: gradients flow all the same, and nothing is random."""
-    with hf._quiet_progress(), hf.read_one_by_one():
+    with transformers5._quiet_progress(), transformers5.read_one_by_one():
         model = load(skeleton.checkpoint.folder, device=place, dtype=dtype, **options).requires_grad_(False)
     give_back()  # what was read and put together
-    hf.plain_outputs(model.config)
+    transformers5.plain_outputs(model.config)
     return model
 
 
@@ -292,7 +295,7 @@ def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job
 
 def _twice(run: Run) -> bool:
     """Whether layers compute again in the backward pass."""
-    return footprint.computed_again(run.student, run.spec, run.dtype, footprint.weights(run.student))
+    return recovery_memory.computed_again(run.student, run.spec, run.dtype, recovery_memory.weights(run.student))
 
 
 def _experts_job(run: Run, model: Any, zeros: dict[str, torch.Tensor], place: Any) -> Job:
@@ -329,7 +332,7 @@ def _rewrite(run: Run, rewriter: Rewriter, changed: Changed, entry: dict[str, An
         rewriter.begin()
     stored = {own: value for name, value in changed.items() for own in run.student.stored_names(name)}
     for name, value in stored.items():
-        disk = hf.to_disk_format(run.student.model, {name: value().cpu()}, run.student.conversion)
+        disk = transformers5.to_disk_format(run.student.model, {name: value().cpu()}, run.student.conversion)
         assert set(disk) == set(run.student.source_keys(name)), f"{name} would be written under other names than it was read from"
         rewriter.put(disk)
     record = {name: value for name, value in run.record.items() if name not in ("evaluation", "bench")}  # which were of other numbers

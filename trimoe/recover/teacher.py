@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimoe.aside import aside
-from trimoe.calibration import in_batches
+from trimoe.checkpoint.atomic import aside
 from trimoe.errors import UserError
+from trimoe.model.skeleton import Skeleton
 from trimoe.progress import Reporter
-from trimoe.skeleton import Skeleton
-from trimoe.stream import LayerWalk
+from trimoe.text.samples import in_batches
+from trimoe.walk.walk import LayerWalk
 
 AT_ONCE = 1 << 29  # numbers in the hidden states of one walk; a larger set of samples takes several walks
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimoe import disk
-from trimoe.compared import of_mean_kl
+from trimoe.checkpoint import free_disk
+from trimoe.checkpoint.atomic import write_text
 from trimoe.errors import UserError, reading
 from trimoe.progress import QUIET, Reporter
 from trimoe.report import charts, chosen, measured, size
 from trimoe.report.page import charts_page, check_figures, is_ours, write_figures
 from trimoe.report.read import Finished, interval
 from trimoe.report.section import Code, Figure, Section, Table
-from trimoe.write import write_text
+from trimoe.show.frontier import of_mean_kl
 
 
 def report(
@@ -46,7 +46,7 @@ def _check_page(html: Path) -> None:
         raise UserError(f"{html} is no name of a page; give one that ends in .html.")
     if html.exists() and not is_ours(html):
         raise UserError(f"{html} is there already and is no page that trimoe wrote, so it is not replaced; give another name.")
-    disk.probe(html, "The page")
+    free_disk.probe(html, "The page")
 
 
 def title_of(folders: Sequence[Finished]) -> str:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from trimoe.compared import unbeaten
 from trimoe.errors import UserError
+from trimoe.show.frontier import unbeaten
 
 try:
     import altair as alt

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from trimoe import evidence
+from trimoe.methods import evidence
 from trimoe.report import charts, experts, searched
 from trimoe.report.experts import DENSE_CELLS, by_layer
 from trimoe.report.read import Finished, Step, layer_rows
 from trimoe.report.section import Figure, Section, Table
-from trimoe.words import GONE
+from trimoe.show.format import GONE
 
 DENSE = -1  # the rank of a matrix that was left whole
 

@@ -15,13 +15,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trimoe import disk
+from trimoe.checkpoint import free_disk
+from trimoe.checkpoint.atomic import write_text
 from trimoe.errors import UserError
 from trimoe.progress import QUIET, Reporter
 from trimoe.report import theme
 from trimoe.report.section import Figure, Section
 from trimoe.version import VERSION
-from trimoe.write import write_text
 
 try:
     import jinja2
@@ -73,7 +73,7 @@ def check_figures(folder: Path, sections: Sequence[Section]) -> None:
             raise UserError(
                 f"{svg if svg.exists() else png} is there already and was not drawn by trimoe, so it is not replaced; give another folder."
             )
-    disk.probe(folder / "x", "The figures")
+    free_disk.probe(folder / "x", "The figures")
 
 
 def write_figures(folder: Path, sections: Sequence[Section], reporter: Reporter = QUIET) -> list[Path]:

@@ -9,11 +9,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from trimoe import card
+from trimoe.checkpoint.shards import weight_files
 from trimoe.errors import UserError, first_line
 from trimoe.journal import FOLDER
+from trimoe.output import card
 from trimoe.report.read import Finished
-from trimoe.shards import weight_files
 
 CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP client that huggingface_hub uses: no network, no name, no answer
 LEFT_OUT = [f"{FOLDER}/*", "*.part", "*.log", ".cache/*"]  # what runs leave, and what is only half there

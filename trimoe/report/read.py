@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimoe.checkpoint import ADAPTER
+from trimoe.checkpoint.folder import ADAPTER
 from trimoe.errors import UserError, first_line, reading
 from trimoe.journal import FOLDER
 

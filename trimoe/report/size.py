@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 
-from trimoe.card import SPEEDS
-from trimoe.form import form_of
+from trimoe.output.card import SPEEDS
 from trimoe.report import charts
 from trimoe.report.measured import AFTER, BEFORE, SIDES
 from trimoe.report.read import Finished
 from trimoe.report.section import Code, Figure, Section, Table, Tile
-from trimoe.words import COUNTS, PARTS, human, short, three
+from trimoe.show.form import form_of
+from trimoe.show.format import COUNTS, PARTS, human, short, three
 
 OUTSIDE = "outside the layers"
 SIZES = {

@@ -1,0 +1,85 @@
+"""Whether another calibration text would keep the same experts: sets chosen by each half of the search tokens, compared.
+
+Samples of all domains take turns, so both halves have some of each. J(A, B) = |A and B| / |A or B|, of kept experts; two random sets of K of
+E experts have about K / (2 E - K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimoe.calibration.statistics import LayerStats
+from trimoe.methods import ExpertDrop
+from trimoe.methods.expert_drop import scores, search
+from trimoe.methods.expert_drop.subset import ROUTED, SubsetLoss
+from trimoe.model.moe_block import Site
+from trimoe.walk.expert_inputs import FEW
+
+AGREED = 0.5  # of the way from chance to sameness, over all layers, below which kept sets are called unstable
+
+
+def chance(kept: int, experts: int) -> float:
+    """J of two random sets."""
+    return kept / (2 * experts - kept)
+
+
+def jaccard(
+    step: ExpertDrop, site: Site, layer: LayerStats, dropped: int, protected: tuple[int, ...] = (), device: str = "cpu"
+) -> float | None:
+    """J of the sets that the two halves keep: greedy ones where the step searches, else those of the highest leave-one-out scores. None
+    where there are no search tokens, or nothing can be dropped by them."""
+    if not layer.search or not dropped or SubsetLoss(layer, device=device).max_drop < dropped:
+        return None
+    space, kept = step.space(site, dropped, protected), []
+    tokens = len(layer.search["logits_TE"])
+    for half in (slice(0, tokens // 2), slice(tokens // 2, tokens)):
+        part = LayerStats(layer.layer, layer.rule, layer.sums, {name: tensor[half] for name, tensor in layer.search.items()}, layer.bias_E)
+        if step.search is not None:
+            drop = search.greedy(SubsetLoss(part, device=device), space).drops[0]
+        else:
+            drop = step.lowest(space, scores.leave_one_out(part)).drops[0]
+        kept.append(set(range(site.num_experts)) - set(drop))
+    return len(kept[0] & kept[1]) / len(kept[0] | kept[1])
+
+
+def scarce(counts: Mapping[int, Sequence[int]]) -> list[str]:
+    """One sentence if experts saw few tokens. `counts`: calibration tokens of each expert, by layer."""
+    few = {index: sum(count < FEW for count in layer) for index, layer in counts.items()}
+    total, experts = sum(few.values()), sum(map(len, counts.values()))
+    if not total or not any(map(any, counts.values())):  # enough; or no text was read at all
+        return []
+    worst = max(few, key=lambda index: few[index])
+    return [f"{total} of {experts} experts saw fewer than {FEW} calibration tokens ({few[worst]} in layer {worst}); more samples help."]
+
+
+def few_searched(counts: Mapping[int, Sequence[int]], searched: Mapping[int, Sequence[int]]) -> list[str]:
+    """One sentence if the search saw few tokens of experts of which the calibration text has more. `counts`, `searched`: calibration and
+    search tokens of each expert, by layer."""
+    few = {
+        index: [expert for expert, (count, own) in enumerate(zip(counts[index], layer, strict=True)) if own < min(ROUTED, count)]
+        for index, layer in searched.items()
+    }
+    total, worst = sum(map(len, few.values())), max(few, key=lambda index: len(few[index]), default=0)
+    if not total:
+        return []
+    return [
+        f"{total} of {sum(map(len, searched.values()))} experts have fewer than {ROUTED} search tokens and more in the calibration text "
+        f"({len(few[worst])} in layer {worst}); a larger calibration.search_tokens helps."
+    ]
+
+
+def warning(layers: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """One sentence if the halves agree on little. `layers`: expert_drop's metrics, "stability" and "dropped" of each."""
+    found = [row for row in layers.values() if row.get("stability") is not None]
+    if not found:
+        return None
+    counts = [len(row["tokens_per_expert"]) for row in found]
+    mean = sum(row["stability"] for row in found) / len(found)
+    by_chance = sum(chance(count - row["dropped"], count) for row, count in zip(found, counts, strict=True)) / len(found)
+    if mean - by_chance >= AGREED * (1 - by_chance):
+        return None
+    return (
+        f"kept sets are unstable: those that two halves of the calibration choose have a Jaccard index of {mean:.2f} on average "
+        f"({by_chance:.2f} is chance, 1 the same); calibrate on more samples."
+    )

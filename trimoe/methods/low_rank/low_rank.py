@@ -1,0 +1,339 @@
+"""Low-rank experts with non-uniform ranks. MoE-I2 arXiv 2411.01016 (ranks from importance), SVD-LLM arXiv 2403.07378 (whitening).
+
+An expert is two matrices here: the first projection with gate and up stacked, W_in [O, H], and the last, W_out [H, I]. Factoring gate
+and up together lets them share the input factor V; at equal parameters that is clearly better than one pair of factors each (LOG.md),
+which MoE-I2 has and `factors: separate` gives.
+
+Letters: S routed tokens of one expert, H hidden size, I expert width, O = 2I (gated) or I, m x n any of the matrices, r rank, P products
+that make one matrix (2: gate and up apart).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from scipy.linalg import eigh
+from torch import nn
+
+from trimoe.calibration.statistics import LayerStats
+from trimoe.errors import UserError
+from trimoe.methods import budget
+from trimoe.methods.expert_drop import scores
+from trimoe.methods.low_rank import knapsack
+from trimoe.model.decision import Decisions, LayerDecision
+from trimoe.model.expert import activate, matrices, run_expert
+from trimoe.model.moe_block import Site
+from trimoe.modeling_trimoe import DENSE, FactoredExperts, first_projection
+from trimoe.walk.expert_inputs import DAMP, Given, Seen, damped
+
+MULTIPLE = 8  # ranks: grouped matrix products want strides in multiples of 16 bytes
+RIDGE = 0.03  # of the mean diagonal, added to second moments where the last projection is refitted
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class LowRank:
+    """Replace each expert's matrices by products of two factors.
+
+    ratio    share of the (remaining) routed-expert parameters that goes
+    rank     `uniform`; `importance`: inside a layer, proportional to importance^alpha (the paper's); `optimal`: over all matrices of
+             all layers at once, least loss by singular values, expert energy and measured layer sensitivity; a matrix may stay dense
+    alpha    exponent of `importance`
+    factors  `shared`: gate and up are one matrix and have one input factor; `separate`: gate, up and down are factored each by itself, gate
+             and up to the same rank (the paper's)
+    whiten   `input`: minimise the error on each expert's own inputs (and refit the last projection to the factored first one);
+             `none`: plain truncated SVD of the weights
+    form     `factored` stores the factors; `dense` multiplies them out again (loads anywhere, saves nothing)
+    """
+
+    name: ClassVar[str] = "low_rank"
+    paper: ClassVar[str] = "arXiv 2411.01016"
+
+    ratio: Annotated[float, Field(gt=0, lt=1)]
+    rank: Literal["importance", "uniform", "optimal"] = "importance"
+    alpha: Annotated[float, Field(ge=0, le=2)] = 0.15
+    factors: Literal["shared", "separate"] = "shared"
+    whiten: Literal["input", "none"] = "input"
+    form: Literal["factored", "dense"] = "factored"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"uniform": set(), "importance": {"search"}, "optimal": {"spectra", "sensitivity"}}[self.rank])
+
+    @property
+    def gathers(self) -> bool:
+        return bool(self.needs)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether factors are fitted to what the experts are given."""
+        return self.whiten == "input"
+
+    # ---- on paper
+
+    def reach(self, sites: Mapping[int, Site]) -> int:
+        """Among how many of a token's best experts the Gram is wanted, 0 if none is."""
+        return max(site.rule.top_k for site in sites.values()) + 1 if "search" in self.needs else 0
+
+    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+        if any(site.factored or decisions[index].in_ranks for index, site in sites.items()):
+            raise UserError("low_rank: the experts are factored already; it can be applied once.")
+        for index, site in sites.items():
+            if self.average(site) < MULTIPLE:
+                raise UserError(
+                    f"low_rank: ratio {self.ratio} leaves rank {self.average(site):.1f} in layer {index} (experts of {site.hidden} x {site.width}); "
+                    f"at least {MULTIPLE} is needed, so ratio can be at most {1 - MULTIPLE / self._full_average(site):.2f}."
+                )
+
+    def parts(self, site: Site) -> int:
+        """Of how many products an expert's first projection is made: 2 where gate and up are factored apart."""
+        return site.first // site.width if self.factors == "separate" else 1
+
+    def average(self, site: Site) -> float:
+        """The rank R at which all factored matrices of an expert together hold (1 - ratio) of its weights."""
+        return (1 - self.ratio) * self._full_average(site)
+
+    def _full_average(self, site: Site) -> float:
+        """The rank at which factoring all matrices saves nothing."""
+        weights = site.first * site.hidden + site.hidden * site.width
+        return weights / (site.first + self.parts(site) * site.hidden + site.hidden + site.width)
+
+    def cap(self, site: Site) -> int:
+        """The largest rank at which factors of any matrix still save."""
+        one = site.first // self.parts(site)
+        saving = min(one * site.hidden / (one + site.hidden), site.hidden * site.width / (site.hidden + site.width))
+        largest = min(saving, site.hidden, site.width, one)
+        return max(MULTIPLE, int(largest) // MULTIPLE * MULTIPLE)
+
+    def parameters(self, site: Site, count: int) -> int:
+        """Weights that `count` experts of this layer may keep."""
+        return int((1 - self.ratio) * count * (site.first * site.hidden + site.hidden * site.width))
+
+    # ---- statistics in, decisions out
+
+    def decide(
+        self,
+        sites: Mapping[int, Site],
+        decisions: Decisions,
+        stats: Mapping[int, LayerStats],
+        *,
+        sensitivity: Mapping[int, float] | None = None,
+    ) -> Decisions:
+        """Ranks for every surviving expert. `sites` describe the model as it is after earlier steps."""
+        if self.rank == "optimal":
+            assert sensitivity is not None
+            ranks = self._optimal(sites, stats, sensitivity)
+        else:
+            ranks = {}
+            for index, site in sites.items():
+                average, cap = self.average(site), self.cap(site)
+                if self.rank == "uniform":
+                    one = budget.uniform_ranks(site.num_experts, average, multiple=MULTIPLE, cap=cap)
+                else:
+                    value = scores.raw_leave_one_out(stats[index]).tolist()
+                    one = budget.importance_ranks(value, average, alpha=self.alpha, multiple=MULTIPLE, cap=cap)
+                ranks[index] = (one, one)
+        return {
+            index: LayerDecision(
+                keep=decisions[index].keep,
+                in_ranks=tuple(inside),
+                out_ranks=tuple(outside),
+                separate=self.parts(sites[index]) > 1,
+                merged=self.form == "dense",
+            )
+            if {*inside, *outside} != {DENSE}
+            else decisions[index]
+            for index, (inside, outside) in ranks.items()
+        }
+
+    def _optimal(
+        self, sites: Mapping[int, Site], stats: Mapping[int, LayerStats], sensitivity: Mapping[int, float]
+    ) -> dict[int, tuple[list[int], list[int]]]:
+        """One menu per matrix: ranks in multiples of 8 (0 included) and dense, each with its weights and its loss.
+
+        Loss of cutting matrix A of expert e in layer i to rank r: s_i (sum (g||y||)^2 / ||F_i||^2) tail_r(A) / ||A||^2.
+        """
+        menus, owners = [], []
+        for index, site in sites.items():
+            layer = stats[index]
+            energy_E = layer["gate_norm_sq_E"] / layer["energy_EE"].sum() * sensitivity[index]
+            for name, rows, columns, parts in (("in", site.first, site.hidden, self.parts(site)), ("out", site.hidden, site.width, 1)):
+                for expert in range(site.num_experts):
+                    spectrum = layer[f"{name}_spectrum_ER"][expert].clamp_min(0)
+                    tail = torch.cat([spectrum, spectrum.new_zeros(1)]).flip(0).cumsum(0).flip(0) / spectrum.sum().clamp_min(1e-30)
+                    each = rows + parts * columns  # weights of one rank of all parts
+                    saving = (rows * columns - 1) // each  # a rank that costs as much as dense is no option
+                    choices = list(range(0, min(saving, len(spectrum)) + 1, MULTIPLE))
+                    costs = [rank * each for rank in choices] + [rows * columns]
+                    losses = [float(tail[rank] * energy_E[expert]) for rank in choices] + [0.0]
+                    menus.append((costs, losses))
+                    owners.append((index, name, expert, [*choices, DENSE]))
+        total = sum(self.parameters(site, site.num_experts) for site in sites.values())
+        picked = knapsack.cheapest_losses(menus, total)
+        ranks: dict[int, tuple[list[int], list[int]]] = {i: ([0] * site.num_experts, [0] * site.num_experts) for i, site in sites.items()}
+        for (index, name, expert, options), choice in zip(owners, picked, strict=True):
+            ranks[index][name == "out"][expert] = options[choice]
+        return ranks
+
+    # ---- tensors in, tensors out
+
+    @torch.no_grad()
+    def transform(self, experts: Any, site: Site, decision: LayerDecision, seen: Seen | None) -> nn.Module:
+        """The factored (or multiplied-out) experts. `site` and `experts` are those after dropping; `seen` is what the layer's block saw."""
+        assert decision.in_ranks is not None and decision.out_ranks is not None
+        factored = FactoredExperts(experts, list(decision.in_ranks), list(decision.out_ranks), decision.separate)
+        merged_in, merged_out = [], []
+
+        def first(w_in: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut | Joined:
+            if factored.parts == 1 or rank == DENSE:
+                return factor(w_in, moment, rank)
+            return Joined(tuple(factor(w, moment, rank) for w in apart(experts, w_in)), experts.is_concatenated)
+
+        for expert in range(site.num_experts):
+            w_in, w_out = matrices(experts, expert)
+            if self.whiten == "none":
+                cut_in = first(w_in, None, decision.in_ranks[expert])
+                cut_out = factor(w_out, None, decision.out_ranks[expert])
+            else:
+                assert seen is not None
+                given = seen.of(expert)
+                cut_in = first(w_in, damped(given.moment, DAMP), decision.in_ranks[expert])
+                target, moment = _refit(experts, expert, given, cut_in, w_out)
+                cut_out = factor(target, moment, decision.out_ranks[expert])
+            factored.set_expert(expert, cut_in, cut_out)
+            if decision.merged:
+                merged_in.append(cut_in.product)
+                merged_out.append(cut_out.product)
+        if not decision.merged:
+            return factored
+        flip = experts.is_transposed
+        first_projection(experts).copy_(torch.stack([w.mT if flip else w for w in merged_in]))
+        experts.down_proj.copy_(torch.stack([w.mT if flip else w for w in merged_out]))
+        return experts
+
+    @torch.no_grad()
+    def spectra(self, experts: Any, site: Site, seen: Seen, stats: LayerStats) -> None:
+        """Adds in_spectrum_ER and out_spectrum_ER to `stats`: squared singular values of the whitened matrices, largest first; of gate and
+        up apart, which have one rank, their sum."""
+        inside, outside = [], []
+        for expert in range(site.num_experts):
+            w_in, w_out = matrices(experts, expert)
+            in_moment = out_moment = None
+            if self.whiten == "input":
+                given = seen.of(expert)
+                in_moment = damped(given.moment, DAMP)
+                inner, pooled = (run_expert(experts, expert, x)[0] for x in (given.x_SH, given.pool_PH))
+                out_moment = damped(given.blended(inner, inner, pooled, pooled), DAMP)
+            split = apart(experts, w_in) if self.parts(site) > 1 else (w_in,)
+            inside.append(torch.stack([spectrum(w, in_moment) for w in split]).sum(0))
+            outside.append(spectrum(w_out, out_moment))
+        stats.sums["in_spectrum_ER"], stats.sums["out_spectrum_ER"] = torch.stack(inside).cpu(), torch.stack(outside).cpu()
+
+
+@plain_dataclass
+class Cut:
+    """W ~ u_mr @ v_rn, or the whole matrix where the decision is to leave it dense."""
+
+    u_mr: torch.Tensor | None
+    v_rn: torch.Tensor | None
+    whole: torch.Tensor | None = None
+
+    @property
+    def product(self) -> torch.Tensor:
+        return self.whole if self.whole is not None else self.u_mr @ self.v_rn  # type: ignore[operator]
+
+
+@plain_dataclass
+class Joined:
+    """The cuts of gate and up, of one rank, stored one behind the other: u_mr [I, 2r], v_rn [2r, H]."""
+
+    cuts: tuple[Cut, ...]
+    concatenated: bool
+    whole: None = None
+
+    @property
+    def u_mr(self) -> torch.Tensor:
+        return torch.cat([cut.u_mr for cut in self.cuts], 1)  # type: ignore[misc]
+
+    @property
+    def v_rn(self) -> torch.Tensor:
+        return torch.cat([cut.v_rn for cut in self.cuts])  # type: ignore[misc]
+
+    @property
+    def product(self) -> torch.Tensor:
+        """In the order that the rows of the first projection have."""
+        parts = [cut.product for cut in self.cuts]
+        return torch.cat(parts) if self.concatenated else torch.stack(parts, 1).flatten(0, 1)
+
+
+def apart(experts: Any, w_OH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gate [I, H], up [I, H]): the halves of the first projection's rows, or every other row."""
+    if experts.is_concatenated:
+        return w_OH[: len(w_OH) // 2], w_OH[len(w_OH) // 2 :]
+    return w_OH[::2], w_OH[1::2]
+
+
+def factor(w_mn: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut:
+    """The best rank-r approximation of W under ||(W - UV) S||_F, C = S S^T: U = Q_r, V = Q_r^T W, Q the left singular vectors of W S."""
+    if rank == DENSE:
+        return Cut(None, None, whole=w_mn.clone())
+    w = w_mn.double()
+    whitened = w if moment is None else w @ torch.linalg.cholesky(moment)
+    if w.shape[0] <= w.shape[1]:
+        _, q_mr = leading(whitened @ whitened.T, rank)
+    else:
+        values, right = leading(whitened.T @ whitened, rank)
+        size = values.clamp_min(0).sqrt()
+        q_mr = whitened @ right / size.clamp_min(float(size.max()) * 1e-9 + 1e-300) if rank else whitened[:, :0]
+    return Cut(q_mr.to(w_mn.dtype), (q_mr.T @ w).to(w_mn.dtype))
+
+
+def leading(gram_NN: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest eigenvalues, largest first, and their eigenvectors [N, count], each with its largest number positive: LAPACK's
+    signs turn with the last bits, so with the number of threads. On a CPU its relatively robust representations find a few of the
+    eigenvectors in less time than all of them take (LOG.md)."""
+    size = len(gram_NN)
+    if gram_NN.device.type == "cpu" and 0 < count <= size // 3:
+        span = (size - count, size - 1)
+        values, vectors = (torch.from_numpy(part) for part in eigh(gram_NN.numpy(), subset_by_index=span, driver="evr", check_finite=False))
+    else:
+        values, vectors = (part[..., size - count :] for part in torch.linalg.eigh(gram_NN))
+    vectors = vectors.flip(1)
+    return values.flip(0), vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+
+
+def spectrum(w_mn: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """Squared singular values of W S, largest first, [min(m, n)] float64."""
+    w = w_mn.double()
+    whitened = w if moment is None else w @ torch.linalg.cholesky(moment)
+    gram = whitened @ whitened.T if w.shape[0] <= w.shape[1] else whitened.T @ whitened
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+
+
+def _refit(experts: Any, expert: int, given: Given, cut_in: Cut | Joined, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last projection that, on the factored first one's activations h', best gives back the original outputs W_out h (ridge least
+    squares), and the second moment of h' to whiten it with: M = W_out (C_hh' + mu I)(C_h'h' + mu I)^-1."""
+    old, new = [], []
+    for x in (given.x_SH, given.pool_PH):
+        old.append(run_expert(experts, expert, x)[0])
+        new.append(activate(experts, expert, x @ cut_in.product.T))
+    moment = given.blended(new[0], new[0], new[1], new[1])
+    cross = given.blended(old[0], new[0], old[1], new[1])
+    ridge = torch.diag_embed((RIDGE * moment.diagonal().mean() + 1e-12).expand(len(moment)))
+    target = torch.linalg.solve(moment + ridge, (w_out.double() @ (cross + ridge)).T).T
+    return target.to(w_out.dtype), damped(moment, DAMP)
+
+
+def factor_share(decision: LayerDecision, site: Site) -> int:
+    """Weights stored for a layer's factored experts."""
+    assert decision.in_ranks is not None and decision.out_ranks is not None
+    parts = site.first // site.width if decision.separate else 1
+    return _share(decision.in_ranks, site.first, site.hidden, parts) + _share(decision.out_ranks, site.hidden, site.width, 1)
+
+
+def _share(ranks: Sequence[int], rows: int, columns: int, parts: int) -> int:
+    return sum(rows * columns if rank == DENSE else rank * (rows + parts * columns) for rank in ranks)
