@@ -120,7 +120,7 @@ def main() -> int:
             place = Path(folder) / shape
             write(SHAPES[shape](), place)
             found[f"{shape} inspect"] = measure("inspect", str(place), "--json")
-            found[f"{shape} plan"] = measure("plan", str(place), "-r", options.recipe, "--dtype", "bfloat16", "--no-time", "--json")
+            found[f"{shape} plan"] = measure("plan", str(place), "-r", options.recipe, "--dtype", "bfloat16", "--json")
     rows = [
         {"what": name, "seconds": f"{row['seconds']:.1f}", "of the processor": f"{row['cpu_seconds']:.1f}",
          "GiB": f"{row['peak'] / 2**30:.2f}", "exit": row["rc"]}

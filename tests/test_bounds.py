@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_timing import SPEED
 
 import trimoe
 from trimoe.model.skeleton import Skeleton
-from trimoe.plan import timing
+from trimoe.plan.passes import passes
 from trimoe.recipe import recipe
 from trimoe.show import plan
 
@@ -85,17 +84,15 @@ def test_how_many_layers_stay_is_in_the_table(family_folder: Family) -> None:
 def test_tables_are_whole_in_little_room(name: str) -> None:
     """No line is longer, and no word of a heading is broken."""
     body = trimoe.plan("builtin:mini-qwen2-moe", name).to_json()
-    body |= {"traffic": {"8": {"before": 123456.0, "after": 23456.0}}, "time": timing.estimate(
-        Skeleton.of("builtin:mini-qwen2-moe"), recipe.load(name), processes=8, speed=SPEED
-    )}  # fmt: skip
+    body["traffic"] = {"8": {"before": 123456.0, "after": 23456.0}}
+    body["passes"] = passes(Skeleton.of("builtin:mini-qwen2-moe"), recipe.load(name), 1 << 20)
     for width in (60, 80):
         out = io.StringIO()
         plan.console(out, width=width).print(plan.of_plan(body))
         lines = out.getvalue().splitlines()
         assert max(map(len, lines)) <= width
         words = {word for line in lines for word in line.split()}
-        headings = {"before", "after", "share", "layer", "experts", "form", "tensor", "bytes", "params", "loads", "expected", "time", "processes",
-                    "network", "expert", "parallel", "bytes/token", "saving", "equal"}  # fmt: skip
+        headings = {"before", "after", "share", "layer", "experts", "form", "tensor", "bytes", "params", "loads", "passes", "read", "written", "expert", "parallel", "bytes/token", "saving", "equal"}  # fmt: skip
         assert headings <= words, headings - words
         assert ("cache/1K" in words) == (width == 80)
 

@@ -31,7 +31,7 @@ def test_plan_says_it_and_compress_refuses(
 ) -> None:
     source, out = family_folder("mixtral"), tmp_path / "out"
     given = ["-r", recipe_file(tmp_path, recipe), "-c", text_file, "--samples", 4, "--length", 32]
-    said = json.loads(line.run("plan", source, *given, "--no-time", "--json")[1])["warnings"]
+    said = json.loads(line.run("plan", source, *given, "--json")[1])["warnings"]
     (words,) = [words for words in said if "--any-memory" in words]
     assert "this machine has 200.00 MiB" in words and words.startswith("the ")
     line.refused("this machine has 200.00 MiB", "compress", source, *given, "-o", out, "-q")

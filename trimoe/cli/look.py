@@ -42,20 +42,19 @@ def inspect(model: Model, as_json: JsonFlag = False) -> None:
 def plan(
     model: Model, recipe: RecipeName, changes: Changes = [], calibration: Texts = [], samples: Samples = None, length: Length = None,
     stats: Annotated[Path | None, typer.Option(help="a file written by trimoe stats: how stable its choices are, expert-parallel traffic")] = None,
-    time: Annotated[bool, typer.Option(help="measure this machine (two seconds, once) and say how long it takes")] = True,
-    processes: Annotated[int, typer.Option(min=1, help="say how long so many processes take, and what they send to each other")] = 1,
     device: Device = "cpu", dtype: Dtype = "auto", as_json: JsonFlag = False,
 ) -> None:  # fmt: skip
-    """Sizes before and after, what a token costs, what will load the result, how long it takes. Reads no weight."""
+    """Sizes before and after, what a token costs, what will load the result, how often the model is read. Reads no weight."""
     from dataclasses import replace
 
     import trimoe
     from trimoe.plan.from_statistics import known
+    from trimoe.plan.passes import passes
     from trimoe.plan.plan import skeleton_for
-    from trimoe.plan.timing import check_device, check_processes, estimate
     from trimoe.recipe.recipe import load, with_calibration
     from trimoe.show import plan as plan_table
-    from trimoe.text.samples import check_here
+    from trimoe.text.samples import check_here, most_tokens
+    from trimoe.walk.walk import check_device
 
     check_device(device)
     parsed = with_calibration(load(recipe, changes), calibration, samples, length)
@@ -63,11 +62,12 @@ def plan(
         check_here(source)
     skeleton = skeleton_for(model, [parsed], dtype, device, weights=False)
     made, traffic = trimoe.plan(skeleton, parsed, device=device), None
-    check_processes(skeleton, parsed, processes, device)
     if stats is not None:
         warnings, traffic = known(skeleton, parsed, stats, reporter_of(False))
         made = replace(made, warnings=[*made.warnings, *warnings])
-    body = made.to_json() | {"traffic": traffic, "time": estimate(skeleton, parsed, processes=processes, device=device) if time else None}
+    spec = parsed.calibration
+    tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
+    body = made.to_json() | {"traffic": traffic, "passes": passes(skeleton, parsed, tokens)}
     if as_json:
         print(json.dumps(body, indent=1))
     else:

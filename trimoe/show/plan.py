@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimoe.show.form import form_of
-from trimoe.show.format import COUNTS, GONE, PER, bounds, duration, human, runs, short
+from trimoe.show.format import COUNTS, GONE, PER, bounds, human, runs, short
 
 CACHE = f"cache/{PER // 1000}K"
 
@@ -47,10 +47,10 @@ def show(shown: RenderableType) -> None:
 
 
 def of_plan(plan: dict[str, Any]) -> RenderableType:
-    """Everything that a plan says; under "time" it may have an estimate (timing.py), under "traffic" what statistics say of routing."""
+    """Everything that a plan says; under "passes" it may have passes.py's rows, under "traffic" what statistics say of routing."""
     head = Text.assemble((plan["model"], "bold"), f" -> {form_of(plan)} checkpoint")
     parts = [head, _totals(plan), _layers(plan), *_engines(plan), *_measured(plan), _resources(plan)]
-    parts += [part for name, show in (("time", _time), ("traffic", _traffic)) if plan.get(name) for part in show(plan[name])]
+    parts += [part for name, show in (("passes", _passes), ("traffic", _traffic)) if plan.get(name) for part in show(plan[name])]
     return _apart(*parts, *(Text.assemble(("warning: ", "bold yellow"), warning) for warning in plan["warnings"]))
 
 
@@ -264,19 +264,17 @@ def _resources(plan: dict[str, Any]) -> Table:
     return made
 
 
-def _time(time: dict[str, Any]) -> Iterable[RenderableType]:
-    many, known = time["processes"] > 1, time["seconds"] is not None
-    columns = ["here, one process"] if known else ["FLOPs", "bytes read"]
-    columns += ([f"{time['processes']} processes"] if known else []) + ["over the network"] if many else []
-    made = table("expected time" if known else "work", *columns)
-    for stage in (*time["stages"], {**time, "stage": "in all"}):
-        cells = [duration(stage["seconds"])] if known else [short(stage["flops"]), human(stage["read_bytes"])]
-        cells += ([duration(stage["shared_seconds"])] if known else []) + [human(stage["network_bytes"])] if many else []
-        if stage["stage"] == "in all":
-            made.add_section()
-        made.add_row(stage["stage"], *cells)
-    yield made
-    yield Text(time["note"], "dim")
+def _passes(rows: list[dict[str, Any]]) -> Iterable[RenderableType]:
+    """How often each stage goes through the model; where there is little room, without the versions that walk side by side."""
+
+    def made(left_out: Collection[str]) -> Whole:
+        shown = table("passes over the model", "times", "tokens", "versions", "read", "written", left_out=left_out)
+        for row in rows:
+            sizes = ["" if row[name] is None else human(row[name]) for name in ("read_bytes", "written_bytes")]
+            shown.add(row["stage"], str(row["passes"]), f"{row['tokens']:,}", str(row["versions"]), *sizes)
+        return shown
+
+    yield fitting(made, ["versions"], ["times", "versions"], ["times", "tokens", "versions"])
 
 
 def _traffic(traffic: dict[str, Any]) -> Iterable[RenderableType]:

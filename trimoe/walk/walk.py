@@ -41,6 +41,14 @@ def usable_device(device: str) -> torch.device:
         raise UserError(f"The device {device!r} cannot be used here ({first_line(error)}).") from None
 
 
+def check_device(device: str) -> None:
+    """Raise UserError for a word that names no device; one that is not in this machine may be planned for."""
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise UserError(f"The device {device!r} is not known; cpu, cuda, cuda:1 ... are.") from None
+
+
 class _Blank(nn.Module):
     """In an embedding table's place: zeros of the hidden size; in the head's: nothing but a token's first number."""
 
