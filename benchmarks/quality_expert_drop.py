@@ -17,7 +17,7 @@ import torch
 
 import trimoe
 from trimoe.calibration.gather import statistics
-from trimoe.evaluate import windows
+from trimoe.evaluate.texts import windows
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop.expert_drop import Exhaustive, Genetic, Greedy, ReceptiveField
 from trimoe.methods.expert_drop.subset import SubsetLoss

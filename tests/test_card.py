@@ -10,7 +10,7 @@ import pytest
 
 from trimoe import UserError
 from trimoe.cli.options import check_writable, write_json
-from trimoe.evaluate import origin
+from trimoe.evaluate.run import origin
 from trimoe.output import card, card_metadata
 from trimoe.show import results
 from trimoe.show.form import form_of

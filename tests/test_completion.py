@@ -45,6 +45,42 @@ def test_help() -> None:
     assert "smaller" in said("--help") and "--recipe" in said("compress", "--help", COLUMNS="100")
 
 
-def test_scripts_that_import_it_get_everything() -> None:
-    script = "import sys, trimoe; sys.argv[0]; assert callable(trimoe.compress) and 'torch' in sys.modules"
-    subprocess.run([sys.executable, "-c", script, "--help"], check=True)
+@pytest.mark.parametrize("start", [["-m", "trimoe"], ["-m", "trimoe.cli"]])
+def test_modules_say_their_help_too(start: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-X", "importtime", *start, "--help"], capture_output=True, text=True, check=True)
+    assert "smaller" in done.stdout and not any(
+        line.split("|")[-1].strip() in ("torch", "transformers", "numpy") for line in done.stderr.splitlines()
+    )
+
+
+LAZY = """
+import sys, trimoe
+assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+import trimoe.plan.plan, trimoe.sweep.sweep, trimoe.recover.run, trimoe.evaluate.run, trimoe.compress
+assert all(callable(getattr(trimoe, name)) for name in trimoe.__all__ if name != "__version__")
+from trimoe import compress, evaluate, plan, recover, sweep
+from trimoe.plan import memory
+assert plan is trimoe.plan and memory.__name__ == "trimoe.plan.memory"
+try:
+    trimoe.nothing
+except AttributeError as error:
+    print(error)
+"""
+
+
+def test_names_are_loaded_when_they_are_used() -> None:
+    """Functions keep their names though folders have the same."""
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=True)
+    assert done.stdout == "module 'trimoe' has no attribute 'nothing'\n"
+
+
+@pytest.mark.parametrize("first", ["trimoe", "transformers.models.auto.modeling_auto"])
+def test_native_checkpoints_are_registered_whatever_is_imported_first(first: str) -> None:
+    script = f"""
+import {first}
+import trimoe
+from transformers import MixtralConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+assert MODEL_FOR_CAUSAL_LM_MAPPING[MixtralConfig].__name__ == "NativeLoader"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 import trimoe
 from trimoe import cli
 from trimoe.checkpoint.folder import Checkpoint
-from trimoe.evaluate import cache, generation, intervals, windows
+from trimoe.evaluate import cache, generation, intervals
 from trimoe.evaluate.cache import Cache
+from trimoe.evaluate.texts import windows
 from trimoe.model.skeleton import Skeleton
 from trimoe.show import results
 from trimoe.show.frontier import of_mean_kl

@@ -10,6 +10,7 @@ import trimoe
 ROOT = Path(trimoe.__file__).parent
 LEVELS = (  # lowest first; a room may import rooms of the lines above its own, and its own files
     {"errors", "modeling_trimoe", "version"},
+    {"auto_classes"},
     {"progress", "show", "team"},
     {"checkpoint"},
     {"model", "text"},

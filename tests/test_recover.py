@@ -25,7 +25,8 @@ from trimoe.output import card
 from trimoe.plan import recovery_memory
 from trimoe.progress import Reporter
 from trimoe.recipe.recover import parsed, schedule
-from trimoe.recover import adapters, apart, head, layers, loop, recover
+from trimoe.recover import adapters, apart, head, layers, loop
+from trimoe.recover.run import recover
 from trimoe.recover.teacher import Kept, distillation, keep
 
 JOB = importlib.import_module("trimoe.recover.run")

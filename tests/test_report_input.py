@@ -14,7 +14,7 @@ from refusals import Line
 
 import trimoe
 from trimoe import UserError
-from trimoe.evaluate import origin
+from trimoe.evaluate.run import origin
 from trimoe.output import card
 
 pytest.importorskip("altair")

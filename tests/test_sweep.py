@@ -18,7 +18,8 @@ import trimoe
 from trimoe import cli
 from trimoe.calibration.statistics import Stats
 from trimoe.errors import UserError
-from trimoe.evaluate import Ends, texts
+from trimoe.evaluate import texts
+from trimoe.evaluate.texts import Ends
 from trimoe.plan import disk
 from trimoe.progress import LOG, Reporter
 from trimoe.recipe import recipe as recipes

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trimoe
-from trimoe.evaluate import windows
+from trimoe.evaluate.texts import windows
 from trimoe.model.skeleton import Skeleton
 from trimoe.output import card
 from trimoe.show import results

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import trimoe
 from trimoe import cli
-from trimoe.evaluate import windows
+from trimoe.evaluate.texts import windows
 from trimoe.methods.expert_drop import receptive_field
 from trimoe.methods.expert_drop.expert_drop import ReceptiveField
 from trimoe.model.skeleton import Skeleton

@@ -10,55 +10,25 @@ trimoe.evaluate(out, against=model)
 trimoe.bench(out, against=model)                # speed and memory, in turns
 """
 
-import os
-import signal
+import importlib
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+from trimoe.auto_classes import register_in_time
 from trimoe.version import VERSION as __version__
 
-NAME, *WORDS = getattr(sys, "argv", None) or [""]
-COMMAND = os.path.basename(NAME) in ("trimoe", "trimoe.exe", "-m")  # the process is ours
-
-
-def _words_only() -> bool:
-    """Whether `trimoe` was started for its help, or by a shell that completes a line: both want words, and would wait seconds for torch."""
-    told = not WORDS or (len(WORDS) <= 2 and WORDS[-1] in ("--help", "--show-completion", "--install-completion"))
-    return "_TRIMOE_COMPLETE" in os.environ or (COMMAND and NAME != "-m" and told)
-
-
-@contextmanager
-def _ended_at_once() -> Iterator[None]:
-    """While the command's libraries load, Ctrl-C ends the process as it does any other: an import that is interrupted may make another error
-    of it, or go on. Nothing has begun yet."""
-    ours = COMMAND and threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-WORDS_ONLY = _words_only()
-
-if not WORDS_ONLY:
-    with _ended_at_once():
-        from trimoe.compress import Result, compress, gather_statistics
-        from trimoe.errors import UserError
-        from trimoe.evaluate import evaluate
-        from trimoe.plan.inspection import inspect
-        from trimoe.plan.plan import Plan, plan
-        from trimoe.recover import Recovered, recover
-        from trimoe.run.bench import bench
-        from trimoe.run.load import load, register
-        from trimoe.sweep.sweep import Sweep, sweep
-
-        register()
+if TYPE_CHECKING:
+    from trimoe.auto_classes import register
+    from trimoe.compress import Result, compress, gather_statistics
+    from trimoe.errors import UserError
+    from trimoe.evaluate.run import evaluate
+    from trimoe.plan.inspection import inspect
+    from trimoe.plan.plan import Plan, plan
+    from trimoe.recover.run import Recovered, recover
+    from trimoe.run.bench import bench
+    from trimoe.run.load import load
+    from trimoe.sweep.sweep import Sweep, sweep
 
 __all__ = [
     "Plan",
@@ -78,3 +48,34 @@ __all__ = [
     "register",
     "sweep",
 ]
+MODULES = {
+    "Plan": "plan.plan", "Recovered": "recover.run", "Result": "compress", "Sweep": "sweep.sweep", "UserError": "errors",
+    "bench": "run.bench", "compress": "compress", "evaluate": "evaluate.run", "gather_statistics": "compress",
+    "inspect": "plan.inspection", "load": "run.load", "plan": "plan.plan", "recover": "recover.run", "register": "auto_classes",
+    "sweep": "sweep.sweep",
+}  # fmt: skip
+
+
+class _Package(ModuleType):
+    """`trimoe.plan` is the function, although a folder of that name is imported, too: Python would put the folder there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import trimoe` waits for nothing."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
+    setattr(sys.modules[__name__], name, found)
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+sys.modules[__name__].__class__ = _Package
+register_in_time()

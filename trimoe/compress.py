@@ -36,8 +36,8 @@ from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe import recipe as recipes
 from trimoe.recipe.recipe import Recipe, with_calibration
 from trimoe.recipe.recover import Recover
-from trimoe.recover import recover
 from trimoe.recover.inputs import check, refuse_inside
+from trimoe.recover.run import recover
 from trimoe.show.format import human, listed
 from trimoe.team import ALONE, Team, team
 from trimoe.text.documents import START

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 
-from trimoe import WORDS_ONLY
 from trimoe.cli import judge, look, make, show
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C
@@ -31,12 +32,14 @@ app.command()(look.recipes)
 
 def main() -> None:
     """Entry point: turns a user's mistake into one sentence on standard error and exit code 2."""
-    if WORDS_ONLY:
+    if _words_only():
         app()
-    from transformers.utils import logging
+    with _ended_at_once():
+        from transformers.utils import logging
 
-    from trimoe import team
-    from trimoe.errors import TERMINATED, UserError
+        import trimoe.sweep.sweep  # noqa: F401 (all that works on models, before anything begins)
+        from trimoe import team
+        from trimoe.errors import TERMINATED, UserError
 
     logging.set_verbosity_error()  # this process is ours: warnings about configurations are not the user's business here
     if not team.speaks():
@@ -59,6 +62,25 @@ def main() -> None:
     except OSError as failure:
         print(f"trimoe: {_said(failure)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _words_only() -> bool:
+    """Whether only help or a completion is wanted, for which nobody should wait seconds for torch."""
+    return "_TRIMOE_COMPLETE" in os.environ or not sys.argv[1:] or sys.argv[-1] in ("--help", "--show-completion", "--install-completion")
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """While the libraries load, Ctrl-C ends the process as it does any other: an import that is interrupted may make another error of it,
+    or go on. Nothing has begun yet."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # it is ignored, or somebody's else
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop(number: int, _: Any) -> None:

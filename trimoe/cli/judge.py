@@ -43,8 +43,8 @@ def evaluate(
     """Perplexity on each text, KL and agreement against the original, lm-eval tasks, what it writes. Both models are streamed."""
     import trimoe
     from trimoe import UserError, team
-    from trimoe.evaluate import origin
     from trimoe.evaluate.cache import default_folder
+    from trimoe.evaluate.run import origin
     from trimoe.output import card
     from trimoe.progress import LOG, logged
     from trimoe.show import results

@@ -7,8 +7,3 @@ generation.py   whether what it writes loops or stops at once
 cache.py        what was measured before
 run.py          the whole job
 """
-
-from trimoe.evaluate.run import evaluate, origin
-from trimoe.evaluate.texts import Ends, Windows, of_sources, windows
-
-__all__ = ["Ends", "Windows", "evaluate", "of_sources", "origin", "windows"]

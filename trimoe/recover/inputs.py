@@ -12,7 +12,7 @@ import torch
 from trimoe.checkpoint.atomic import refuse_dangling
 from trimoe.checkpoint.headers import read_json
 from trimoe.errors import UserError
-from trimoe.evaluate import origin
+from trimoe.evaluate.run import origin
 from trimoe.journal import FOLDER
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET, Reporter

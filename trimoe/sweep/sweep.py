@@ -27,7 +27,9 @@ from trimoe.checkpoint.atomic import write_text
 from trimoe.checkpoint.whole import lost
 from trimoe.compress import Job, job_of, possible, record_of, text_of, with_calibration
 from trimoe.errors import UserError
-from trimoe.evaluate import Ends, evaluate, harness, of_sources, taskset
+from trimoe.evaluate import harness, taskset
+from trimoe.evaluate.run import evaluate
+from trimoe.evaluate.texts import Ends, of_sources
 from trimoe.journal import Journal
 from trimoe.model.precision import dtype_name
 from trimoe.output import card
