@@ -41,6 +41,12 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "prune_rows": [{"weight_prune": {"ratio": 0.5}}],
     "prune_layer": [{"weight_prune": {"ratio": 0.5, "compare": "layer"}}],
     "depth": [{"layer_drop": {"count": 1, "rerank": "kl"}}],
+    "weights": [  # reads no text: in no number of processes
+        {"expert_drop": {"ratio": 0.25, "score": "weights", "counts": "global", "protect_super_experts": False}},
+        {"quantize": {"bits": 8, "method": "round", "group": 8}},
+    ],
+    "plain": [{"low_rank": {"ratio": 0.3, "rank": "uniform", "whiten": "none"}}],
+    "magnitude": [{"weight_prune": {"score": "magnitude", "ratio": 0.5, "scope": "all-linear"}}],
 }
 # Moments of matrices outside the experts are added up in float32, by process: the order is not that of one process.
 CLOSE = {"prune": 1e-4}

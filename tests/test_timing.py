@@ -193,6 +193,7 @@ def test_more_processes_take_less_time_and_send_more(family_folder: Family) -> N
     skeleton, parsed = Skeleton.of(str(family_folder("mixtral"))), recipe.load(MOE_I2)
     with pytest.raises(UserError, match="makes 4 batches, too few for 8 processes"):  # as compress says it
         timing.estimate(skeleton, parsed, processes=8, speed=SPEED)
+    timing.check_processes(skeleton, recipe.load({"steps": [{"quantize": {"method": "round", "group": 8}}]}), 8, "cpu")  # without text
     with pytest.raises(UserError, match="device 'gpu' is not known"):
         timing.estimate(skeleton, parsed, device="gpu")
     parsed = recipe.with_calibration(parsed, (), 512, None)

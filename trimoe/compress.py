@@ -97,7 +97,7 @@ def compress(
             with reporter.stage("Read headers and plan"):
                 skeleton = skeleton_for(str(model), [parsed], dtype, device)
                 before = possible(skeleton, parsed, out, device, any_memory, processes)
-            text = text_of(skeleton, parsed, seed, reporter, processes)
+            text = text_of(skeleton, parsed, seed, reporter)
             call = (
                 f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={changes!r}, calibration={calibration!r}, "
                 f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype_name(skeleton.dtype)!r})"
@@ -281,9 +281,9 @@ def _lasting(skeleton: Skeleton) -> str:
 # ---- input
 
 
-def text_of(skeleton: Skeleton, parsed: Recipe, seed: int, reporter: Reporter, processes: Team = ALONE) -> Calibration:
+def text_of(skeleton: Skeleton, parsed: Recipe, seed: int, reporter: Reporter) -> Calibration:
     """The recipe's calibration text; none where no step reads any: then the model needs no tokenizer."""
-    if processes.count == 1 and not any(map(reads_text, parsed.steps)):
+    if not any(map(reads_text, parsed.steps)):
         return NO_TEXT
     try:
         return calibration_for(skeleton, parsed.calibration, seed, reporter)
@@ -325,9 +325,9 @@ def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, report
 
 
 def _batches(text: Calibration, device: str, processes: Team) -> list[torch.Tensor]:
-    """The batches of one process, whatever the number of processes: each takes some whole."""
+    """The batches of one process, whatever the number of processes: each takes some whole, if there is any text."""
     batches = text.batches(device)
-    if batches or processes.count > 1:
+    if batches:
         check_shared_out(len(batches), processes.count)
     return batches
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trimoe.advice import reads_text
 from trimoe.calibration import check_shared_out, most_tokens, per_batch
 from trimoe.errors import UserError
 from trimoe.machine import Rates, rates
@@ -47,8 +48,10 @@ def estimate(skeleton: Skeleton, recipe: Recipe, *, processes: int = 1, device: 
 
 
 def check_processes(skeleton: Skeleton, recipe: Recipe, processes: int, device: str) -> None:
-    """Raises UserError for a word that names no device, and where some of the processes would have nothing to do."""
+    """Raises UserError for a word that names no device, and where some of the processes would have no text to walk."""
     check_device(device)
+    if not any(map(reads_text, recipe.steps)):
+        return
     spec, length = recipe.calibration, min(recipe.calibration.length, skeleton.context)
     samples = most_tokens(spec.sources, spec.samples, length) // length
     check_shared_out(math.ceil(samples / per_batch(length, device)), processes)
