@@ -23,7 +23,7 @@ from trimoe.documents import START
 from trimoe.errors import UserError, reading
 from trimoe.finished import lost, refuse_lost
 from trimoe.finite import NotFinite
-from trimoe.gather import statistics
+from trimoe.gather import ROUTING, statistics
 from trimoe.headers import read_json
 from trimoe.journal import FOLDER, STAGE, Journal
 from trimoe.layout import Layout
@@ -231,7 +231,8 @@ def gather_statistics(
     reporter: Reporter = QUIET,
 ) -> Stats:  # fmt: skip
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
-    base, device = Recipe(steps=(ExpertDrop(ratio=0.25),)), str(device)
+    widest = ExpertDrop(ratio=0.25, layer_limit=None)  # of all steps the one that reaches for the most experts of a token
+    base, device = Recipe(steps=(widest,)), str(device)
     precision = compute_dtype(dtype, device)
     with team(device) as processes:
         reporter = (reporter if processes.main else QUIET).fresh()
@@ -246,16 +247,17 @@ def gather_statistics(
                 raise UserError(f"The statistics file {out} exists already; give another name.")
             if processes.main:
                 disk.probe(Path(out), "--out")
+            tokens, asked = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context)), replace(base, calibration=spec)
             if not any_memory:
-                tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
-                memory.of_statistics(skeleton, replace(base, calibration=spec), tokens, processes.place(device)).refuse(
-                    device, processes.here
-                )
+                memory.of_statistics(skeleton, asked, tokens, processes.place(device)).refuse(device, processes.here)
+            if processes.main:
+                spill = disk.spilled(skeleton, asked, tokens) + (processes.here - 1) * disk.search_spilled(skeleton, asked, tokens)
+                disk.check(Path(out), disk.statistics(skeleton, asked, 0, tokens, ROUTING), spill, left=0)
             return skeleton, spec, calibration_for(skeleton, spec, seed, reporter)
 
         skeleton, spec, text = processes.after_main(on_paper)
         about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype_name(precision)}
-        reach, place = max(site.num_experts for site in skeleton.sites.values()), processes.place(device)
+        place = processes.place(device)
         call = (
             f"trimoe.gather_statistics({str(model)!r}, out, calibration={listed(calibration)!r}, seed={seed!r}, device={device!r}, "
             f"dtype={dtype_name(precision)!r})"
@@ -264,8 +266,8 @@ def gather_statistics(
             Path(out).parent.mkdir(parents=True, exist_ok=True)
         with logged(reporter, Path(f"{out}.log"), call, main=processes.main):
             stats = statistics(
-                skeleton, _batches(text, place, processes), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory,
-                seed=seed, device=place, about=about, reporter=reporter, team=processes,
+                skeleton, _batches(text, place, processes), reach=widest.reach(skeleton.sites), search_tokens=spec.search_tokens,
+                search_memory=spec.search_memory, seed=seed, device=place, about=about, reporter=reporter, team=processes,
             )  # fmt: skip
             if processes.main:
                 stats.save(Path(out))
