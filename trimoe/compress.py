@@ -191,7 +191,7 @@ class Job:
     def compressed(self, out: Path, before: Plan, given: Stats | None, final_out: Path) -> Result:
         """Decide, transform, write; what a killed run has done already is taken from `out`. The log lies in `final_out`."""
         run, text, parsed, skeleton = self.run, self.text, self.run.recipe, self.run.skeleton
-        journal = Journal(out, self.inputs, run.team)
+        journal = Journal(out, self.inputs, run.team, log=final_out / LOG)
         run.team.from_main(journal.refuse_other_content)
         others = (run.team.here - 1) * disk.search_spilled(skeleton, parsed, text.samples_NL.numel())
         run.team.from_main(lambda: disk.check(out, before.disk, before.spill + others))
