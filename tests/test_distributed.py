@@ -265,6 +265,47 @@ def test_who_is_left_behind_says_so() -> None:
     assert "Traceback" not in said[0]
 
 
+MISTAKEN = """
+import os, sys
+from trimoe import cli, distributed, stream
+from trimoe.finite import NotFinite
+for number, who in enumerate((1, 0, 2)):  # a second and a third group of the same processes
+    try:
+        with distributed.team() as team:
+            if team.rank == who:
+                raise NotFinite(f"mistake {number}")
+            team.fold([team.rank], lambda a, b: a + b)  # each waits for the one before it, then all for the last
+    except ValueError as mistake:
+        kind = "NotFinite" if team.main else "Elsewhere"
+        assert (type(mistake).__name__, str(mistake)) == (kind, f"mistake {number}"), mistake
+        assert not isinstance(mistake, ConnectionError)
+    else:
+        sys.exit(f"{team.rank} went on")
+real = stream.LayerWalk.check
+def check(walk, index):
+    if index == 1 and os.environ["RANK"] == "1":
+        raise NotFinite("layer 1 is too much for rank 1.")
+    real(walk, index)
+stream.LayerWalk.check = check
+cli.main()
+"""
+
+
+@NEW
+@pytest.mark.slow
+def test_a_mistake_of_any_process_ends_all_in_one_sentence(family_folder: Family, letters: Path, tmp_path: Path) -> None:
+    """Nobody waits for the one that has ended, the main process says what it met, and the folder is cleared as in one process."""
+    script, recipe, out = tmp_path / "script.py", tmp_path / "recipe.yaml", tmp_path / "deep" / "out"
+    script.write_text(MISTAKEN, encoding="utf-8")
+    recipe.write_text(json.dumps({"steps": RECIPES["drop"]}), encoding="utf-8")
+    words = ["compress", family_folder("mixtral"), "-r", recipe, "-o", out, "-c", letters, "--length", LENGTH, "--samples", SAMPLES, "-q"]
+    ran = torchrun(3, script, *words)
+    said = [line for line in ran.stderr.splitlines() if line.startswith("trimoe: ")]
+    assert ran.returncode != 0 and said == ["trimoe: layer 1 is too much for rank 1."], ran.stderr
+    assert "exitcode  : 2" in ran.stderr and 'script.py", line' not in ran.stderr, ran.stderr
+    assert not out.parent.exists()
+
+
 @NEW
 @pytest.mark.slow
 def test_the_command_line_says_a_mistake_once(family_folder: Family, letters: Path, tmp_path: Path) -> None:
