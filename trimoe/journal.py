@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimoe.aside import refuse_dangling
+from trimoe.aside import refuse_odd
 from trimoe.distributed import ALONE, Team
 from trimoe.errors import UserError
 from trimoe.progress import LOG
@@ -37,7 +37,7 @@ class Journal:
 
     def refuse_other_content(self) -> None:
         """Before anything is written: the folder must be new, empty, or a killed run with the same inputs."""
-        refuse_dangling(self.out)
+        refuse_odd(self.out)
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"The output {self.out} is no folder; give one that is empty or does not exist.")
         if not self.out.exists() or not any(self.out.iterdir()):
