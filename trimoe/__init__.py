@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from trimoe.garbage import uncollected
 from trimoe.version import VERSION as __version__
 
 NAME, *WORDS = getattr(sys, "argv", None) or [""]
@@ -47,7 +48,7 @@ def _ended_at_once() -> Iterator[None]:
 WORDS_ONLY = _words_only()
 
 if not WORDS_ONLY:
-    with _ended_at_once():
+    with _ended_at_once(), uncollected():
         from trimoe.benchmark import bench
         from trimoe.compress import Result, compress, gather_statistics
         from trimoe.errors import UserError

@@ -25,13 +25,15 @@ from trimoe.cli.options import (
     reporter_of,
     write_json,
 )
+from trimoe.garbage import uncollected
 
 
 def inspect(model: Model, as_json: JsonFlag = False) -> None:
     """Structure, bytes by part and what can be done, from configuration and headers alone."""
     from trimoe import inspection, plan_table
 
-    about = inspection.inspect(model)
+    with uncollected():
+        about = inspection.inspect(model)
     if as_json:
         print(json.dumps(about, indent=1))
     else:
@@ -60,8 +62,9 @@ def plan(
     parsed = with_calibration(load(recipe, changes), calibration, samples, length)
     for source in parsed.calibration.sources:
         check_here(source)
-    skeleton = skeleton_for(model, [parsed], dtype, device, weights=False)
-    made, traffic = trimoe.plan(skeleton, parsed, device=device), None
+    with uncollected():
+        skeleton = skeleton_for(model, [parsed], dtype, device, weights=False)
+        made, traffic = trimoe.plan(skeleton, parsed, device=device), None
     check_processes(skeleton, parsed, processes, device)
     if stats is not None:
         warnings, traffic = known(skeleton, parsed, stats, reporter_of(False))
