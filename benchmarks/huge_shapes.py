@@ -64,9 +64,10 @@ def write(config: PreTrainedConfig, folder: Path) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     files: dict[str, list[Entry]] = {}
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    for name, tensor in state.items():
         layer = next((part for part in name.split(".") if part.isdigit()), "")
-        files.setdefault(layer, []).extend(_on_disk(name, tuple(tensor.shape)))
+        files.setdefault(layer, []).extend(_on_disk(name, tuple(tensor.shape), stacked=f"{name}_bias" in state))
     last = str(config.num_hidden_layers - 1)
     if getattr(config, "num_nextn_predict_layers", 0):
         files["mtp"] = [(key.replace(f"layers.{last}.", f"layers.{int(last) + 1}."), shape) for key, shape in files[last]]
@@ -83,10 +84,10 @@ def write(config: PreTrainedConfig, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _on_disk(name: str, shape: tuple[int, ...]) -> Iterator[Entry]:
-    """A parameter's keys in the published form: of Qwen's and DeepSeek's experts one key a matrix."""
+def _on_disk(name: str, shape: tuple[int, ...], *, stacked: bool) -> Iterator[Entry]:
+    """A parameter's keys in the published form: of Qwen's and DeepSeek's experts one key a matrix, gpt-oss's, which have biases, `stacked`."""
     stem, _, leaf = name.rpartition(".experts.")
-    if leaf not in ("gate_up_proj", "down_proj") or name.replace(leaf, leaf + "_bias") in name or "gpt" in stem:
+    if leaf not in ("gate_up_proj", "down_proj") or stacked:
         yield name, shape
         return
     count, rows, columns = shape

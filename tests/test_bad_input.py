@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from damage import shards
-from refusals import BASE, FACTORED, Family, Line, recipe_file, refused
+from refusals import BASE, FACTORED, Family, Line, recipe_file, refused, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -203,7 +203,7 @@ def test_texts_that_cannot_be(line: Line, source: Path, tmp_path: Path, monkeypa
     line.refused("is not UTF-8 text", "eval", source, "--text", tmp_path / "binary.txt", "--quiet")
     twice = ("--text", "builtin:mixed", "--text", "builtin:code")
     line.refused("Two texts to evaluate on are called 'code'", "eval", "builtin:mini-mixtral", *twice, "-q")
-    line.refused("--json - cannot be written: give a file", "eval", source, "--json", "-")
+    line.refused("--json - would be a file or folder of that name, not standard output", "eval", source, "--json", "-")
     (tmp_path / "folder.txt").mkdir()
     refused(line, "is not a file; a .txt or .jsonl file", source, tmp_path / "folder.txt", tmp_path)
     monkeypatch.setattr(samples, "MAX_LINE", 1000)
@@ -250,6 +250,41 @@ def test_output_folders_that_cannot_be(line: Line, source: Path, text_file: Path
     assert not (tmp_path / "bad\udcff").exists()
     (tmp_path / "link").symlink_to(source)
     refused(line, "lies in the source model's folder", source, text_file, tmp_path, out=tmp_path / "link" / "out")
+
+
+def test_odd_names_of_what_is_written(line: Line, source: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option that names a file or folder to be made, before any work: what would be tried hours later is refused now."""
+    done, recipe = tmp_path / "done", recipe_file(tmp_path)
+    text = ("--calibration", text_file, *BASE)
+    assert line.run("compress", source, "-r", recipe, "-o", done, *text)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    Path("dangling").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    odd = {
+        "-": "not standard output",
+        "dangling": "is a link to nowhere, which does not exist",
+        "dangling/x": "is a link to nowhere, which does not exist",
+        "loop": "is a link to loop, which does not exist",
+        "x" * 300: "cannot be made: File name too long",
+    }
+    options: list[tuple[Any, ...]] = [
+        ("stats", source, *text, "--out"),
+        ("compress", source, "-r", recipe, *text, "--out"),
+        ("compress", source, "-r", recipe, *text, "--out", tmp_path / "new", "--json"),
+        ("eval", source, "-q", "--json"),
+        ("bench", source, "-q", "--json"),
+        ("recover", done, "--method", "router", "-q", "-o", tmp_path / "new", "--json"),
+        ("sweep", source, "-r", recipe, "-q", "--out"),
+        ("report", done, "-q", "--html"),
+        ("report", done, "-q", "--figures"),
+    ]
+    before = snapshot(tmp_path)
+    for words in options:
+        for name, message in odd.items():
+            line.refused(message, *words, name)
+    line.refused("is the folder that --out makes", *options[1], tmp_path / "new", "--json", "new")
+    line.refused("are both to be", "report", done, "-q", "--html", "one.html", "--figures", "one.html")
+    assert snapshot(tmp_path) == before and not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

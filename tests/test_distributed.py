@@ -41,6 +41,12 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "prune_rows": [{"weight_prune": {"ratio": 0.5}}],
     "prune_layer": [{"weight_prune": {"ratio": 0.5, "compare": "layer"}}],
     "depth": [{"layer_drop": {"count": 1, "rerank": "kl"}}],
+    "weights": [  # reads no text: in no number of processes
+        {"expert_drop": {"ratio": 0.25, "score": "weights", "counts": "global", "protect_super_experts": False}},
+        {"quantize": {"bits": 8, "method": "round", "group": 8}},
+    ],
+    "plain": [{"low_rank": {"ratio": 0.3, "rank": "uniform", "whiten": "none"}}],
+    "magnitude": [{"weight_prune": {"score": "magnitude", "ratio": 0.5, "scope": "all-linear"}}],
 }
 # Moments of matrices outside the experts are added up in float32, by process: the order is not that of one process.
 CLOSE = {"prune": 1e-4}
@@ -53,13 +59,13 @@ import trimoe.output.layout
 if os.environ.get("SHARDS"):
     trimoe.output.layout.MAX_SHARD = 1
 if os.environ.get("DIES"):
-    from trimoe import transform
-    whole = transform._change
+    from trimoe.output import last_walk
+    whole = last_walk._change
     def dies(run, walk, index, *rest):
         if index == 2 and run.team.rank == 1:
             os._exit(17)
         return whole(run, walk, index, *rest)
-    transform._change = dies
+    last_walk._change = dies
 for name, steps in recipes.items():
     made = trimoe.compress(source, {"steps": steps}, f"{out}/{name}", calibration=[text], command="test", **options)
 if not os.environ.get("SHARDS"):
@@ -226,9 +232,9 @@ def test_lambda_of_a_recovery_is_the_same_in_any_number_of_processes(family_fold
 
 LEFT = """
 import os, sys
-from trimoe import cli, distributed
+from trimoe import cli, team as teams
 def left(*_, **__):
-    with distributed.team() as team:
+    with teams.team() as team:
         team.everyone(1)
         if team.rank == 1:
             os._exit(17)
@@ -257,6 +263,48 @@ def test_who_is_left_behind_says_so() -> None:
     lines = [line for line in said[0].splitlines() if line.startswith("trimoe: ")]
     assert len(lines) == 1 and "process 0 of 2 lost the others (" in lines[0] and "The same command resumes." in lines[0], said[0]
     assert "Traceback" not in said[0]
+
+
+MISTAKEN = """
+import os, sys
+from trimoe import cli, team as teams
+from trimoe.walk import walk as stream
+from trimoe.walk.finite import NotFinite
+for number, who in enumerate((1, 0, 2)):  # a second and a third group of the same processes
+    try:
+        with teams.team() as team:
+            if team.rank == who:
+                raise NotFinite(f"mistake {number}")
+            team.fold([team.rank], lambda a, b: a + b)  # each waits for the one before it, then all for the last
+    except ValueError as mistake:
+        kind = "NotFinite" if team.main else "Elsewhere"
+        assert (type(mistake).__name__, str(mistake)) == (kind, f"mistake {number}"), mistake
+        assert not isinstance(mistake, ConnectionError)
+    else:
+        sys.exit(f"{team.rank} went on")
+real = stream.LayerWalk.check
+def check(walk, index):
+    if index == 1 and os.environ["RANK"] == "1":
+        raise NotFinite("layer 1 is too much for rank 1.")
+    real(walk, index)
+stream.LayerWalk.check = check
+cli.main()
+"""
+
+
+@NEW
+@pytest.mark.slow
+def test_a_mistake_of_any_process_ends_all_in_one_sentence(family_folder: Family, letters: Path, tmp_path: Path) -> None:
+    """Nobody waits for the one that has ended, the main process says what it met, and the folder is cleared as in one process."""
+    script, recipe, out = tmp_path / "script.py", tmp_path / "recipe.yaml", tmp_path / "deep" / "out"
+    script.write_text(MISTAKEN, encoding="utf-8")
+    recipe.write_text(json.dumps({"steps": RECIPES["drop"]}), encoding="utf-8")
+    words = ["compress", family_folder("mixtral"), "-r", recipe, "-o", out, "-c", letters, "--length", LENGTH, "--samples", SAMPLES, "-q"]
+    ran = torchrun(3, script, *words)
+    said = [line for line in ran.stderr.splitlines() if line.startswith("trimoe: ")]
+    assert ran.returncode != 0 and said == ["trimoe: layer 1 is too much for rank 1."], ran.stderr
+    assert "exitcode  : 2" in ran.stderr and 'script.py", line' not in ran.stderr, ran.stderr
+    assert not out.parent.exists()
 
 
 @NEW

@@ -328,6 +328,17 @@ def test_statistics_on_disk_are_what_plan_says(
     assert 0.5 * sizes[0] < planned < 1.2 * sizes[0]  # order and logits of search tokens are not counted, headers neither
 
 
+def test_a_statistics_file_is_planned_with_every_expert_in_reach(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any recipe may start from it; with the usual limit of a layer, two of these sixteen experts would be out of reach."""
+    families.save("mixtral", tmp_path / "wide", num_local_experts=16)
+    asked: list[int] = []
+    monkeypatch.setattr(disk, "check", lambda out, wanted, spill=0, *, left=None: asked.append(wanted))
+    made = trimoe.gather_statistics(tmp_path / "wide", tmp_path / "file", calibration=str(text_file), samples=6, length=32)
+    assert all(layer.search["order_TM"].shape == (192, 16) for layer in made.layers.values())
+    size = (tmp_path / "file").stat().st_size
+    assert asked[0] < size < asked[0] + 20_000
+
+
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"The result needs 1\.00 TiB of disk at .*, which has .* free"):
         free_disk.check(tmp_path / "new", 1 << 40)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trimoe.calibration.gather import statistics
+from trimoe.calibration.gather import ROUTING, statistics
 from trimoe.calibration.statistics import Stats, from_main
 from trimoe.checkpoint import free_disk
 from trimoe.checkpoint.atomic import write_text
@@ -100,7 +100,7 @@ def compress(
             with reporter.stage("Read headers and plan"):
                 skeleton = skeleton_for(str(model), [parsed], dtype, device)
                 before = possible(skeleton, parsed, out, device, any_memory, processes)
-            text = text_of(skeleton, parsed, seed, reporter, processes)
+            text = text_of(skeleton, parsed, seed, reporter)
             call = (
                 f"trimoe.compress({str(model)!r}, {recipe!r}, out, changes={changes!r}, calibration={calibration!r}, "
                 f"samples={samples!r}, length={length!r}, seed={seed!r}, device={device!r}, dtype={dtype_name(skeleton.dtype)!r})"
@@ -197,7 +197,7 @@ class Job:
     def compressed(self, out: Path, before: Plan, given: Stats | None, final_out: Path) -> Result:
         """Decide, transform, write; what a killed run has done already is taken from `out`. The log lies in `final_out`."""
         run, text, parsed, skeleton = self.run, self.text, self.recipe, self.run.skeleton
-        journal = Journal(out, self.inputs, run.team)
+        journal = Journal(out, self.inputs, run.team, log=final_out / LOG)
         run.team.from_main(journal.refuse_other_content)
         others = (run.team.here - 1) * disk.search_spilled(skeleton, parsed, text.samples_NL.numel())
         run.team.from_main(lambda: free_disk.check(out, before.disk, before.spill + others))
@@ -237,7 +237,8 @@ def gather_statistics(
     reporter: Reporter = QUIET,
 ) -> Stats:  # fmt: skip
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
-    base, device = Recipe(steps=(ExpertDrop(ratio=0.25),)), str(device)
+    widest = ExpertDrop(ratio=0.25, layer_limit=None)  # of all steps the one that reaches for the most experts of a token
+    base, device = Recipe(steps=(widest,)), str(device)
     precision = compute_dtype(dtype, device)
     with team(device) as processes:
         reporter = (reporter if processes.main else QUIET).fresh()
@@ -252,16 +253,17 @@ def gather_statistics(
                 raise UserError(f"The statistics file {out} exists already; give another name.")
             if processes.main:
                 free_disk.probe(Path(out), "--out")
+            tokens, asked = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context)), replace(base, calibration=spec)
             if not any_memory:
-                tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
-                memory.of_statistics(skeleton, replace(base, calibration=spec), tokens, processes.place(device)).refuse(
-                    device, processes.here
-                )
+                memory.of_statistics(skeleton, asked, tokens, processes.place(device)).refuse(device, processes.here)
+            if processes.main:
+                spill = disk.spilled(skeleton, asked, tokens) + (processes.here - 1) * disk.search_spilled(skeleton, asked, tokens)
+                free_disk.check(Path(out), disk.statistics(skeleton, asked, 0, tokens, ROUTING), spill, left=0)
             return skeleton, spec, calibration_for(skeleton, spec, seed, reporter)
 
         skeleton, spec, text = processes.after_main(on_paper)
         about = {"model": skeleton.checkpoint.fingerprint, "calibration": text.fingerprint, "seed": seed, "dtype": dtype_name(precision)}
-        reach, place = max(site.num_experts for site in skeleton.sites.values()), processes.place(device)
+        place = processes.place(device)
         call = (
             f"trimoe.gather_statistics({str(model)!r}, out, calibration={listed(calibration)!r}, seed={seed!r}, device={device!r}, "
             f"dtype={dtype_name(precision)!r})"
@@ -270,8 +272,8 @@ def gather_statistics(
             Path(out).parent.mkdir(parents=True, exist_ok=True)
         with logged(reporter, Path(f"{out}.log"), call, main=processes.main):
             stats = statistics(
-                skeleton, _batches(text, place, processes), reach=reach, search_tokens=spec.search_tokens, search_memory=spec.search_memory,
-                seed=seed, device=place, about=about, reporter=reporter, team=processes,
+                skeleton, _batches(text, place, processes), reach=widest.reach(skeleton.sites), search_tokens=spec.search_tokens,
+                search_memory=spec.search_memory, seed=seed, device=place, about=about, reporter=reporter, team=processes,
             )  # fmt: skip
             if processes.main:
                 stats.save(Path(out))
@@ -287,9 +289,9 @@ def _lasting(skeleton: Skeleton) -> str:
 # ---- input
 
 
-def text_of(skeleton: Skeleton, parsed: Recipe, seed: int, reporter: Reporter, processes: Team = ALONE) -> Calibration:
+def text_of(skeleton: Skeleton, parsed: Recipe, seed: int, reporter: Reporter) -> Calibration:
     """The recipe's calibration text; none where no step reads any: then the model needs no tokenizer."""
-    if processes.count == 1 and not any(map(reads_text, parsed.steps)):
+    if not any(map(reads_text, parsed.steps)):
         return NO_TEXT
     try:
         return calibration_for(skeleton, parsed.calibration, seed, reporter)
@@ -331,9 +333,9 @@ def calibration_for(skeleton: Skeleton, spec: CalibrationSpec, seed: int, report
 
 
 def _batches(text: Calibration, device: str, processes: Team) -> list[torch.Tensor]:
-    """The batches of one process, whatever the number of processes: each takes some whole."""
+    """The batches of one process, whatever the number of processes: each takes some whole, if there is any text."""
     batches = text.batches(device)
-    if batches or processes.count > 1:
+    if batches:
         check_shared_out(len(batches), processes.count)
     return batches
 

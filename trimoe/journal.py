@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from trimoe.calibration.statistics import Stats, from_main
-from trimoe.checkpoint.atomic import refuse_dangling, write_text
+from trimoe.checkpoint.atomic import refuse_odd, write_text
 from trimoe.errors import UserError
 from trimoe.progress import LOG
 from trimoe.team import ALONE, Team
 
 FOLDER = ".trimoe"  # inside the output folder until the run is finished
+EMPTY = {"lock", "inputs.json"}  # what is in it before the first stage is done
 STAGE = "compressed"  # in it: what a recipe with recover trains
 ANSWERS = "teacher-"  # in it: the original's distributions, in folders that are named after what they depend on
 
@@ -25,13 +26,17 @@ class Journal:
     """Stage results kept in `OUT/.trimoe`, valid for one set of inputs (model, recipe, calibration, seed, version). Of a team only the main
     process touches the folder; what it reads all get."""
 
-    def __init__(self, out: Path, inputs: dict[str, Any], team: Team = ALONE, *, of: str = "an unfinished run"):
+    def __init__(
+        self, out: Path, inputs: dict[str, Any], team: Team = ALONE, *, of: str = "an unfinished run", log: Path | None = None
+    ):  # fmt: skip
         self.out, self.folder, self.inputs, self.team, self.of = out, out / FOLDER, inputs, team, of
+        self.log = out / LOG if log is None else log
         self._lock: Any = None
+        self._made: list[Path] = []  # files and folders that were not there before, the innermost first
 
     def refuse_other_content(self) -> None:
         """Before anything is written: the folder must be new, empty, or a killed run with the same inputs."""
-        refuse_dangling(self.out)
+        refuse_odd(self.out)
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"The output {self.out} is no folder; give one that is empty or does not exist.")
         if not self.out.exists() or not any(self.out.iterdir()):
@@ -62,6 +67,7 @@ class Journal:
 
     def _take(self) -> None:
         """The folder is this run's, or nothing happens."""
+        self._made = [place for place in (self.log, self.folder, *self.folder.parents) if not place.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the run ends)
         try:
@@ -72,7 +78,19 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
+            if error and isinstance(error[1], UserError):
+                self._vacate()
             self._lock.close()
+
+    def _vacate(self) -> None:
+        """Where a mistake leaves nothing to go on with, nothing stays of what this run made."""
+        if {path.name for path in self.out.iterdir()} <= {FOLDER, LOG} and {path.name for path in self.folder.iterdir()} <= EMPTY:
+            shutil.rmtree(self.folder)
+            for place in self._made:
+                if place == self.log:
+                    place.unlink(missing_ok=True)
+                elif place.is_dir() and not any(place.iterdir()):
+                    place.rmdir()
 
     def get(self, stage: str) -> dict[str, Any] | None:
         path = self.folder / f"{stage}.json"
@@ -99,8 +117,7 @@ class Journal:
 
     @contextmanager
     def forgotten(self, mistake: type[UserError]) -> Iterator[None]:
-        """Where `mistake` is raised, nothing is left to go on with but the lock: the same inputs would meet it again, and others may begin
-        in the folder."""
+        """Where `mistake` is raised, nothing is left to go on with: the same inputs would meet it again."""
         try:
             yield
         except mistake:

@@ -10,8 +10,9 @@ import atexit
 import io
 import os
 import pickle
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import reduce
 from typing import Any, TypeVar
@@ -105,22 +106,45 @@ def team(device: str = "cpu") -> Iterator[Team]:
     if not launched():
         yield ALONE
         return
-    if not dist.is_initialized():  # once for the process: a second group of the same name meets what the first left behind
+    one = _Processes(_group(device))
+    try:
+        yield one
+    except UserError as mistake:
+        raise one.ended_by(mistake) from mistake
+    one.everyone(None)  # nobody leaves before all is done; where something else was raised nobody waits
+
+
+_groups: list[dist.Store] = []  # of this process so far; the last one may still be open
+
+
+def _group(device: str) -> dist.Store:
+    """What the current group has in common, beside its messages; there is one group until a mistake ends it. The next has keys of its own,
+    for of the same name it would meet what the first left behind."""
+    if not dist.is_initialized():
         cuda = device.startswith("cuda") and torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-        atexit.register(dist.destroy_process_group)
-    one = _Processes()
-    yield one
-    one.everyone(None)  # nobody leaves before all is done; where something was raised nobody waits
+        if not _groups:
+            atexit.register(_close)
+            first, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+            _groups.append(first)
+        store = dist.PrefixStore(f"trimoe-{len(_groups)}", _groups[0])
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
+        _groups.append(store)
+    return _groups[-1]
+
+
+def _close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class _Processes(Team):
-    """The processes of the current group."""
+    """The processes of the current group. `store`: where one leaves word that ends without having been waited for."""
 
-    def __init__(self) -> None:
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+    def __init__(self, store: dist.Store) -> None:
+        self.rank, self.count, self.store = dist.get_rank(), dist.get_world_size(), store
 
     @property
     def here(self) -> int:
@@ -136,10 +160,35 @@ class _Processes(Team):
         try:
             yield
         except RuntimeError as error:
+            if (mistake := self._left_word()) is not None:
+                error.__traceback__ = None  # see ended_by
+                raise mistake from None
             about = (str(error).splitlines() or ["no reason given"])[0][:160]
             raise ConnectionError(
                 f"process {self.rank} of {self.count} lost the others ({about}); see what ended first. The same command resumes."
             ) from error
+
+    def ended_by(self, mistake: UserError) -> UserError:
+        """Ends the group in all processes, wherever they are: who waits for this one loses it, and finds the mistake. What is to be raised
+        here: the mistake in the main process, which says it, and elsewhere that it is said there, once the main process has left too."""
+        if not isinstance(mistake, Elsewhere):
+            self.store.compare_set("mistake", "", pickle.dumps(mistake).hex())
+        traceback.clear_frames(mistake.__traceback__)  # which hold the group open after its end where this process waited for another
+        _close()
+        if self.main:
+            self.store.set("left", "")
+            return mistake
+        with suppress(RuntimeError):  # the main process is gone, and the store with it
+            self.store.wait(["left"], PATIENCE)
+        return Elsewhere(str(mistake))
+
+    def _left_word(self) -> UserError | None:
+        """The mistake that ended another process, as it is raised here."""
+        with suppress(RuntimeError):
+            if self.store.check(["mistake"]):
+                mistake: UserError = pickle.loads(bytes.fromhex(self.store.get("mistake").decode()))
+                return mistake if self.main else Elsewhere(str(mistake))
+        return None
 
     def from_main(self, work: Callable[[], Value]) -> Value:
         if not self.main:
@@ -175,6 +224,8 @@ class _Processes(Team):
 
     def fill(self, whole: torch.Tensor, spans: Sequence[slice]) -> None:
         assert whole.is_contiguous()
+        if whole.is_cuda:  # NCCL would wait for one that has ended; gloo says so
+            self.everyone(None)
         with self.together():
             for rank, span in enumerate(spans):
                 part = whole.detach()[span]

@@ -144,8 +144,8 @@ class _Parts:
             self.parts.append({BLOCK: self.stats.blocks.pop(self.index).cpu(), **(layer.taken() if layer is not None else {})})
 
     def put_together(self) -> None:
-        """All batches of all processes."""
-        if self.team.count == 1:
+        """All batches of all processes; there is nothing to add up where there is no text."""
+        if not self.parts:
             return
         sums = self.team.fold(self.parts, added)
         self.stats.blocks[self.index] = sums.pop(BLOCK)

@@ -45,11 +45,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(f"{path} could not be written; is the disk full?") from error
 
 
-def refuse_dangling(out: Path) -> None:
-    """Raises UserError where the folder to be made, or one that it would lie in, is a link to nothing: no folder can be made there."""
-    for place in (out, *out.parents):
-        if place.is_symlink() and not place.exists():
-            raise UserError(f"The output {out} cannot be made: {place} is a link to {place.readlink()}, which does not exist.")
+def refuse_odd(out: Path, what: str = "The output") -> None:
+    """Raises UserError for a name under which nothing can be made: that of standard output, one that is too long, and a link to nothing,
+    be it the last of the path's names or one before it."""
+    if str(out) == "-":
+        raise UserError(f"{what} - would be a file or folder of that name, not standard output; give another name.")
+    try:
+        for place in (out, *out.parents):
+            if place.is_symlink() and not place.exists():
+                raise UserError(f"{what} {out} cannot be made: {place} is a link to {place.readlink()}, which does not exist.")
+            place.exists()
+    except OSError as error:
+        raise UserError(f"{what} {str(out)[:200]} cannot be made: {error.strerror}.") from None
 
 
 def write_text(path: Path, text: str) -> None:

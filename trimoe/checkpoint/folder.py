@@ -9,7 +9,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -159,6 +158,8 @@ class Checkpoint:
 
     def stored_bytes(self, key: str) -> int:
         """Bytes in the files of all that one tensor is stored as: integers and scales, or values and bitmask, or itself."""
+        if self.tensors is self.stored:
+            return self.stored[key].nbytes
         base = key.removesuffix("weight")
         parts = [key] if key in self.stored else [base + part for part in PARTS]
         return sum(self.stored[part].nbytes for part in (*parts, key + BITMASK) if part in self.stored)
@@ -275,7 +276,7 @@ def _expanded_view(name: str, stored: dict[str, TensorInfo], masks: list[str]) -
         if values is None or len(values.shape) != 1 or mask.dtype != "U8" or len(mask.shape) < 2:
             raise UserError(f"{name}: {key} has no fitting values beside it.")
         shape = (*mask.shape[:-1], 8 * mask.shape[-1])
-        out[key.removesuffix(BITMASK)] = replace(values, shape=shape, start=0, end=math.prod(shape) * DTYPES[values.dtype].itemsize)
+        out[key.removesuffix(BITMASK)] = values._replace(shape=shape, start=0, end=math.prod(shape) * DTYPES[values.dtype].itemsize)
     return out
 
 

@@ -7,9 +7,8 @@ import json
 import math
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,11 +33,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_JSON = 100_000_000  # bytes of config.json or an index; the largest known index has a quarter of that
+OFFSETS = 1 << 63  # sizes and places in a file are below
 MAX_AXES, MAX_DEPTH = 16, 100  # axes of a tensor; brackets within brackets in JSON
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where one tensor lies: `start` and `end` are byte offsets from the beginning of the file."""
 
     file: str
@@ -63,8 +62,10 @@ def read_json(path: Path, *, repeats: bool = True) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_JSON:,} are read.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=None if repeats else _once)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and cannot be written again
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=None if repeats else _once)
+        if "\\u" in text:  # half a surrogate pair is no text, and cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except Repeated as error:
         raise UserError(f"{path} names {str(error)[:120]} twice.") from None
     except (ValueError, RecursionError) as error:
@@ -132,8 +133,9 @@ def info_of(path: Path, key: str, entry: Any, base: int) -> TensorInfo:
     """One entry of a header, or UserError; `path` is the file, `base` the byte at which its tensors begin."""
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        wrong = len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end))
-        wrong = wrong or not isinstance(dtype, str) or dtype not in DTYPES
+        wrong = len(shape) > MAX_AXES or not isinstance(dtype, str) or dtype not in DTYPES
+        for n in (*shape, start, end):  # a loop, for large models have 90,000 entries
+            wrong = wrong or type(n) is not int or not 0 <= n < OFFSETS
     except (TypeError, KeyError, ValueError):
         wrong = True
     # a name of other characters could speak to the terminal; an empty tensor may still have strides that overflow

@@ -20,22 +20,31 @@ def weight_map_of(folder: Path) -> dict[str, str] | None:
     weight_map = read_json(folder / INDEX, repeats=False).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX} has no weight_map.")
+    known: set[str] = set()
     for file in weight_map.values():
+        if isinstance(file, str) and file in known:
+            continue
         plain = isinstance(file, str) and file.isprintable() and len(file) < 256 and not {"/", "\\"} & set(file)
         if not plain or not file.endswith(".safetensors"):
             raise UserError(f"The index names {str(file)[:80]!r}; only plain *.safetensors names inside the folder are allowed.")
+        known.add(file)
     return weight_map
 
 
 def weight_files(folder: Path, present: Collection[str] | None = None) -> list[str]:
     """The safetensors files that make the model, which transformers would load. `present`: the names of files that are there, where these
     are not all in `folder` (on the hub). Raises UserError where there are none, and where engines would load different ones."""
+    return _chosen(folder, present)[0]
+
+
+def _chosen(folder: Path, present: Collection[str] | None = None) -> tuple[list[str], dict[str, str]]:
+    """What `weight_files` says, and which of the files the index, if there is one, has each tensor in."""
     there = {path.name for path in folder.iterdir() if path.is_file()} if present is None else set(present)
     named = read_json(folder / "config.json").get(NAMED)
     if named is not None:
         raise UserError(f"{folder / 'config.json'} has {NAMED} = {str(named)[:80]!r}; only {SINGLE} or {INDEX} is read: remove that field.")
-    weight_map = weight_map_of(folder)
-    shards = sorted(set((weight_map or {}).values()))
+    weight_map = weight_map_of(folder) or {}
+    shards = sorted(set(weight_map.values()))
     if SINGLE in there:
         others = [file for file in shards if file in there and file != SINGLE]
         if others:
@@ -43,9 +52,9 @@ def weight_files(folder: Path, present: Collection[str] | None = None) -> list[s
                 f"{folder} holds two models: {SINGLE}, which transformers loads, and the {len(others)} files that {INDEX} names ({others[0]} "
                 "...), which other engines load. Delete the one that is not meant."
             )
-        return [SINGLE]
+        return [SINGLE], weight_map
     if shards:
-        return shards
+        return shards, weight_map
     _refuse_none(folder, there)
     raise AssertionError
 
@@ -63,7 +72,7 @@ def _refuse_none(folder: Path, there: Collection[str]) -> None:
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of the model in a folder."""
-    files = weight_files(folder)
+    files, weight_map = _chosen(folder)
     if files == [SINGLE]:
         return read_header(folder / SINGLE)
     headers: dict[str, dict[str, TensorInfo]] = {}
@@ -71,7 +80,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         if not (folder / file).is_file():
             raise UserError(f"Shard {file} named in the index is missing from {folder}.")
         headers[file] = read_header(folder / file)
-    return together(headers, weight_map_of(folder) or {})
+    return together(headers, weight_map)
 
 
 def together(headers: Mapping[str, Mapping[str, TensorInfo]], weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:

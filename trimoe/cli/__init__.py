@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from trimoe.cli import judge, look, make, show
+from trimoe.cli.garbage import uncollected
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
@@ -34,10 +35,10 @@ def main() -> None:
     """Entry point: turns a user's mistake into one sentence on standard error and exit code 2."""
     if _words_only():
         app()
-    with _ended_at_once():
+    with _ended_at_once(), uncollected():
+        from transformers import PreTrainedModel  # noqa: F401 (what takes long to load, before anything begins)
         from transformers.utils import logging
 
-        import trimoe.sweep.sweep  # noqa: F401 (all that works on models, before anything begins)
         from trimoe import team
         from trimoe.errors import TERMINATED, UserError
 

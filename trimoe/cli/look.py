@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from trimoe.cli.garbage import uncollected
 from trimoe.cli.options import (
     Changes,
     Device,
@@ -32,7 +33,8 @@ def inspect(model: Model, as_json: JsonFlag = False) -> None:
     from trimoe.plan import inspection
     from trimoe.show import plan as plan_table
 
-    about = inspection.inspect(model)
+    with uncollected():
+        about = inspection.inspect(model)
     if as_json:
         print(json.dumps(about, indent=1))
     else:
@@ -60,8 +62,9 @@ def plan(
     parsed = with_calibration(load(recipe, changes), calibration, samples, length)
     for source in parsed.calibration.sources:
         check_here(source)
-    skeleton = skeleton_for(model, [parsed], dtype, device, weights=False)
-    made, traffic = trimoe.plan(skeleton, parsed, device=device), None
+    with uncollected():
+        skeleton = skeleton_for(model, [parsed], dtype, device, weights=False)
+        made, traffic = trimoe.plan(skeleton, parsed, device=device), None
     if stats is not None:
         warnings, traffic = known(skeleton, parsed, stats, reporter_of(False))
         made = replace(made, warnings=[*made.warnings, *warnings])

@@ -61,7 +61,7 @@ def compress(
     """Compress a model into a new folder. Killed and run again with the same arguments, it resumes."""
     import trimoe
 
-    check_writable(json_file)
+    check_writable(json_file, out)
 
     result = trimoe.compress(
         model, recipe, out, changes=changes, calibration=calibration, samples=samples, length=length, seed=seed, stats=stats,
@@ -91,7 +91,7 @@ def sweep(
     from trimoe.evaluate.cache import default_folder
     from trimoe.sweep import rows
 
-    check_writable(json_file)
+    check_writable(json_file, out)
     found = trimoe.sweep(
         model, list(recipe), out, changes=changes, calibration=calibration, samples=samples, length=length, text=text or ["builtin:mixed"],
         tokens=tokens, window=window, stride=stride, tasks=names_of(tasks), limit=limit, include=include,
@@ -121,7 +121,7 @@ def recover(
     import trimoe
     from trimoe.recipe import recipe
 
-    check_writable(json_file)
+    check_writable(json_file, out)
     given = {
         "data": list(data) or None,
         "samples": samples,

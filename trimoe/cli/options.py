@@ -56,14 +56,20 @@ OWN = frozenset({  # files that transformers, peft or trimoe read in a model's f
 STAMP = "trimoe"  # the first key of every result, with the version that wrote it
 
 
-def check_writable(path: Path | None) -> None:
-    """Find out before hours of work, not after; and replace nothing but an earlier result, or an empty file."""
+def check_writable(path: Path | None, out: Path | None = None) -> None:
+    """Find out before hours of work, not after; and replace nothing but an earlier result, or an empty file. `out`: what else is made."""
     from trimoe.checkpoint import free_disk
+    from trimoe.checkpoint.atomic import refuse_odd
     from trimoe.errors import UserError
 
     if path is None:
         return
-    if str(path) == "-" or (path.exists() and not path.is_file()) or not path.resolve().parent.is_dir():
+    refuse_odd(path, "--json")
+    if out is not None:
+        refuse_odd(out)
+        if path.resolve() == out.resolve():
+            raise UserError(f"--json {path} is the folder that --out makes; give a file outside it.")
+    if (path.exists() and not path.is_file()) or not path.resolve().parent.is_dir():
         raise UserError(f"--json {path} cannot be written: give a file in a folder that exists.")
     own = path.name in OWN or path.name.startswith("tokenizer") or (path.suffix != ".json" and path.exists())
     if own and (path.resolve().parent / "config.json").is_file():

@@ -116,6 +116,20 @@ def unlike(before: nn.Module, after: nn.Module, ignored: str | None = None) -> s
     return None
 
 
+def first_alike(skeleton: Skeleton) -> dict[int, int]:
+    """Decoder layer -> the first one that is as it is in all but its number."""
+
+    def found() -> dict[int, int]:
+        kinds = getattr(skeleton.config.get_text_config(), "layer_types", None) or [None] * len(skeleton.layers)
+        out: dict[int, int] = {}
+        for index, layer in enumerate(skeleton.layers):
+            before = [like for like in sorted(set(out.values())) if kinds[like] == kinds[index]]
+            out[index] = next((like for like in before if unlike(skeleton.layers[like], layer) is None), index)
+        return out
+
+    return skeleton.remembered("first alike", found)
+
+
 def _settings(module: nn.Module) -> dict[str, Any]:
     plain = (bool, int, float, str, type(None))
     return {

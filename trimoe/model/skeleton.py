@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +94,26 @@ class Skeleton:
                 if index.isdigit() and int(index) < len(groups):
                     groups[int(index)] += keys
         return [sorted(group, key=self._order.__getitem__) for group in groups]
+
+    @cached_property
+    def alike(self) -> list[int]:
+        """For each decoder layer the first one that is as it is under another number: in its tensors, where they lie, and its MoE block."""
+        forms: list[dict[str, Any]] = [{} for _ in self.layers]
+        for name, keys in self.conversion.source_of.items():
+            place, _, inner = name.removeprefix(self.prefix + ".").partition(".")
+            if name.startswith(self.prefix + ".") and place.isdigit() and int(place) < len(forms):
+                infos = [self.checkpoint.tensors[key] for key in keys]
+                forms[int(place)][inner] = [
+                    (numbered(key, place, ""), info.dtype, info.shape) for key, info in zip(keys, infos, strict=True)
+                ]
+        kinds = [(form, site and replace(site, layer=0)) for form, site in zip(forms, map(self.sites.get, range(len(forms))), strict=True)]
+        first: list[int] = []
+        found = []
+        for index, kind in enumerate(kinds):
+            like = next((other for other in first if kinds[other] == kind), index)
+            first += [index] if like == index else []
+            found.append(like)
+        return found
 
     @cached_property
     def outer_keys(self) -> list[str]:
@@ -355,6 +376,13 @@ class Skeleton:
         if rule is None:
             raise UserError(f"{where}: none of the known routing rules reproduces what its router computes; not supported yet.")
         return rule
+
+
+def numbered(key: str, old: str, new: str) -> str | None:
+    """`key` with `new` in the place of its first number; None where that number is not `old`."""
+    parts = key.split(".")
+    at = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join([*parts[:at], new, *parts[at + 1 :]]) if parts[at : at + 1] == [old] else None
 
 
 def _router_kind(router: nn.Module) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from trimoe.errors import FOREIGN, UserError, stop_if_told
+from trimoe.model import depth_config
 from trimoe.model.moe_block import Site
 from trimoe.model.skeleton import Skeleton
 
@@ -107,7 +108,18 @@ def _try(pristine: nn.Module, site: Site, pair: bool, way: str) -> tuple[str | N
     return made.get(id(block.seen)), bool(torch.equal(out, x))
 
 
+def _like_first(skeleton: Skeleton, index: int) -> SubLayer:
+    """As in the first layer that is like this one; where that raises, this layer's own error says its number."""
+    like = depth_config.first_alike(skeleton)[index]
+    if like != index and like in skeleton.sites:
+        try:
+            return skeleton.remembered(("sublayer", like), lambda: sublayer(skeleton, like))
+        except UserError:
+            pass
+    return sublayer(skeleton, index)
+
+
 def dropped_entry(skeleton: Skeleton, index: int) -> dict[str, Any]:
     """What `modeling_trimoe.drop_block` has to know about a layer: JSON."""
-    found = skeleton.remembered(("sublayer", index), lambda: sublayer(skeleton, index))
+    found = skeleton.remembered(("sublayer", index), lambda: _like_first(skeleton, index))
     return {"guard": skeleton.sites[index].router_paths()[0], "norm": found.norm, "pair": found.pair}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from trimoe.errors import UserError, first_line, stop_if_told
 
 # The names under which configurations keep the number of routed experts and of experts per token.
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+FILLED = 1 << 20  # bytes of zeros that are filled at once
 MAX_BUFFER = 64 << 20  # bytes of one table; those of positions have kilobytes, the largest known (a decay of minimax's) 17 MB a layer
 OUTPUTS = {"output_router_logits": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 # Names of tensors of multi-token prediction, of buffers that old versions saved, and of fields that count prediction layers.
@@ -46,6 +48,7 @@ PREDICTION = r"(^|[._])(mtp|nextn)([._\d]|$)|(^|\.)(mtp\w*|eh_proj|enorm|hnorm|s
 BUFFERS = r"rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)$|(^|\.)(position_ids|masked_bias)$"
 PREDICTION_FIELD = re.compile(r"mtp|nextn|multi_token_pred")
 COUNTING_FIELD = re.compile(r"num|count|layers|modules|depth")
+LAST_NUMBER = re.compile(r"(.*\.\d+\..*\.)\d+(\.\D*)")  # in a key with another number before it, a layer's
 READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # where transformers is told not to
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
@@ -104,7 +107,8 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 class _NothingLarge(TorchFunctionMode):
     """Tensors larger than any buffer may be are made on the meta device: accelerate lets the constructor allocate a parameter before it
-    moves it there, and one layer's stacked experts may be larger than the machine."""
+    moves it there, and one layer's stacked experts may be larger than the machine. Many zeros, which some routers begin with, are fresh pages,
+    which the system fills when something reads them: nothing does."""
 
     MAKERS = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
 
@@ -112,8 +116,11 @@ class _NothingLarge(TorchFunctionMode):
         options = dict(kwargs or {})
         if function in self.MAKERS and options.get("device") is None:
             hollow = function(*args, **{**options, "device": "meta"})
-            if hollow.numel() * hollow.element_size() > MAX_BUFFER:
+            size = hollow.numel() * hollow.element_size()
+            if size > MAX_BUFFER:
                 return hollow
+            if function is torch.zeros and size > FILLED and options.keys() <= {"dtype", "device"}:
+                return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(hollow.dtype).view(hollow.shape)
         return function(*args, **options)
 
 
@@ -243,14 +250,15 @@ def share(model: PreTrainedModel, name: str, source: str) -> None:
 
 def trial_load(model: PreTrainedModel, tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> Conversion:
     """Load `tensors` (headers: meta tensors stand for them) into a bare model, not to be used after that: every name and shape is checked, no
-    byte is read. Experts' matrices that are stacked are checked here and spared transformers, which copies a converter for each key."""
-    used, source_of, stacked = _sources(model, tensors, dtype)
-    spared = {key for parts in stacked.values() for part in parts for key in part}
+    byte is read. Experts' matrices that are stacked, and what is one tensor of the right shape, are checked here and spared transformers, which
+    makes a converter or a pattern for each key."""
+    used, source_of, stacked, plain = _sources(model, tensors, dtype)
+    spared = {key for parts in stacked.values() for part in parts for key in part} | {source_of[name][0] for name in plain}
     meta = {key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in tensors.items() if key not in spared}
     info = _load(model, meta, torch.device("meta"), dtype)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignorable = model._keys_to_ignore_on_load_unexpected or ()
-    missing = {key for key in info.missing_keys if key not in tied and key not in stacked}
+    missing = {key for key in info.missing_keys if key not in tied and key not in stacked and key not in plain}
     if info.conversion_errors:
         told = str(next(iter(info.conversion_errors.values()))).strip().splitlines() or ["no reason given"]  # a traceback: its end says why
         raise UserError(f"The checkpoint's tensors do not fit together: {' '.join(told[-1].split())[:300]}")
@@ -266,20 +274,25 @@ def trial_load(model: PreTrainedModel, tensors: Mapping[str, TensorInfo], dtype:
 
 def _sources(
     model: PreTrainedModel, tensors: Mapping[str, TensorInfo], dtype: torch.dtype
-) -> tuple[list[Any], dict[str, list[str]], dict[str, list[list[str]]]]:
-    """The conversions that any key needs; parameter -> keys; and of experts' stacked matrices the keys in their order."""
+) -> tuple[list[Any], dict[str, list[str]], dict[str, list[list[str]]], set[str]]:
+    """The conversions that any key needs; parameter -> keys; of experts' stacked matrices the keys in their order; and the parameters that are
+    one key's tensor as it lies there."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     found: dict[str, list[str]] = {}
     parts: dict[str, dict[str, list[str]]] = {}
-    for key in tensors:
+
+    def renamed(key: str) -> tuple[str, str]:
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        return name, pattern or ""
+
+    for key, (name, pattern) in _renamed(tensors, renamed):
         found.setdefault(name, []).append(key)
-        parts.setdefault(name, {}).setdefault(pattern or "", []).append(key)
+        parts.setdefault(name, {}).setdefault(pattern, []).append(key)
     other = {word for pattern in model._get_dtype_plan(dtype) for word in pattern.split("*") if word}  # kept in another dtype
     stacked, parameters = {}, dict(model.named_parameters())  # factored experts have guards, buffers under stacked names
     for name, by_pattern in parts.items():
@@ -288,7 +301,31 @@ def _sources(
             ordered = [sorted(by_pattern[pattern], key=_numbers) for pattern in made.source_patterns]
             if _fits([[tensors[key].shape for key in part] for part in ordered], tuple(parameters[name].shape)):
                 stacked[name] = ordered
-    return [entry for entry in mapping if entry.was_used()], found, stacked
+    plain = {
+        name for name, by_pattern in parts.items()
+        if name in parameters and by_pattern.keys() == {""} and len(found[name]) == 1 and tensors[found[name][0]].shape == parameters[name].shape
+    }  # fmt: skip
+    return [entry for entry in mapping if entry.was_used()], found, stacked, plain
+
+
+def _renamed(keys: Iterable[str], rename: Callable[[str], tuple[str, str]]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Each key with what `rename` makes of it. Keys that differ in their last number alone, an expert's, are one parameter's where the first two
+    of them are, and the others are not asked about: no conversion goes by which expert it is."""
+    first: dict[tuple[str, str], tuple[str, str]] = {}
+    merged: dict[tuple[str, str], tuple[str, str] | None] = {}
+    for key in keys:
+        if (at := LAST_NUMBER.match(key)) is None:
+            yield key, rename(key)
+            continue
+        around = at.groups()
+        answer = merged.get(around)
+        if answer is None:
+            answer = rename(key)
+            if around not in first:
+                first[around] = answer
+            elif around not in merged:
+                merged[around] = answer if answer == first[around] else None
+        yield key, answer
 
 
 def _stacks(converter: WeightConverter) -> bool:

@@ -23,7 +23,7 @@ from trimoe.methods.quantize.quantize import QuantizedLayer
 from trimoe.model import depth_config, sublayer, transformers5
 from trimoe.model.decision import Decisions, LayerDecision, kept_layers
 from trimoe.model.moe_block import Site, tensor_at
-from trimoe.model.skeleton import Skeleton
+from trimoe.model.skeleton import Skeleton, numbered
 from trimoe.output import config as configuration
 from trimoe.output.tensor_entry import Entry, Group, changed, dense_back, squeezed
 
@@ -39,16 +39,6 @@ class DiskExpert:
     axis: int = 0
 
 
-def _numbered(key: str, old: int, new: int) -> str:
-    """`key` of layer `old` under the number `new`; ValueError where its first number is not the layer's."""
-    parts = key.split(".")
-    at = next(n for n, part in enumerate([*parts, "0"]) if part.isdigit())
-    if at == len(parts) or int(parts[at]) != old:
-        raise ValueError(key)
-    parts[at] = str(new)
-    return ".".join(parts)
-
-
 class Layout:
     """The output of `decisions` on a checkpoint: entries by group (group 0: outside the layers; then one a layer)."""
 
@@ -57,10 +47,26 @@ class Layout:
         self.skeleton, self.decisions = skeleton, decisions
         self.guarded = only is None and configuration.native_spec(skeleton, decisions) is not None
         self.place = {index: new for new, index in enumerate(kept_layers(skeleton, decisions))}  # old number -> new number
-        self.groups = [
-            self._copies(skeleton.outer_keys),
-            *(self._layer(index) if only in (None, index) else Group() for index in range(len(skeleton.layers))),
-        ]
+        self.only, self._made = only, dict[int, Group]()
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        every = range(len(self.skeleton.layers))
+        return [self._copies(self.skeleton.outer_keys), *(self._group(i) if self.only in (None, i) else Group() for i in every)]
+
+    def examined(self) -> Layout:
+        """This layout. Raises the UserError that working out any layer would raise, by one layer of each kind."""
+        seen: list[tuple[int, LayerDecision | None]] = []
+        for index, like in enumerate(self.skeleton.alike):
+            if (kind := (like, self.decisions.get(index))) not in seen:
+                seen.append(kind)
+                self._group(index)
+        return self
+
+    def _group(self, index: int) -> Group:
+        if index not in self._made:
+            self._made[index] = self._layer(index)
+        return self._made[index]
 
     # ---- what is in a layer
 
@@ -69,9 +75,11 @@ class Layout:
 
     def _copy(self, key: str, source: str) -> Entry:
         """The whole of a source's tensor; one whose zeros are left out is read as rows, for its bytes do not lie in the file as they are."""
-        info, squeezed = self.skeleton.checkpoint.tensors[source], source in self.skeleton.checkpoint.squeezed
-        rows = dict(axis=0, keep=tuple(range(info.shape[0]))) if squeezed else {}
-        return Entry(key, info.dtype, info.shape, source=source, **rows)  # type: ignore[arg-type]
+        checkpoint = self.skeleton.checkpoint
+        info = checkpoint.tensors[source]
+        if source in checkpoint.squeezed:
+            return Entry(key, info.dtype, info.shape, source, axis=0, keep=tuple(range(info.shape[0])))
+        return Entry(key, info.dtype, info.shape, source)
 
     def _layer(self, index: int) -> Group:
         """A decoder layer's entries under its new number; none if it is dropped."""
@@ -79,7 +87,7 @@ class Layout:
             return Group()
         if self.place[index] == index:
             return self.entries(index)
-        return Group(replace(entry, key=self._renumbered(entry.key, index)) for entry in self.entries(index))
+        return Group(entry._replace(key=self._renumbered(entry.key, index)) for entry in self.entries(index))
 
     def entries(self, index: int) -> Group:
         """A layer's entries under its old number, with the guard of the native form if that is the result's."""
@@ -205,12 +213,10 @@ class Layout:
         """`key` with the layer's new number: the first number in every known format's keys is the decoder layer's."""
         if self.place[index] == index:
             return key
-        try:
-            return _numbered(key, index, self.place[index])
-        except ValueError:
-            raise UserError(
-                f"block_drop: the layer's number could not be found in the checkpoint's key {key!r}; not supported yet."
-            ) from None
+        new = numbered(key, str(index), str(self.place[index]))
+        if new is None:
+            raise UserError(f"block_drop: the layer's number could not be found in the checkpoint's key {key!r}; not supported yet.")
+        return new
 
     def parameter(self, index: int, site: Site, path: str) -> str:
         return f"{self.skeleton.layer_name(index)}.{site.block}.{path}"
@@ -225,11 +231,9 @@ class Layout:
         shapes = {tensor_at(one.block_of(self.skeleton.layers[one.layer]), path).shape for one in (first, site) if path in one.expert_axes}
         if first.layer != index and path in first.expert_axes and first.block == site.block and len(shapes) == 1:
             found, _ = self.disk_expert(first.layer, first, path)
-            try:
-                whole = tuple(tuple(_numbered(key, first.layer, index) for key in keys) for keys in found.whole)
-                other = replace(found, whole=whole, key=_numbered(found.key, first.layer, index) if found.key else "")
-            except ValueError:
-                return self._disk_expert(index, site, path)
+            old, new = str(first.layer), str(index)
+            whole = tuple(tuple(numbered(key, old, new) or "" for key in keys) for keys in found.whole)
+            other = replace(found, whole=whole, key=numbered(found.key, old, new) or "")
             keys = {key for expert in whole for key in expert} or {other.key}
             if keys == set(self.skeleton.source_keys(self.parameter(index, site, path))):
                 return other, keys

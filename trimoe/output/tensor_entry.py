@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +20,7 @@ from trimoe.model.decision import LayerDecision
 from trimoe.modeling_trimoe import BITMASK, expand
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of the output. `source`: the checkpoint key it is copied from, with rows `keep` along `axis` if those are set;
     without a source it is made by a transformation, or is all `zeros`. `stands_for`: parameters, where they are not its numbers."""
 
@@ -64,7 +63,7 @@ def changed(entry: Entry, decision: LayerDecision, inputs: int) -> list[Entry]:
         parts = zip(PARTS, ("I32", entry.dtype, "I64"), shapes, (rows * columns, 0, 0), strict=True)
         return [Entry(base + part, dtype, shape, stands_for=count) for part, dtype, shape, count in parts]
     if not decision.bitmask:
-        return [replace(entry, source=None, axis=None, keep=())]
+        return [entry._replace(source=None, axis=None, keep=())]
     rows, columns = math.prod(entry.shape[:-1]), entry.shape[-1]
     kept = rows * columns // inputs * kept_of(inputs, decision)
     return [

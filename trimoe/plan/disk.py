@@ -27,9 +27,9 @@ def output_need(skeleton: Skeleton, recipe: Recipe, result: int, tokens: int) ->
         + LEAST
     )
     found = {"result": result, BESIDE: beside}
-    statistics = sum(_statistics(skeleton, recipe, number, tokens) for number in range(len(recipe.steps)))
-    if statistics:
-        found[STATISTICS] = statistics
+    kept = sum(statistics(skeleton, recipe, number, tokens) for number in range(len(recipe.steps)))
+    if kept:
+        found[STATISTICS] = kept
     if recipe.recover is not None:
         found["result before recovery, until it is done"] = result + beside
         found["training, until it is done"] = _training(skeleton, recipe.recover)
@@ -60,14 +60,17 @@ def search_spilled(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
     return most
 
 
-def _statistics(skeleton: Skeleton, recipe: Recipe, number: int, tokens: int) -> int:
-    """The file of statistics that a step keeps so that a killed run need not gather them again, at most."""
+def statistics(skeleton: Skeleton, recipe: Recipe, number: int, tokens: int, needs: frozenset[str] = frozenset()) -> int:
+    """Bytes of the file of statistics that a step keeps so that a killed run need not gather them again, of more than it `needs` where that is
+    said."""
     step = recipe.steps[number]
     if not step.gathers:
         return 0  # nothing is gathered
     total = sum(search_bytes(step, dict(skeleton.sites), recipe, tokens))
     for site in skeleton.sites.values():
         sums = 2 * site.num_experts**2 + site.num_experts * site.hidden
+        if "channels" in step.needs | needs:
+            sums += 2 * site.num_experts * (site.hidden + site.width)
         if "spectra" in step.needs:
             sums += site.num_experts * (min(site.first, site.hidden) + min(site.hidden, site.width))
         total += 8 * sums

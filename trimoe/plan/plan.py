@@ -186,8 +186,8 @@ def _forms(skeleton: Skeleton, recipe: Recipe) -> _Forms:
         raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
     most = Paper(skeleton, recipe, largest=False)
     least = Paper(skeleton, recipe, largest=True) if most.open_depth else most  # the two differ in the layers that go
-    layout = Layout(skeleton, most.decisions)
-    smaller = Layout(skeleton, least.decisions) if least.open_depth else layout
+    layout = Layout(skeleton, most.decisions).examined()
+    smaller = Layout(skeleton, least.decisions).examined() if least.open_depth else layout
     stored = layout.native or smaller.native
     check_target(recipe, stored or most.open_counts, skeleton, least.decisions)
     _refuse_lone_experts(stored, skeleton, least.decisions)
@@ -241,7 +241,7 @@ def _header_slack(layout: Layout) -> int:
 
 def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens: int, device: str) -> Plan:
     """After all decisions: exact."""
-    layout = Layout(skeleton, decisions)
+    layout = Layout(skeleton, decisions).examined()
     check_target(recipe, layout.native, skeleton, decisions)
     _refuse_lone_experts(layout.native, skeleton, decisions)
     blocks = len(skeleton.layers) - len(layout.place)
@@ -259,7 +259,7 @@ def describe(
     before, after = sizes(skeleton, original, then), sizes(skeleton, layout, now, open_)
     # where it is open which layers go, each is shown as it is if it stays
     seen = _all_left(skeleton, layout.decisions) if open_.kept else layout.decisions
-    shown = of_layers(skeleton, Layout(skeleton, seen)) if open_.kept else now
+    shown = now if seen == layout.decisions else of_layers(skeleton, Layout(skeleton, seen))
     rows = []
     for index in range(len(skeleton.layers)):
         site, decision = skeleton.sites.get(index), seen.get(index)

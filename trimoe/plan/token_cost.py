@@ -109,14 +109,7 @@ def _caches(skeleton: Skeleton) -> Iterator[Cache]:
 def _first_alike(skeleton: Skeleton) -> dict[int, int]:
     """Decoder layer -> the first one that is as it is in all but its number, and so keeps as much: the others need not run. Where layers hand
     each other more than hidden states, each runs."""
-    kinds = getattr(skeleton.config.get_text_config(), "layer_types", None) or [None] * len(skeleton.layers)
-    found: dict[int, int] = {}
-    for index, layer in enumerate(skeleton.layers):
-        before = () if skeleton.passed_on else sorted(set(found.values()))
-        found[index] = next(
-            (like for like in before if kinds[like] == kinds[index] and depth_config.unlike(skeleton.layers[like], layer) is None), index
-        )
-    return found
+    return {index: index for index in range(len(skeleton.layers))} if skeleton.passed_on else depth_config.first_alike(skeleton)
 
 
 def cache_dtype(skeleton: Skeleton) -> torch.dtype:

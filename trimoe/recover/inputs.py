@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trimoe.checkpoint.atomic import refuse_dangling
+from trimoe.checkpoint.atomic import refuse_odd
 from trimoe.checkpoint.headers import read_json
 from trimoe.errors import UserError
 from trimoe.evaluate.run import origin
@@ -93,7 +93,7 @@ def refuse_inside(out: Path, skeleton: Skeleton | None) -> None:
     if skeleton is None:
         return
     try:
-        refuse_dangling(out)
+        refuse_odd(out)
         str(out).encode()  # it is recorded
         source, target = skeleton.checkpoint.folder.resolve(), out.resolve()
         wrong = [parent for parent in target.parents if parent.exists() and not parent.is_dir()]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimoe.checkpoint import free_disk
-from trimoe.checkpoint.atomic import write_text
+from trimoe.checkpoint.atomic import refuse_odd, write_text
 from trimoe.errors import UserError, reading
 from trimoe.progress import QUIET, Reporter
 from trimoe.report import charts, chosen, measured, size
@@ -31,6 +31,8 @@ def report(
         page = charts_page(title_of(opened), made, subtitle=subtitle_of(opened)) if html is not None else ""
     if figures is not None:
         check_figures(figures, made)
+        if html is not None and figures.resolve() == html.resolve():
+            raise UserError(f"The page and the folder of figures are both to be {html}; give two names.")
     files = []
     if html is not None:
         write_text(html, page)
@@ -40,6 +42,7 @@ def report(
 
 def _check_page(html: Path) -> None:
     """Found out before it is drawn; and nothing but an earlier page of trimoe's is replaced."""
+    refuse_odd(html, "The page")
     if (html.exists() and not html.is_file()) or not html.resolve().parent.is_dir():
         raise UserError(f"The page {html} cannot be written: give a file in a folder that exists.")
     if html.suffix != ".html":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trimoe.checkpoint import free_disk
-from trimoe.checkpoint.atomic import write_text
+from trimoe.checkpoint.atomic import refuse_odd, write_text
 from trimoe.errors import UserError
 from trimoe.progress import QUIET, Reporter
 from trimoe.report import theme
@@ -65,6 +65,7 @@ def is_ours(path: Path) -> bool:
 def check_figures(folder: Path, sections: Sequence[Section]) -> None:
     """Raises UserError where the folder cannot be made, or a chart would replace a picture that is none of ours (an SVG that Vega did not
     draw, a PNG without its SVG)."""
+    refuse_odd(folder, "The folder of figures")
     if (folder.exists() and not folder.is_dir()) or not folder.resolve().parent.is_dir():
         raise UserError(f"The figures cannot be written to {folder}: give a folder, in one that exists.")
     for figure in figures(sections):
