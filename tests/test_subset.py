@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from trimoe.errors import UserError
-from trimoe.gather import search_rows, statistics
+from trimoe.gather import statistics
 from trimoe.observe import masked, reach_order
 from trimoe.routing import RoutingRule, identify
 from trimoe.site import Site, keep_experts
@@ -160,7 +160,7 @@ def layer_of(rule: RoutingRule, logits_TE: torch.Tensor, y_TEH: torch.Tensor, bi
     layer = LayerStats(0, rule, bias_E=bias_E)
     order_TM = reach_order(rule, logits_TE, bias_E, reach)
     y_TMH = y_TEH.gather(1, order_TM.unsqueeze(-1).expand(-1, -1, y_TEH.shape[-1]))
-    layer.search |= dict(logits_TE=logits_TE, order_TM=order_TM, gram_TMM=y_TMH @ y_TMH.mT)
+    layer.search |= dict(logits_TE=logits_TE, order_TM=order_TM, gram_TMM=y_TMH @ y_TMH.mT, weight_T=torch.ones(len(order_TM)))
     return layer
 
 
@@ -261,19 +261,20 @@ def test_nothing_dropped_costs_nothing_even_with_ties(name: str) -> None:
     assert float(loss(torch.zeros(1, 64, dtype=torch.bool))) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["renormalised", "softmax", "sigmoid-bias", "groups-top2", "sparsemixer"])
+def test_a_token_of_weight_three_is_three_tokens(name: str) -> None:
+    rule = RULES[name]
+    logits_TE, y_TEH, bias_E = made_up(rule, 64)
+    few, weight_T = layer_of(rule, logits_TE, y_TEH, bias_E, 64), torch.arange(24) % 4
+    few.search["weight_T"] = weight_T.float()
+    many_T = torch.arange(24).repeat_interleave(weight_T)
+    many = layer_of(rule, logits_TE[many_T], y_TEH[many_T], bias_E, 64)
+    mask_PE = as_mask(random_drops(rule, 64, [rule.groups, 16, 32], 3), 64)
+    torch.testing.assert_close(SubsetLoss(few)(mask_PE), SubsetLoss(many)(mask_PE), rtol=1e-5, atol=1e-6)
+    assert SubsetLoss(few).norm == pytest.approx(SubsetLoss(many).norm, rel=1e-5)
+
+
 # ---- how many search tokens
-
-
-def test_search_rows_are_a_seeded_subset_inside_the_batches() -> None:
-    batches = [torch.zeros(2, 10), torch.zeros(1, 10), torch.zeros(4, 10)]
-    rows = search_rows(batches, 30, seed=1)
-    assert [len(set(r.tolist())) for r in rows] == [len(r) for r in rows]
-    assert sum(map(len, rows)) == 30
-    assert all(bool(((r >= 0) & (r < b.numel())).all()) and r.tolist() == sorted(r.tolist()) for r, b in zip(rows, batches, strict=True))
-    assert all(len(r) > 0 for r in rows)
-    assert all(map(torch.equal, rows, search_rows(batches, 30, seed=1)))
-    assert not all(a.tolist() == b.tolist() for a, b in zip(rows, search_rows(batches, 30, seed=2), strict=True))
-    assert [len(r) for r in search_rows(batches, 1000, seed=0)] == [20, 10, 40]
 
 
 def test_search_budget_keeps_to_its_memory(family_folder: Callable[[str], Path]) -> None:

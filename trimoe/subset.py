@@ -59,7 +59,7 @@ def search_tensors(site: Site, reach: int, tokens: int) -> dict[str, tuple[tuple
     side = gram_side(site, reach)
     return {
         "logits_TE": ((tokens, site.num_experts), torch.float32), "order_TM": ((tokens, side), torch.int64),
-        "gram_TMM": ((tokens, side, side), torch.float32),
+        "gram_TMM": ((tokens, side, side), torch.float32), "weight_T": ((tokens,), torch.float32),
     }  # fmt: skip
 
 
@@ -78,6 +78,7 @@ class SubsetLoss:
         self.logits_TE = stats.search["logits_TE"].to(self.device)
         self.order_TM = stats.search["order_TM"].to(self.device)
         self.gram_TMM = stats.search["gram_TMM"].to(self.device)
+        self.weight_T = stats.search["weight_T"].to(self.device)
         self.bias_E = None if stats.bias_E is None else stats.bias_E.to(self.device)
         self.num_experts = self.logits_TE.shape[1]
         reach = self.order_TM.shape[1]
@@ -88,7 +89,7 @@ class SubsetLoss:
             self._prepare_order()
         else:
             self.full_weights_TK, self.full_index_TK = self.rule.route(self.logits_TE, self.bias_E)
-        self.norm = float(self._full_energy().sum(dtype=torch.float64).clamp_min(1e-30).sqrt())
+        self.norm = float(self._sum(self._full_energy()).clamp_min(1e-30).sqrt())
 
     def __call__(self, drop_PE: torch.Tensor) -> torch.Tensor:
         drop_PE = drop_PE.to(self.device)
@@ -96,6 +97,10 @@ class SubsetLoss:
         assert most <= self.max_drop, f"{most} experts dropped, the Gram reaches {self.max_drop}"
         squared = self._ordered(drop_PE) if self.rule.ordered else self._regrouped(drop_PE)
         return squared.clamp_min(0).sqrt().cpu() / self.norm
+
+    def _sum(self, square_T: torch.Tensor) -> torch.Tensor:
+        """Over the last axis, each search token for as many as it stands for."""
+        return (square_T * self.weight_T).sum(-1, dtype=torch.float64)
 
     @property
     def plain_softmax(self) -> bool:
@@ -135,7 +140,7 @@ class SubsetLoss:
             token, cand = (~enough_TP).nonzero(as_tuple=True)
             if len(token):
                 quad_TP[token, cand] = self._far(drop, token, cand)
-            out.append(quad_TP.sum(0, dtype=torch.float64))
+            out.append(self._sum(quad_TP.T))
         return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
 
     def _far(self, drop_PE: torch.Tensor, token_N: torch.Tensor, cand_N: torch.Tensor) -> torch.Tensor:
@@ -176,7 +181,7 @@ class SubsetLoss:
         out = []
         for drop in drop_PE.split(max(1, CHUNK // (tokens * max(4 * top_k * top_k, self.num_experts)))):
             weights_PTK, index_PTK = self.rule.route(self.logits_TE, self.bias_E, ~drop.unsqueeze(1))
-            out.append(self._gathered(self.full_weights_TK, weights_PTK, self.full_index_TK, index_PTK).sum(-1, dtype=torch.float64))
+            out.append(self._sum(self._gathered(self.full_weights_TK, weights_PTK, self.full_index_TK, index_PTK)))
         return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
 
     def _gathered(self, before: torch.Tensor, after: torch.Tensor, index_before: torch.Tensor, index_after: torch.Tensor) -> torch.Tensor:
