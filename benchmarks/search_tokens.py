@@ -23,6 +23,7 @@ from quality_expert_drop import Held
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 import trimoe
+from trimoe import stability
 from trimoe.calibration import calibrate
 from trimoe.disk import human, search_spilled
 from trimoe.gather import statistics
@@ -96,7 +97,8 @@ def counted() -> None:
 
 
 def quality(given: argparse.Namespace) -> None:
-    """KL of greedy at so many routed search tokens an expert, and of the lowest `gate` over all of the text."""
+    """KL of greedy at so many routed search tokens an expert, as found and cross-checked, and of the lowest `gate` over all of the text; and in how
+    many layers greedy's loss by the other half of the search tokens was the larger one."""
     skeleton = Skeleton.of(given.model)
     text = calibrate(skeleton.checkpoint, given.calibration, samples=given.samples, length=256, context=skeleton.context,
                      vocabulary=skeleton.config.vocab_size, seed=0)  # fmt: skip
@@ -105,25 +107,38 @@ def quality(given: argparse.Namespace) -> None:
     held, layers = Held(model, skeleton, given.text, given.tokens), model.get_submodule(skeleton.prefix)
     steps = {ratio: ExpertDrop(ratio=ratio, counts="uniform", search=Greedy()) for ratio in given.ratios}
     reach = max(step.reach(sites) for step in steps.values())
-    for seed in range(given.seeds):
-        most = max(1, round(max(given.routed) * site.num_experts / site.rule.top_k))
-        whole = statistics(skeleton, text.batches(), reach=reach, search_tokens=most, search_memory=64, seed=seed)
-        for ratio, step in steps.items():
-            ways: dict[str, tuple[ExpertDrop, int]] = {
-                f"greedy, {number:g} an expert": (step, round(number * site.num_experts / site.rule.top_k)) for number in given.routed
-            }
-            if not seed:
-                ways["gate"] = ExpertDrop(ratio=ratio, counts="uniform", score="gate", search=None), 0
-            for name, (way, tokens) in ways.items():
-                rows = torch.randperm(most, generator=torch.Generator().manual_seed(seed))[:tokens].sort()[0]
-                with contextlib.ExitStack() as stack:
-                    for index, one in sites.items():
-                        layer = whole.layers[index]
-                        part = replace(layer, search={key: tensor[rows] for key, tensor in layer.search.items()})
-                        drop = way.drop_sets(one, part, way.uniform(sites)[index], (), seed).drops[0]
-                        stack.enter_context(masked(layers[index], one, drop))
-                    kl = held.kl()
-                print(f"{ratio:.1%}  seed {seed}  {name:<24} {tokens:6,} tokens  KL {sum(kl) / len(kl):.5f}", flush=True)
+    known: dict[tuple[tuple[int, ...], ...], float] = {}
+
+    def kl(drops: Mapping[int, tuple[int, ...]]) -> float:
+        key = tuple(drops[index] for index in sites)
+        if key not in known:
+            with contextlib.ExitStack() as stack:
+                for index, one in sites.items():
+                    stack.enter_context(masked(layers[index], one, drops[index]))
+                known[key] = sum(found := held.kl()) / len(found)
+        return known[key]
+
+    for number in given.routed:
+        tokens = round(number * site.num_experts / site.rule.top_k)
+        for seed in range(given.seeds):
+            stats = statistics(
+                skeleton, text.batches(), reach=reach, search_tokens=tokens, search_memory=64, seed=seed, needs=frozenset()
+            ).layers
+            least = min(count for layer in stats.values() for count in routed(layer))
+            for ratio, step in steps.items():
+                count = step.uniform(sites)
+                halves = {index: stability.halves(step, one, stats[index], count[index]) for index, one in sites.items()}
+                found = {index: step.drop_sets(one, stats[index], count[index], (), seed).drops[0] for index, one in sites.items()}
+                lowest = {index: half.lowest for index, half in halves.items() if half is not None}
+                checked = {
+                    index: half.lowest if half.loss > half.lowest_loss else found[index]
+                    for index, half in halves.items()
+                    if half is not None
+                }
+                print(
+                    f"{given.model} {ratio:.1%}  {number:g} an expert, {least} at least, seed {seed}: gate {kl(lowest):.4f}  greedy {kl(found):.4f}  "
+                    f"checked {kl(checked):.4f} (gate in {sum(checked[index] != found[index] for index in sites)} of {len(sites)})", flush=True,
+                )  # fmt: skip
 
 
 def main() -> None:
@@ -136,7 +151,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=24)
     arguments.add_argument("--tokens", type=int, default=1536)
     arguments.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5])
-    arguments.add_argument("--routed", nargs="+", type=float, default=[4.5, 64, 128])
+    arguments.add_argument("--routed", nargs="+", type=float, default=[256, 1024])
     arguments.add_argument("--seeds", type=int, default=3)
     given = arguments.parse_args()
     if given.what == "planned":

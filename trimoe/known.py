@@ -39,10 +39,11 @@ def known(skeleton: Skeleton, recipe: Recipe, path: Path, reporter: Reporter = Q
     before, after = Traffic(), Traffic()
     for index, layer in reporter.track(stats.layers.items(), "Stability and traffic", len(stats.layers)):
         site = skeleton.sites[index]
+        halves = stability.halves(step, site, layer, dropped[index])
         row = {
             "dropped": dropped[index],
             "tokens_per_expert": layer["count_E"],
-            "stability": stability.jaccard(step, site, layer, dropped[index]),
+            "stability": halves.jaccard(site.num_experts) if halves is not None else None,
         }
         rows[str(index)] = row
         if not layer.search:
