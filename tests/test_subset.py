@@ -23,7 +23,7 @@ from trimoe.routing import RoutingRule, identify
 from trimoe.site import Site, keep_experts
 from trimoe.skeleton import Skeleton
 from trimoe.stats import LayerStats
-from trimoe.subset import MEAN, USUAL, SubsetLoss, search_budget
+from trimoe.subset import MEAN, USUAL, SubsetLoss, gram_side, search_budget
 
 ALL = sorted(families.FAMILIES)
 RULES: dict[str, RoutingRule] = {
@@ -216,6 +216,26 @@ def test_short_reach_is_exact_up_to_its_limit(name: str, reach: int) -> None:
         loss(as_mask([tuple(range(loss.max_drop + 1))], num_experts))
 
 
+@pytest.mark.parametrize("dropped", [4, 16, 32])
+def test_the_first_of_every_group_are_enough(dropped: int, family_folder: Callable[[str], Path]) -> None:
+    """Also where a token's best experts of each group go, and where logits tie."""
+    rule, num_experts = RULES["groups-top2"], 64
+    site = replace(next(iter(Skeleton.of(str(family_folder("mixtral"))).sites.values())), rule=rule, num_experts=num_experts)
+    side = gram_side(site, rule.top_k + dropped)
+    assert side == 4 * (4 + dropped // 4) < num_experts
+    logits_TE, y_TEH, bias_E = made_up(rule, num_experts)
+    layer = layer_of(rule, logits_TE, y_TEH, bias_E, side)
+    loss = SubsetLoss(layer)
+    assert loss.max_drop == dropped
+    first = layer.search["order_TM"].unflatten(1, (4, -1))[:, :, : dropped // 4].flatten(1)
+    mask_PE = as_mask([*random_drops(rule, num_experts, [4, dropped], 3), *map(tuple, first.tolist())], num_experts)
+    assert loss(mask_PE).tolist() == pytest.approx(direct(rule, logits_TE, y_TEH, bias_E, mask_PE), rel=1e-5, abs=1e-6)
+    with pytest.raises(AssertionError, match="the Gram reaches"):
+        loss(as_mask([tuple(range(dropped + 1))], num_experts))
+    tied = SubsetLoss(layer_of(rule, (logits_TE * 4).round() / 4, y_TEH, torch.zeros(num_experts), side))
+    assert float(tied(torch.zeros(1, num_experts, dtype=torch.bool))) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["renormalised", "softmax", "sigmoid-bias", "groups-top2", "sparsemixer"])
 def test_candidates_do_not_see_each_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = RULES[name]
@@ -284,7 +304,7 @@ def test_search_budget_keeps_to_its_memory(family_folder: Callable[[str], Path])
     each = 4 * 8 * 8  # of one layer, float32; the others' are not in memory
     assert search_budget(sites, 8, 10**9, 1.0) == 2**30 // each
     assert search_budget(sites, 4, 10**9, 1.0) == 2**30 // (each // 4)
-    assert search_budget(grouped, 4, 10**9, 1.0) == 2**30 // each, "a grouped router's Gram holds all experts, whatever the reach"
+    assert search_budget(grouped, 4, 10**9, 1.0) == 2**30 // each, "softmax over all groups needs them all, whatever the reach"
     assert search_budget(sites, 99, 10**9, 1.0) == 2**30 // each
     assert search_budget(sites, 0, 1000, 1.0) == 0
     assert search_budget(sites, 8, None, 2.0) == USUAL

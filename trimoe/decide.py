@@ -28,7 +28,7 @@ from trimoe.sensitivity import probe_size, sensitivity, shrunk, streams
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
-from trimoe.subset import ROUTED, SubsetLoss, search_wanted
+from trimoe.subset import ROUTED, SubsetLoss, gram_side, search_wanted
 from trimoe.variants import divergence, probe_rows, skipped, without_moe
 from trimoe.words import runs
 
@@ -113,9 +113,9 @@ def _stats_for(
     if given is not None and reach:
         for index, layer in given.layers.items():
             have = layer.search["order_TM"].shape[1] if layer.search else 0
-            if have < min(reach, layer.num_experts):
+            if have < (need := gram_side(sites[index], reach)):
                 raise UserError(
-                    f"The statistics file reaches {have} experts a token in layer {index}, the recipe needs {reach}; leave --stats out."
+                    f"The statistics file reaches {have} experts a token in layer {index}, the recipe needs {need}; leave --stats out."
                 )
     stats = given if given is not None else journal.get_stats(f"stats-{number}")
     if stats is None:

@@ -151,11 +151,16 @@ class Observer:
 
 
 def reach_order(rule: Any, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, reach: int) -> torch.Tensor:
-    """Each token's `reach` best experts, best first, by what the router chooses by; all experts in order where the choice is grouped."""
+    """Each token's `reach` best experts, best first, by what the router chooses by; of groups equally many from each, one group after the other, or
+    all experts by their numbers."""
     count = logits_TE.shape[-1]
-    if not rule.ordered:
+    if rule.ordered:
+        return rule.scores(logits_TE, bias_E).topk(min(reach, count), dim=-1)[1]
+    if reach >= count or not rule.ordered_groups:
         return torch.arange(count, device=logits_TE.device).expand(len(logits_TE), count)
-    return rule.scores(logits_TE, bias_E).topk(min(reach, count), dim=-1)[1]
+    by_group = rule.scores(logits_TE, bias_E).unflatten(-1, (rule.groups, -1))
+    first = torch.arange(0, count, by_group.shape[-1], device=logits_TE.device).unsqueeze(1)
+    return (by_group.topk(reach // rule.groups, dim=-1)[1] + first).flatten(1)
 
 
 class _Cosines:

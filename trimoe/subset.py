@@ -5,7 +5,7 @@ G_t = Y_t Y_t^T of the expert outputs. A candidate costs a re-routing and a smal
 
 Where a token's choice is "the k best survivors of one order" (every ungrouped router but sparsemixer), everything lives in that order:
 position 0 is the token's best expert, and only the first few positions can ever be used. Otherwise the 2k experts chosen before and
-after are gathered from the full Gram.
+after are gathered from the full Gram, or where groups choose by sigmoid from one among the first few of every group.
 
 Letters: T search tokens, P candidates, E experts, M experts in reach, R positions looked at, k chosen.
 """
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from trimoe.errors import UserError
+from trimoe.routing import RoutingRule
 from trimoe.site import Site
 from trimoe.stats import LayerStats
 
@@ -64,8 +65,18 @@ def search_tensors(site: Site, reach: int, tokens: int) -> dict[str, tuple[tuple
 
 
 def gram_side(site: Site, reach: int) -> int:
-    """Among how many experts one layer's Gram is, where `reach` are wanted."""
-    return min(reach, site.num_experts) if site.rule.ordered else site.num_experts
+    """Among how many experts one layer's Gram is, where `reach` are wanted: k and as many as may be dropped, from all groups alike."""
+    rule, count = site.rule, site.num_experts
+    if rule.ordered:
+        return min(reach, count)
+    if not rule.ordered_groups:
+        return count
+    return min(count, rule.groups * (_in_group(rule) + math.ceil((reach - rule.top_k) / rule.groups)))
+
+
+def _in_group(rule: RoutingRule) -> int:
+    """How many survivors of a group are looked at, at most: those chosen, and two that a group may be chosen by."""
+    return max(rule.top_k, 2)
 
 
 class SubsetLoss:
@@ -83,12 +94,13 @@ class SubsetLoss:
         self.num_experts = self.logits_TE.shape[1]
         reach = self.order_TM.shape[1]
         self.max_drop = self.num_experts - self.rule.min_experts
-        if self.rule.ordered and reach < self.num_experts:
-            self.max_drop = min(self.max_drop, reach - self.rule.top_k)
+        if reach < self.num_experts:
+            seen = self.rule.top_k if self.rule.ordered else self.rule.groups * _in_group(self.rule)
+            self.max_drop = min(self.max_drop, reach - seen)
         if self.rule.ordered:
             self._prepare_order()
         else:
-            self.full_weights_TK, self.full_index_TK = self.rule.route(self.logits_TE, self.bias_E)
+            self._prepare_groups()
         self.norm = float(self._sum(self._full_energy()).clamp_min(1e-30).sqrt())
 
     def __call__(self, drop_PE: torch.Tensor) -> torch.Tensor:
@@ -174,13 +186,21 @@ class SubsetLoss:
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
         return (weights if self.rule.scale == 1.0 else weights * self.rule.scale), enough
 
-    # ---- grouped routers and sparsemixer: the experts chosen before and after, from the full Gram
+    # ---- grouped routers and sparsemixer: the experts chosen before and after, from the full Gram or that of each group's first
+
+    def _prepare_groups(self) -> None:
+        """Routing among those of which there are products, by their places: ties are broken alike before and after a drop."""
+        self.within = self.order_TM.shape[1] < self.num_experts
+        self.seen_TM = self.logits_TE.gather(1, self.order_TM) if self.within else self.logits_TE
+        self.seen_bias = self.bias_E[self.order_TM] if self.within and self.bias_E is not None else self.bias_E
+        self.full_weights_TK, self.full_index_TK = self.rule.route(self.seen_TM, self.seen_bias)
 
     def _regrouped(self, drop_PE: torch.Tensor) -> torch.Tensor:
         tokens, top_k = self.full_index_TK.shape
         out = []
         for drop in drop_PE.split(max(1, CHUNK // (tokens * max(4 * top_k * top_k, self.num_experts)))):
-            weights_PTK, index_PTK = self.rule.route(self.logits_TE, self.bias_E, ~drop.unsqueeze(1))
+            keep = ~(drop[:, self.order_TM] if self.within else drop.unsqueeze(1))
+            weights_PTK, index_PTK = self.rule.route(self.seen_TM, self.seen_bias, keep)
             out.append(self._sum(self._gathered(self.full_weights_TK, weights_PTK, self.full_index_TK, index_PTK)))
         return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
 
