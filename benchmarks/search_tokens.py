@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from trimoe.methods.expert_drop import Greedy
 from trimoe.observe import masked
 from trimoe.recipe import load
 from trimoe.recorded import routed
+from trimoe.search_tokens import ENOUGH
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.subset import USUAL, gram_bytes
@@ -76,24 +76,24 @@ def counted() -> None:
         "deepseek_v3": DeepseekV3Config(**small, n_routed_experts=256, n_group=8, topk_group=4, first_k_dense_replace=0, q_lora_rank=None, kv_lora_rank=8,
                                         qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_shared_experts=1),
     }  # fmt: skip
-    step = ExpertDrop(ratio=0.25, counts="optimal", search=Greedy())
+    step = ExpertDrop(ratio=0.25, counts="uniform", search=Greedy())
     for name, config in configs.items():
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
             skeleton = Skeleton.of(folder)
             reach = step.reach(skeleton.sites)
-            batches = [torch.randint(3, 96, (8, 256), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-            layer = next(iter(skeleton.sites.values()))
-            many = {index: replace(layer, layer=index) for index in range(60)}  # as many layers as the large ones have
-            for words, tokens in (("one budget of 60 layers", one_budget(many, reach)), ("a layer's", None)):
-                stats = statistics(skeleton, batches, reach=reach, search_tokens=tokens, search_memory=MEMORY)
-                counts = sorted(count for one in stats.layers.values() for count in routed(one))
-                taken = len(next(iter(stats.layers.values())).search["logits_TE"])
-                few = sum(count < 64 for count in counts)
-                middle = counts[len(counts) // 2]
-                print(f"{name}: {words}: {taken:,} tokens; an expert: {middle} (median), {counts[0]} at least", end="")
-                print(f", {few} of {len(counts)} below 64", flush=True)
+            batches = [torch.randint(3, 96, (8, 256), generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
+            layers = statistics(skeleton, batches, reach=reach, search_memory=MEMORY, needs=frozenset()).layers.values()
+            counts = [(own, int(every)) for one in layers for own, every in zip(routed(one), one["count_E"].tolist(), strict=True)]
+            tokens, taken = sum(batch.numel() for batch in batches), len(next(iter(layers)).search["weight_T"])
+            middle = sorted(own for own, _ in counts)[len(counts) // 2]
+            print(
+                f"{name}: {taken:,} of {tokens:,} tokens, reach {reach}; an expert: {middle} (median); of {len(counts)} experts "
+                f"{sum(every < ENOUGH for _, every in counts)} have fewer than {ENOUGH} in the text, {sum(own < min(ENOUGH, every) for own, every in counts)} "
+                f"have fewer than they could among the search tokens, {sum(every * taken / tokens < min(ENOUGH, every) for _, every in counts)} would in a "
+                f"plain sample", flush=True,
+            )  # fmt: skip
 
 
 def quality(given: argparse.Namespace) -> None:
