@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from trimoe.observe import Observer
 from trimoe.routing import RoutingRule
 from trimoe.stats import LayerStats
-from trimoe.subset import SubsetLoss
+from trimoe.subset import SubsetLoss, search_tensors
 
 SHAPES = {
     "Mixtral: 8 experts, top 2": dict(
@@ -73,8 +73,10 @@ class Block:
     def statistics(self, reach: int) -> LayerStats:
         """The search tokens' Gram, made as the statistics pass makes it."""
         stats = LayerStats(0, self.rule, bias_E=self.bias_E)
-        site = SimpleNamespace(rule=self.rule, num_experts=self.num_experts, hidden=self.hidden)
-        Observer(site, stats, frozenset(), reach=reach)._see_search(self, self.x_TH, self.logits_TE)  # type: ignore[arg-type]
+        site = SimpleNamespace(layer=0, rule=self.rule, num_experts=self.num_experts, hidden=self.hidden)
+        for name, (shape, dtype) in search_tensors(site, reach, len(self.x_TH)).items():  # type: ignore[arg-type]
+            stats.search[name] = torch.ones(shape, dtype=dtype)
+        Observer(site, stats, frozenset()).see_search(self, self.x_TH, self.logits_TE, 0)  # type: ignore[arg-type]
         return stats
 
 

@@ -45,7 +45,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("experts' matrix products", observe, "run_expert"),
     ("channel norms, means and maxima", observe.Observer, "see_expert"),
     ("norms and the energy of pairs", observe.Observer, "see_outputs"),
-    ("Gram of searched tokens, its experts' products included", observe.Observer, "_see_search"),
+    ("Gram of searched tokens, its experts' products included", observe.Observer, "see_search"),
     ("cosines", observe._Cosines, "_layer"),
     ("cosines", Stats, "see_block"),
     ("scores from weights", gather, "weight_scores"),

@@ -29,7 +29,7 @@ from trimoe.recipe import CalibrationSpec, Recipe
 from trimoe.skeleton import Skeleton
 from trimoe.subset import SubsetLoss
 
-PAPER: dict[str, Any] = {"layer_limit": None, "protect_super_experts": False}
+PAPER: dict[str, Any] = {"layer_limit": None, "protect_super_experts": False, "cross_check": False}
 
 
 class Held:

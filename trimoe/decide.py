@@ -28,8 +28,9 @@ from trimoe.sensitivity import probe_size, sensitivity, shrunk, streams
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 from trimoe.stats import Stats
-from trimoe.subset import ROUTED, SubsetLoss, search_wanted
+from trimoe.subset import ROUTED, SubsetLoss, gram_side, search_wanted
 from trimoe.variants import divergence, probe_rows, skipped, without_moe
+from trimoe.words import runs
 
 Value = TypeVar("Value")
 
@@ -112,9 +113,9 @@ def _stats_for(
     if given is not None and reach:
         for index, layer in given.layers.items():
             have = layer.search["order_TM"].shape[1] if layer.search else 0
-            if have < min(reach, layer.num_experts):
+            if have < (need := gram_side(sites[index], reach)):
                 raise UserError(
-                    f"The statistics file reaches {have} experts a token in layer {index}, the recipe needs {reach}; leave --stats out."
+                    f"The statistics file reaches {have} experts a token in layer {index}, the recipe needs {need}; leave --stats out."
                 )
     stats = given if given is not None else journal.get_stats(f"stats-{number}")
     if stats is None:
@@ -147,7 +148,13 @@ def _decide_drops(
 
     found: dict[int, search.Found] = _by_layer(run, sites, searched, "Search")
     drops: dict[int, Drop] = {index: best.drops[0] for index, best in found.items()}
-    metrics: dict[str, Any] = {"layers": _drop_metrics(run, step, sites, stats, found, counts, protected), "measured_on": probed}
+    rows, instead = _drop_metrics(run, step, sites, stats, found, counts, protected)
+    metrics: dict[str, Any] = {"layers": rows, "gate_instead": list(instead), "measured_on": probed}
+    drops |= instead
+    if instead:
+        run.reporter.say(
+            f"In layers {runs(sorted(instead))} the experts of the lowest gate go: sets that half of the search tokens chose did worse on the other half."
+        )
     unstable = stability.warning(metrics["layers"])
     seen = {index: stats.layers[index]["count_E"].tolist() for index in sites}
     searched_on = {index: row for index in sites if (row := metrics["layers"][str(index)].get("search_tokens_per_expert"))}
@@ -164,7 +171,7 @@ def _decide_drops(
         chosen = receptive_field.choose(
             run.skeleton,
             few,
-            {i: best.drops for i, best in found.items()},
+            {i: (drops[i], *(drop for drop in best.drops if drop != drops[i]))[: len(best.drops)] for i, best in found.items()},
             step.receptive_field,
             decisions=decisions,
             device=run.device,
@@ -248,15 +255,19 @@ def _spare(step: ExpertDrop, site: Site, most: int, protected: Drop) -> Drop:
 
 def _drop_metrics(
     run: Run, step: ExpertDrop, sites: dict[int, Site], stats: Stats, found: dict[int, search.Found], counts: dict[int, int], protected: dict[int, Drop]
-) -> dict[str, Any]:  # fmt: skip
-    """What was chosen in each layer and what it costs, beside greedy and random where the exact loss is at hand."""
+) -> tuple[dict[str, Any], dict[int, Drop]]:  # fmt: skip
+    """What was found in each layer and what it costs, beside greedy and random where the exact loss is at hand; and the sets of the lowest gate,
+    in those layers where they are better than what is found on as few tokens (`cross_check`)."""
 
-    def row_of(index: int) -> dict[str, Any]:
-        return recorded.expert_drop(
-            step, sites[index], stats.layers[index], found[index], counts[index], protected.get(index, ()), run.seed, run.device
-        )
+    def row_of(index: int) -> tuple[dict[str, Any], Drop | None]:
+        site, layer, spared = sites[index], stats.layers[index], protected.get(index, ())
+        halves = stability.halves(step, site, layer, counts[index], spared, run.device)
+        row = recorded.expert_drop(step, site, layer, found[index], halves, counts[index], spared, run.seed, run.device)
+        worse = step.cross_check and step.search is not None and halves is not None and halves.loss > halves.lowest_loss
+        return row, halves.lowest if worse and halves is not None else None
 
-    return {str(index): row for index, row in _by_layer(run, sites, row_of, "Compare with greedy and random").items()}
+    made = _by_layer(run, sites, row_of, "Compare with greedy and random")
+    return {str(index): row for index, (row, _) in made.items()}, {index: drop for index, (_, drop) in made.items() if drop is not None}
 
 
 def _decide_ranks(

@@ -22,6 +22,7 @@ from trimoe.methods.method import Decisions, unchanged
 from trimoe.recipe import Recipe
 from trimoe.recover import footprint
 from trimoe.recover.spec import Recover
+from trimoe.search_tokens import most_held
 from trimoe.site import Site
 from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import BUDGET, streams_budget, wider
@@ -122,6 +123,7 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
             kept, _grams(skeleton, step, recipe, tokens) + int(1.5 * _sums(skeleton, step))
         )  # of sums, which are gathered in pieces, then joined
         recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
+        recorded = max(recorded, _candidates(skeleton, step, recipe, tokens))  # one after the other
         yield "statistics", max(outside + hidden - kept, layer + batch + hidden + recorded), kept, staging
         measured = measurements.of_step(skeleton, step, list(skeleton.sites.values()), recipe.calibration, tokens)
         if measured:
@@ -186,6 +188,21 @@ def _grams(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
     count = min(tokens, search_budget(every, reach, spec.search_tokens, spec.search_memory))
     whole, most = count * gram_bytes(every, reach), count * max(gram_bytes([site], reach) for site in every)
     return whole if whole <= BUDGET else BUDGET + most
+
+
+def _candidates(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
+    """Bytes of what one layer's search tokens are chosen from: inputs and logits of some tokens, the experts of all."""
+    sites = list(skeleton.sites.values())
+    count = min(
+        tokens, search_budget(sites, step.reach(skeleton.sites), recipe.calibration.search_tokens, recipe.calibration.search_memory)
+    )
+    if not count:
+        return 0
+    return max(
+        most_held(tokens, site.num_experts, count) * (site.hidden * skeleton.dtype.itemsize + 4 * site.num_experts + 8 * site.rule.top_k)
+        + 5 * 8 * tokens * site.rule.top_k  # pairs of tokens and experts, and what orders them
+        for site in sites
+    )
 
 
 def _sums(skeleton: Skeleton, step: Step) -> int:

@@ -25,7 +25,7 @@ from trimoe.recorded import DRAWS, FEW_SETS
 from trimoe.seen import POOL_TOKENS
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
-from trimoe.subset import search_budget
+from trimoe.subset import gram_side, search_budget
 
 PASSES = 48  # elementwise passes over a candidate's positions, beside its products (LOG.md)
 BREEDING = 570  # small operations for each set that the genetic search finds and notes, beside its evaluation (LOG.md)
@@ -167,7 +167,7 @@ class Work:
             stage.repeated.append(("memory", 4 * weights * 3, 0))
             stage.send("hops", 8 * (2 * site.num_experts**2 + site.num_experts * hidden + 6 * site.num_experts))
             if reach:
-                among = min(reach, site.num_experts) if site.rule.ordered else site.num_experts
+                among = gram_side(site, reach)
                 stage.shared += [
                     ("matmul", 2 * searched * among * weights / site.num_experts, min(searched, self.batch) * among / site.num_experts),
                     ("memory", 4 * searched * among * (4 * hidden + 4 * site.first), 0), ("matmul", 2 * searched * among**2 * hidden, 8),
