@@ -2,9 +2,10 @@
 
     python benchmarks/recovery_memory.py
 
-Makes a random bfloat16 qwen3_moe checkpoint, drops an eighth of its experts, and trains the result for two steps by each method in a process of its
-own, in float32 and bfloat16. What is measured is RssAnon: memory that the process holds. Pages of files that are
-mapped (weights that were read) give way when memory is short and are not counted. "x weights" leaves out what imports take. Linux only.
+Makes a random bfloat16 qwen3_moe checkpoint, drops an eighth of its experts, and trains the result for two steps by each method in
+a process of its own, in float32 and bfloat16; method experts learns from another random model, for from its own original nothing is
+left to learn. What is measured is RssAnon: memory that the process holds. Pages of files that are mapped (weights that were read)
+give way when memory is short and are not counted. "x weights" leaves out what imports take. Linux only.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "logits, adapters": {"method": "logits"},
     "logits, all weights": {"method": "logits", "train": "full"},
+    "sft": {"method": "sft"},
+    "router, streamed": {"method": "router", "stream": True},
+    "lora, streamed": {"method": "lora", "stream": True},
+    "logits, adapters, streamed": {"method": "logits", "stream": True},
     "experts, streamed": {"method": "experts"},
     "experts, in memory": {"method": "experts", "stream": False},
 }
@@ -62,7 +67,7 @@ def main() -> None:
         ("top-k", 4),
         ("vocabulary", 8192),
         ("batch", 2),
-        ("length", 128),
+        ("length", 64),
     ):
         arguments.add_argument(f"--{name}", type=int, default=value)
     arguments.add_argument("--methods", nargs="*", default=list(METHODS))
@@ -76,9 +81,10 @@ def main() -> None:
     )  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
-        model, text = Path(scratch, "model"), Path(scratch, "text.txt")
-        model.mkdir()
-        random_model.save(config, model)
+        model, other, text = Path(scratch, "model"), Path(scratch, "other"), Path(scratch, "text.txt")
+        for seed, place in enumerate((model, other)):
+            place.mkdir()
+            random_model.save(config, place, seed)
         text.write_text("".join(chr(32 + (7 * place * place + place) % 90) for place in range(20_000)), encoding="utf-8")
         folder = Path(scratch, "finished")
         dropped = {"expert_drop": {"ratio": 0.125, "score": "random", "counts": "uniform"}}
@@ -90,17 +96,19 @@ def main() -> None:
                     METHODS[name]
                     | {
                         "data": str(text),
-                        "samples": 8,
+                        "samples": given.batch + 1,
                         "length": given.length,
                         "batch": given.batch,
-                        "steps": 2,
+                        "epochs": 2,
                         "dtype": dtype,
                         "rate": 1e-4,
                     }
                 )
-                teacher = Skeleton.of(str(model)) if spec.method != "lora" else None
-                planned = memory.of_training(Skeleton.of(str(folder)), teacher, spec, "cpu").host["recovery"]
-                code = f"import trimoe; trimoe.recover({str(folder)!r}, {str(Path(scratch, 'out'))!r}, {spec.to_json()!r}, any_memory=True)"
+                teacher = {"experts": other, "lora": None, "sft": None}.get(spec.method, model)
+                original = None if teacher is None else Skeleton.of(str(teacher))
+                planned = memory.of_training(Skeleton.of(str(folder)), original, spec, "cpu")[0].host["recovery"]
+                called = f"{str(folder)!r}, {str(Path(scratch, 'out'))!r}, {spec.to_json()!r}, teacher={teacher and str(teacher)!r}"
+                code = f"import trimoe; trimoe.recover({called}, any_memory=True)"
                 process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
                 start, peak = time.monotonic(), anonymous(process)
                 if process.wait():
