@@ -13,12 +13,12 @@ from trimoe.skeleton import LOGITS, Skeleton
 from trimoe.spill import BUDGET
 
 TOKENS = 4096  # that go through a model at once, at most, if more than one sample does
-SMALL = 256 << 20  # bytes that layers may keep for the backward pass in any case
+SMALL = 64 << 20  # bytes that layers may keep for the backward pass in any case
 STATE = 16  # bytes of a number that trains: itself, its gradient, two moments, in float32
 LAYERS = 5  # a layer that learns, its gradients, two moments and its best state
 TABLES = 5  # of logits, in float32, that are held at once
 MERGED = 12  # bytes of a number that an adapter is added to: as read, in float32, and as stored
-SHARE = 8  # beyond that, no more than one part in so many of the model
+SHARE = 16  # beyond that, no more than one part in so many of the model
 
 
 def samples_at_once(length: int, vocabulary: int) -> int:
