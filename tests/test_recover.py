@@ -375,7 +375,7 @@ def test_layers_are_read_as_they_run_where_the_model_does_not_fit(
     assert part < whole
     monkeypatch.setattr(limits, "host", lambda: (part + whole) // 2)
     planned = trimoe.plan(str(folder), {**UNIFORM, "recover": fields})
-    assert planned.memory_split["recovery"] < whole and not planned.held.short("cpu")
+    assert planned.memory_split["recovery"] <= limits.host()
     assert [line for line in planned.warnings if "its layers are read from the files as they run" in line]
     recover(folder, tmp_path / "out", fields, reporter=Heard(said))
     assert json.loads((tmp_path / "out" / "trimoe.json").read_text())["recovered"][-1]["streamed"]
