@@ -82,7 +82,8 @@ class Offloaded:
         """One layer's weights in their places."""
         with self.walk.layer(index) as layer:
             for path, module, leaf, _ in self._places[index]:
-                weight = layer.get_parameter(path).requires_grad_(False)  # transformers loads what may train
+                weight = layer.get_parameter(path)
+                weight.requires_grad_(False)  # transformers loads what may train
                 change = self.changes.get(f"{self.skeleton.layer_name(index)}.{path}")
                 if change is not None:
                     with torch.no_grad():
