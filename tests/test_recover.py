@@ -308,7 +308,8 @@ def test_layers_that_compute_again_give_the_same_bytes(
 
 STREAMED: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_moe", {"method": "lora"}), ("factored", {"method": "logits"}), ("gpt_oss", {"method": "lora"}),
-    ("mixtral", {"method": "router", "epochs": 2, "samples": 24}), ("uneven", {"method": "lora", "adapter": True}), ("mixtral", {"method": "lora", "dtype": "bfloat16"}),
+    ("mixtral", {"method": "router", "epochs": 2, "samples": 24}), ("uneven", {"method": "lora", "adapter": True}),
+    ("mixtral", {"method": "lora", "dtype": "bfloat16"}),
 ]  # fmt: skip
 
 
