@@ -63,7 +63,8 @@ LESS = {  # what makes a stage smaller, for people
     "measuring": "take --dtype bfloat16, or counts, search and rank that measure nothing on the model",
     "writing": "take --dtype bfloat16",
     "evaluation": "take --dtype bfloat16",
-    "recovery": "take dtype: bfloat16, a smaller batch or length, adapters in the place of train: full, or method: experts, which goes layer by layer",
+    "recovery": "take dtype: bfloat16, a smaller batch or length, adapters or router in the place of all weights "
+    "(their layers are read one at a time where the model does not fit), or method: experts",
 }
 
 
@@ -73,8 +74,10 @@ def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: 
     stages = list(_stages(skeleton, recipe, decisions, tokens, device))
     if recipe.recover is not None:
         whole = footprint.weights(skeleton)
-        recovery = footprint.peak(skeleton, recipe.recover, device, parameters=parameters, original=whole)
-        stages.append(("recovery", *recovery))
+        streamed = bool(recipe.recover.stream)
+        stages.append(
+            ("recovery", *footprint.peak(skeleton, recipe.recover, device, parameters=parameters, original=whole, streamed=streamed))
+        )
     for name, computed, kept, passed in stages:
         for held, size in ((found.host, IMPORTS + kept + (passed if apart else computed)), (found.device, computed)):
             if held is found.host or apart:
@@ -88,14 +91,33 @@ def of_statistics(skeleton: Skeleton, recipe: Recipe, tokens: int, device: str) 
     return Held(*({name: size for name, size in held.items() if name == "statistics"} for held in (found.host, found.device)))
 
 
-def of_training(student: Skeleton, teacher: Skeleton | None, spec: Recover, device: str) -> Held:
-    """What the recovery of a finished folder takes."""
-    parameters = footprint.weights(student)
-    computed, kept, passed = footprint.peak(
-        student, spec, device, parameters=parameters, original=parameters if teacher is None else footprint.weights(teacher)
-    )
+def of_recovery(skeleton: Skeleton, spec: Recover, device: str, parameters: int, original: int, streamed: bool) -> Held:
+    """What training takes; all as for footprint.peak."""
+    computed, kept, passed = footprint.peak(skeleton, spec, device, parameters=parameters, original=original, streamed=streamed)
     apart = device.startswith("cuda")
     return Held({"recovery": IMPORTS + kept + (passed if apart else computed)}, {"recovery": computed} if apart else {})
+
+
+def fitting(skeleton: Skeleton, spec: Recover, device: str, parameters: int, original: int) -> tuple[Held, str | None]:
+    """What training takes in the form that is taken. The model is held as a whole unless the spec says otherwise; where that
+    does not fit, and reading layers as they run does, that is done, and a sentence says so."""
+    held = of_recovery(skeleton, spec, device, parameters, original, bool(spec.stream))
+    if spec.stream is not None or not footprint.can_stream(skeleton, spec) or not held.short(device):
+        return held, None
+    less = of_recovery(skeleton, spec, device, parameters, original, True)
+    if less.short(device):
+        return held, None
+    whole, part = (max({**one.host, **one.device}.values()) for one in (held, less))
+    return less, (
+        f"recovery with the whole model in memory takes up to {human(whole)}, more than there is; its layers are read from the "
+        f"files as they run, which takes up to {human(part)}, and longer"
+    )
+
+
+def of_training(student: Skeleton, teacher: Skeleton | None, spec: Recover, device: str) -> tuple[Held, str | None]:
+    """What the recovery of a finished folder takes, as `fitting` has it."""
+    parameters = footprint.weights(student)
+    return fitting(student, spec, device, parameters, parameters if teacher is None else footprint.weights(teacher))
 
 
 def of_evaluation(skeleton: Skeleton, device: str) -> Held:

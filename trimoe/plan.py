@@ -25,6 +25,7 @@ from trimoe.paper import WIDEST, Paper
 from trimoe.precision import compute_dtype
 from trimoe.recipe import Recipe, with_calibration
 from trimoe.recipe import load as load_recipe
+from trimoe.recover import footprint
 from trimoe.site import Site
 from trimoe.skeleton import Skeleton
 
@@ -122,6 +123,14 @@ def plan(
         counts=most.open_counts, layers=most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
     )  # fmt: skip
     made = describe(skeleton, layout, parsed, native=forms.native, tokens=tokens, open_=open_, device=device)
+    if parsed.recover is not None:
+        held, why = memory.fitting(skeleton, parsed.recover, device, made.after.parameters, footprint.weights(skeleton))
+        if why is not None:
+            split = made.memory_split | held.host
+            made = replace(
+                made, memory_split=split, device_split=made.device_split | held.device, peak_memory=max(split.values()),
+                warnings=[*made.warnings, f"{why}."],
+            )  # fmt: skip
     return replace(
         made,
         warnings=[*made.warnings, *(f"{words}; compress would refuse that without --any-memory." for words in made.held.short(device))],
