@@ -18,6 +18,7 @@ from alternate import common_options, middle, ratio, table, take_turns, write_js
 from torch.nn import functional as F
 
 from trimoe.calibration.observer import Observer
+from trimoe.calibration.search_tokens import search_tensors
 from trimoe.calibration.statistics import LayerStats
 from trimoe.methods.expert_drop.subset import SubsetLoss
 from trimoe.model.router import RoutingRule
@@ -73,8 +74,10 @@ class Block:
     def statistics(self, reach: int) -> LayerStats:
         """The search tokens' Gram, made as the statistics pass makes it."""
         stats = LayerStats(0, self.rule, bias_E=self.bias_E)
-        site = SimpleNamespace(rule=self.rule, num_experts=self.num_experts, hidden=self.hidden)
-        Observer(site, stats, frozenset(), reach=reach)._see_search(self, self.x_TH, self.logits_TE)  # type: ignore[arg-type]
+        site = SimpleNamespace(layer=0, rule=self.rule, num_experts=self.num_experts, hidden=self.hidden)
+        for name, (shape, dtype) in search_tensors(site, reach, len(self.x_TH)).items():  # type: ignore[arg-type]
+            stats.search[name] = torch.ones(shape, dtype=dtype)
+        Observer(site, stats, frozenset()).see_search(self, self.x_TH, self.logits_TE, 0)  # type: ignore[arg-type]
         return stats
 
 

@@ -48,7 +48,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("experts' matrix products", observer, "run_expert"),
     ("channel norms, means and maxima", observer.Observer, "see_expert"),
     ("norms and the energy of pairs", observer.Observer, "see_outputs"),
-    ("Gram of searched tokens, its experts' products included", observer.Observer, "_see_search"),
+    ("Gram of searched tokens, its experts' products included", observer.Observer, "see_search"),
     ("cosines", observer._Cosines, "_layer"),
     ("cosines", Stats, "see_block"),
     ("scores from weights", gather, "weight_scores"),

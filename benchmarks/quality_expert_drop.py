@@ -30,7 +30,7 @@ from trimoe.text.samples import calibrate, encode, load_tokenizer, read_text
 from trimoe.text.spec import CalibrationSpec
 from trimoe.walk.decided import masked
 
-PAPER: dict[str, Any] = {"layer_limit": None, "protect_super_experts": False}
+PAPER: dict[str, Any] = {"layer_limit": None, "protect_super_experts": False, "cross_check": False}
 
 
 class Held:

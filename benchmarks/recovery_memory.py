@@ -2,19 +2,21 @@
 
     python benchmarks/recovery_memory.py
 
-Makes a random bfloat16 qwen3_moe checkpoint, drops an eighth of its experts, and trains the result for two steps by each method in a process of its
-own, in float32 and bfloat16. What is measured is RssAnon: memory that the process holds. Pages of files that are
-mapped (weights that were read) give way when memory is short and are not counted. "x weights" leaves out what imports take. Linux only.
+Makes a random bfloat16 qwen3_moe checkpoint, drops an eighth of its experts, and trains the result for two steps by each method in
+a process of its own, in float32 and bfloat16; method experts learns from another random model, for from its own original nothing is
+left to learn. What is measured is RssAnon: memory that the process holds. Pages of files that are mapped (weights that were read)
+give way when memory is short and are not counted. "x weights" leaves out what imports take. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from alternate import table, write_json
 
 import trimoe
 from trimoe.model.skeleton import Skeleton
-from trimoe.plan import limits, memory, recovery_memory
+from trimoe.plan import limits, memory
 from trimoe.recipe.recover import parsed
+from trimoe.recover import adapters
 from trimoe.show.format import human
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -33,22 +36,40 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "logits, adapters": {"method": "logits"},
     "logits, all weights": {"method": "logits", "train": "full"},
+    "sft": {"method": "sft"},
+    "router, streamed": {"method": "router", "stream": True},
+    "lora, streamed": {"method": "lora", "stream": True},
+    "logits, adapters, streamed": {"method": "logits", "stream": True},
     "experts, streamed": {"method": "experts"},
     "experts, in memory": {"method": "experts", "stream": False},
 }
 
 
-def anonymous(process: subprocess.Popen[bytes]) -> int:
-    """The largest RssAnon of a process, in bytes, until it ends."""
+def apart(function: Callable[..., Any], *args: Any, **options: Any) -> int:
+    """Call `function` in a process of its own, a copy of this one that has imported everything; its largest RssAnon, in bytes."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args, kwargs=options)
+    process.start()
     most = 0
-    while process.poll() is None:
+    while process.is_alive():
         try:
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
         except (ProcessLookupError, FileNotFoundError):
             break
         most = max([most, *(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))])
         time.sleep(0.004)
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{function.__name__} failed")
     return most
+
+
+def make(config: Any, model: Path, other: Path, text: Path, folder: Path) -> None:
+    for seed, place in enumerate((model, other)):
+        place.mkdir()
+        random_model.save(config, place, seed)
+    text.write_text("".join(chr(32 + (7 * place * place + place) % 90) for place in range(20_000)), encoding="utf-8")
+    dropped = {"expert_drop": {"ratio": 0.125, "score": "random", "counts": "uniform"}}
+    trimoe.compress(model, {"steps": [dropped]}, folder, calibration=[str(text)], samples=4, length=32)
 
 
 def main() -> None:
@@ -61,7 +82,7 @@ def main() -> None:
         ("top-k", 4),
         ("vocabulary", 8192),
         ("batch", 2),
-        ("length", 128),
+        ("length", 64),
     ):
         arguments.add_argument(f"--{name}", type=int, default=value)
     arguments.add_argument("--methods", nargs="*", default=list(METHODS))
@@ -74,14 +95,11 @@ def main() -> None:
         context=512, dtype="bfloat16",
     )  # fmt: skip
     rows = []
+    adapters.import_peft()
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
-        model, text = Path(scratch, "model"), Path(scratch, "text.txt")
-        model.mkdir()
-        random_model.save(config, model)
-        text.write_text("".join(chr(32 + (7 * place * place + place) % 90) for place in range(20_000)), encoding="utf-8")
-        folder = Path(scratch, "finished")
-        dropped = {"expert_drop": {"ratio": 0.125, "score": "random", "counts": "uniform"}}
-        trimoe.compress(model, {"steps": [dropped]}, folder, calibration=[str(text)], samples=4, length=32)
+        model, other, text = Path(scratch, "model"), Path(scratch, "other"), Path(scratch, "text.txt")
+        folder, out = Path(scratch, "finished"), Path(scratch, "out")
+        apart(make, config, model, other, text, folder)
         numbers = recovery_memory.weights(Skeleton.of(str(folder)))
         for dtype in given.dtypes:
             for name in given.methods:
@@ -89,22 +107,20 @@ def main() -> None:
                     METHODS[name]
                     | {
                         "data": str(text),
-                        "samples": 8,
+                        "samples": given.batch + 1,
                         "length": given.length,
                         "batch": given.batch,
-                        "steps": 2,
+                        "epochs": 2,
                         "dtype": dtype,
                         "rate": 1e-4,
                     }
                 )
-                teacher = Skeleton.of(str(model)) if spec.method != "lora" else None
-                planned = memory.of_training(Skeleton.of(str(folder)), teacher, spec, "cpu").host["recovery"]
-                code = f"import trimoe; trimoe.recover({str(folder)!r}, {str(Path(scratch, 'out'))!r}, {spec.to_json()!r}, any_memory=True)"
-                process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-                start, peak = time.monotonic(), anonymous(process)
-                if process.wait():
-                    sys.exit((process.stderr.read() if process.stderr else b"").decode()[-3000:])
-                shutil.rmtree(Path(scratch, "out"))
+                teacher = {"experts": other, "lora": None, "sft": None}.get(spec.method, model)
+                original = None if teacher is None else Skeleton.of(str(teacher))
+                planned = memory.of_training(Skeleton.of(str(folder)), original, spec, "cpu")[0].host["recovery"]
+                start = time.monotonic()
+                peak = apart(trimoe.recover, folder, out, spec, teacher=teacher, any_memory=True)
+                shutil.rmtree(out)
                 whole = numbers * getattr(torch, dtype).itemsize
                 rows.append({"method": name, "dtype": dtype, "weights": human(whole), "planned": human(planned), "measured": human(peak),
                              "planned / measured": f"{planned / peak:.2f}", "x weights": f"{(peak - limits.IMPORTS) / whole:.2f}",

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 import trimoe
 from trimoe.calibration.gather import statistics
+from trimoe.calibration.search_tokens import ENOUGH, USUAL, gram_bytes
 from trimoe.methods import ExpertDrop
+from trimoe.methods.expert_drop import stability
 from trimoe.methods.expert_drop.expert_drop import Greedy
-from trimoe.methods.expert_drop.subset import USUAL, gram_bytes
 from trimoe.methods.recorded import routed
 from trimoe.model.moe_block import Site
 from trimoe.model.skeleton import Skeleton
@@ -76,28 +76,29 @@ def counted() -> None:
         "deepseek_v3": DeepseekV3Config(**small, n_routed_experts=256, n_group=8, topk_group=4, first_k_dense_replace=0, q_lora_rank=None, kv_lora_rank=8,
                                         qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_shared_experts=1),
     }  # fmt: skip
-    step = ExpertDrop(ratio=0.25, counts="optimal", search=Greedy())
+    step = ExpertDrop(ratio=0.25, counts="uniform", search=Greedy())
     for name, config in configs.items():
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
             skeleton = Skeleton.of(folder)
             reach = step.reach(skeleton.sites)
-            batches = [torch.randint(3, 96, (8, 256), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-            layer = next(iter(skeleton.sites.values()))
-            many = {index: replace(layer, layer=index) for index in range(60)}  # as many layers as the large ones have
-            for words, tokens in (("one budget of 60 layers", one_budget(many, reach)), ("a layer's", None)):
-                stats = statistics(skeleton, batches, reach=reach, search_tokens=tokens, search_memory=MEMORY)
-                counts = sorted(count for one in stats.layers.values() for count in routed(one))
-                taken = len(next(iter(stats.layers.values())).search["logits_TE"])
-                few = sum(count < 64 for count in counts)
-                middle = counts[len(counts) // 2]
-                print(f"{name}: {words}: {taken:,} tokens; an expert: {middle} (median), {counts[0]} at least", end="")
-                print(f", {few} of {len(counts)} below 64", flush=True)
+            batches = [torch.randint(3, 96, (8, 256), generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
+            layers = statistics(skeleton, batches, reach=reach, search_memory=MEMORY, needs=frozenset()).layers.values()
+            counts = [(own, int(every)) for one in layers for own, every in zip(routed(one), one["count_E"].tolist(), strict=True)]
+            tokens, taken = sum(batch.numel() for batch in batches), len(next(iter(layers)).search["weight_T"])
+            middle = sorted(own for own, _ in counts)[len(counts) // 2]
+            print(
+                f"{name}: {taken:,} of {tokens:,} tokens, reach {reach}; an expert: {middle} (median); of {len(counts)} experts "
+                f"{sum(every < ENOUGH for _, every in counts)} have fewer than {ENOUGH} in the text, {sum(own < min(ENOUGH, every) for own, every in counts)} "
+                f"have fewer than they could among the search tokens, {sum(every * taken / tokens < min(ENOUGH, every) for _, every in counts)} would in a "
+                f"plain sample", flush=True,
+            )  # fmt: skip
 
 
 def quality(given: argparse.Namespace) -> None:
-    """KL of greedy at so many routed search tokens an expert, and of the lowest `gate` over all of the text."""
+    """KL of greedy at so many routed search tokens an expert, as found and cross-checked, and of the lowest `gate` over all of the text; and in how
+    many layers greedy's loss by the other half of the search tokens was the larger one."""
     skeleton = Skeleton.of(given.model)
     text = calibrate(skeleton.checkpoint, given.calibration, samples=given.samples, length=256, context=skeleton.context,
                      vocabulary=skeleton.config.vocab_size, seed=0)  # fmt: skip
@@ -106,25 +107,38 @@ def quality(given: argparse.Namespace) -> None:
     held, layers = Held(model, skeleton, given.text, given.tokens), model.get_submodule(skeleton.prefix)
     steps = {ratio: ExpertDrop(ratio=ratio, counts="uniform", search=Greedy()) for ratio in given.ratios}
     reach = max(step.reach(sites) for step in steps.values())
-    for seed in range(given.seeds):
-        most = max(1, round(max(given.routed) * site.num_experts / site.rule.top_k))
-        whole = statistics(skeleton, text.batches(), reach=reach, search_tokens=most, search_memory=64, seed=seed)
-        for ratio, step in steps.items():
-            ways: dict[str, tuple[ExpertDrop, int]] = {
-                f"greedy, {number:g} an expert": (step, round(number * site.num_experts / site.rule.top_k)) for number in given.routed
-            }
-            if not seed:
-                ways["gate"] = ExpertDrop(ratio=ratio, counts="uniform", score="gate", search=None), 0
-            for name, (way, tokens) in ways.items():
-                rows = torch.randperm(most, generator=torch.Generator().manual_seed(seed))[:tokens].sort()[0]
-                with contextlib.ExitStack() as stack:
-                    for index, one in sites.items():
-                        layer = whole.layers[index]
-                        part = replace(layer, search={key: tensor[rows] for key, tensor in layer.search.items()})
-                        drop = way.drop_sets(one, part, way.uniform(sites)[index], (), seed).drops[0]
-                        stack.enter_context(masked(layers[index], one, drop))
-                    kl = held.kl()
-                print(f"{ratio:.1%}  seed {seed}  {name:<24} {tokens:6,} tokens  KL {sum(kl) / len(kl):.5f}", flush=True)
+    known: dict[tuple[tuple[int, ...], ...], float] = {}
+
+    def kl(drops: Mapping[int, tuple[int, ...]]) -> float:
+        key = tuple(drops[index] for index in sites)
+        if key not in known:
+            with contextlib.ExitStack() as stack:
+                for index, one in sites.items():
+                    stack.enter_context(masked(layers[index], one, drops[index]))
+                known[key] = sum(found := held.kl()) / len(found)
+        return known[key]
+
+    for number in given.routed:
+        tokens = round(number * site.num_experts / site.rule.top_k)
+        for seed in range(given.seeds):
+            stats = statistics(
+                skeleton, text.batches(), reach=reach, search_tokens=tokens, search_memory=64, seed=seed, needs=frozenset()
+            ).layers
+            least = min(count for layer in stats.values() for count in routed(layer))
+            for ratio, step in steps.items():
+                count = step.uniform(sites)
+                halves = {index: stability.halves(step, one, stats[index], count[index]) for index, one in sites.items()}
+                found = {index: step.drop_sets(one, stats[index], count[index], (), seed).drops[0] for index, one in sites.items()}
+                lowest = {index: half.lowest for index, half in halves.items() if half is not None}
+                checked = {
+                    index: half.lowest if half.loss > half.lowest_loss else found[index]
+                    for index, half in halves.items()
+                    if half is not None
+                }
+                print(
+                    f"{given.model} {ratio:.1%}  {number:g} an expert, {least} at least, seed {seed}: gate {kl(lowest):.4f}  greedy {kl(found):.4f}  "
+                    f"checked {kl(checked):.4f} (gate in {sum(checked[index] != found[index] for index in sites)} of {len(sites)})", flush=True,
+                )  # fmt: skip
 
 
 def main() -> None:
@@ -137,7 +151,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=24)
     arguments.add_argument("--tokens", type=int, default=1536)
     arguments.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5])
-    arguments.add_argument("--routed", nargs="+", type=float, default=[4.5, 64, 128])
+    arguments.add_argument("--routed", nargs="+", type=float, default=[256, 1024])
     arguments.add_argument("--seeds", type=int, default=3)
     given = arguments.parse_args()
     if given.what == "planned":

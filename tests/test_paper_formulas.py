@@ -203,7 +203,7 @@ def paper(name: str) -> recipe.Recipe:
 
 def paper_drop() -> dict[str, Any]:
     """Fields that every expert_drop of a paper has."""
-    return {"normalize": "none", "layer_limit": None, "protect_super_experts": False}
+    return {"normalize": "none", "layer_limit": None, "protect_super_experts": False, "cross_check": False}
 
 
 def check(steps: Sequence[Step], name: str) -> None:
@@ -286,7 +286,7 @@ def test_the_papers_recipes_have_the_papers_fields(name: str) -> None:
     elif name == "naee":
         (drop,) = parsed.steps
         assert isinstance(drop, ExpertDrop) and type(drop.search).__name__ == "Exhaustive"
-        assert drop.counts == "uniform" and not drop.protect_super_experts
+        assert drop.counts == "uniform" and not drop.protect_super_experts and not drop.cross_check
 
 
 def test_a_bare_expert_drop_compares_layers_by_the_raw_norm() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from trimoe import UserError
 from trimoe.checkpoint.folder import Checkpoint
 from trimoe.model.skeleton import Skeleton
 from trimoe.output import card
-from trimoe.plan import recovery_memory
+from trimoe.plan import limits, memory, recovery_memory
 from trimoe.progress import Reporter
 from trimoe.recipe.recover import parsed, schedule
 from trimoe.recover import adapters, apart, head, layers, loop
@@ -48,6 +50,7 @@ class Heard(Reporter):
         self.said = said
 
     def say(self, message: str) -> None:
+        super().say(message)
         self.said.append(message)
 
 
@@ -304,6 +307,91 @@ def test_layers_that_compute_again_give_the_same_bytes(
     )
     recover(folder, tmp_path / "twice", spec)
     assert called and snapshot(tmp_path / "once") == snapshot(tmp_path / "twice")
+
+
+STREAMED: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2_moe", {"method": "lora"}), ("factored", {"method": "logits"}), ("gpt_oss", {"method": "lora"}),
+    ("mixtral", {"method": "router", "epochs": 2, "samples": 24}), ("uneven", {"method": "lora", "adapter": True}),
+    ("mixtral", {"method": "lora", "dtype": "bfloat16"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "fields"), STREAMED, ids=str)
+def test_layers_read_as_they_run_give_the_same_bytes(
+    case: str, fields: dict[str, Any], finished: Finished, repetitive: Path, tmp_path: Path
+) -> None:
+    """Only the section itself, and what is recorded of the form, differ."""
+    folder, made = finished(*CASES[case]), []
+    for stream in (False, True):
+        out = tmp_path / str(stream)
+        result = recover(folder, out, section(**{"text": repetitive, "epochs": 1, "samples": 16, "stream": stream, **fields}))
+        record = json.loads((out / ("recovered.json" if "adapter" in fields else "trimoe.json")).read_text())
+        assert (record if "adapter" in fields else record["recovered"][-1])["streamed"] is stream
+        assert result.metrics["best"] > 0, "it should have learned something"
+        made.append((tensors(out), result.metrics))
+    (a, of_a), (b, of_b) = made
+    assert of_a == of_b and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_pruned_weights_get_no_adapters_where_layers_are_read_as_they_run(finished: Finished, repetitive: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    spec = section("lora", repetitive, samples=16, epochs=1, stream=True)
+    recover(finished("mixtral", SPARSE), tmp_path / "out", spec, reporter=Heard(said))
+    assert any("would fill pruned zeros" in line for line in said)
+    assert not any("experts" in key for key in changed(finished("mixtral", SPARSE), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_one_layer_is_in_memory_at_a_time(family: str, finished: Finished) -> None:
+    """Whenever a layer's weights have come, forwards and backwards, those of all others are gone."""
+    skeleton = Skeleton.of(str(finished(family)))
+    offloaded = layers.Offloaded(skeleton, [], "cpu")
+    spec = parsed({"method": "lora", "rank": 2})
+    model = adapters.attach(offloaded.model, adapters.targets(offloaded.model, skeleton), spec, seed=0)
+    seen, order, filled = list[tuple[int, Any]](), list[int](), offloaded._filled
+
+    @contextmanager
+    def noted(index: int) -> Iterator[None]:
+        with filled(index):
+            alive = {number for number, weight in seen if weight() is not None}
+            assert alive <= {index}, f"layers {alive} are in memory beside {index}"
+            order.append(index)
+            seen.extend((index, weakref.ref(module._parameters[leaf])) for _, module, leaf, _ in offloaded._places[index])
+            yield
+
+    offloaded._filled = noted  # type: ignore[method-assign]
+    loop.text_loss(model, torch.arange(3, 43).view(2, 20), [0, 1]).backward()
+    count = len(skeleton.layers)
+    assert order == [*range(count), *reversed(range(count))] and not [weight for _, weight in seen if weight() is not None]
+    assert all(parameter.grad is not None for parameter in adapters.trainable(model).values())
+    outside = {name for name, weight in model.named_parameters() if not weight.requires_grad and weight.untyped_storage().nbytes() > 8}
+    assert not [name for name in outside if f".{skeleton.prefix}." in name], "a frozen weight stayed"
+
+
+def test_layers_are_read_as_they_run_where_the_model_does_not_fit(
+    finished: Finished, repetitive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished("mixtral")
+    fields = section("router", repetitive, samples=16, epochs=1)
+    student, said = Skeleton.of(str(folder)), list[str]()
+    whole, part = (
+        memory.of_training(student, student, parsed({**fields, "stream": stream}), "cpu")[0].host["recovery"] for stream in (False, True)
+    )
+    assert part < whole
+    monkeypatch.setattr(limits, "host", lambda: (part + whole) // 2)
+    planned = trimoe.plan(str(folder), {**UNIFORM, "recover": fields})
+    assert planned.memory_split["recovery"] <= limits.host()
+    assert [line for line in planned.warnings if "its layers are read from the files as they run" in line]
+    recover(folder, tmp_path / "out", fields, reporter=Heard(said))
+    assert json.loads((tmp_path / "out" / "trimoe.json").read_text())["recovered"][-1]["streamed"]
+    (line,) = [line for line in said if "read from the files as they run" in line]
+    assert line.startswith("Recovery with the whole model in memory takes up to") and line in (tmp_path / "out" / "trimoe.log").read_text()
+    for other in ({**fields, "stream": False}, {**fields, "method": "sft"}):
+        with pytest.raises(UserError, match="adapters or router in the place of all weights"):
+            recover(folder, tmp_path / "other", other)
+    monkeypatch.setattr(limits, "host", lambda: part - 1)
+    with pytest.raises(UserError, match="The recovery stage takes up to"):
+        recover(folder, tmp_path / "other", fields)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
@@ -565,6 +653,8 @@ def test_mistakes_are_refused_before_anything_is_written(finished: Finished, rep
         ("train: full goes with", folder, "out", {**lora, "train": "full"}, {}),
         ("adapter: true .--adapter. keeps", folder, "out", {**lora, "method": "router", "adapter": True}, {}),
         ("recover.rank: .*greater than 0|recover.rank", folder, "out", {**lora, "rank": 0}, {}),
+        ("stream: true leaves frozen weights in their files", folder, "out", {**lora, "method": "sft", "stream": True}, {}),
+        ("packed experts, which stay packed", finished("mixtral", PACKED), "out", {**lora, "adapter": True, "stream": True}, {}),
         ("cannot be used here", folder, "out", lora, {"device": "cuda:99"}),
     ]  # fmt: skip
     for message, source, target, spec, options in cases:

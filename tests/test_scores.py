@@ -33,7 +33,7 @@ def by_hand(num_experts: int = 6, tokens: int = 50, top_k: int = 2) -> tuple[Lay
     layer.add("weight_score_E", torch.rand(num_experts, generator=generator))
     order_TM = logits_TE.argsort(dim=1, descending=True)
     ordered_TMH = y_TEH.gather(1, order_TM.unsqueeze(-1).expand_as(y_TEH))
-    layer.search |= dict(logits_TE=logits_TE, order_TM=order_TM, gram_TMM=ordered_TMH @ ordered_TMH.mT)
+    layer.search |= dict(logits_TE=logits_TE, order_TM=order_TM, gram_TMM=ordered_TMH @ ordered_TMH.mT, weight_T=torch.ones(tokens))
     return layer, gate_TE, y64
 
 

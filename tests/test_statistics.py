@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from trimoe.calibration.gather import search_rows, statistics
+from trimoe.calibration.gather import statistics
+from trimoe.calibration.search_tokens import choose, shuffled
 from trimoe.calibration.statistics import LayerStats, Stats, from_main
 from trimoe.errors import UserError
 from trimoe.methods.expert_drop import scores
@@ -226,12 +227,12 @@ def test_sublayer_cosine_is_of_the_residual_stream(family: str, gathered: Gather
 
 @pytest.mark.parametrize("family", ALL)
 def test_search_tokens(family: str, gathered: Gathered) -> None:
-    """Logits, order and Gram of the seeded subset, the Gram from outputs of all experts in float64."""
+    """Logits, order and Gram of the tokens that its routing has chosen for each layer, the Gram from outputs of all experts in float64."""
     skeleton, stats = gathered(family)
-    starts = torch.tensor([0, 32, 64])
-    rows = torch.cat([r + start for r, start in zip(search_rows(token_batches(), SEARCH_TOKENS, SEED), starts, strict=True)])
     for index, seen in in_memory(family, skeleton, families.build(family)).items():
+        rows, weight_T = choose(shuffled(76, SEED), seen.all("index"), EXPERTS, SEARCH_TOKENS)
         layer, x_TH = stats.layers[index], seen.all("x")[rows]
+        assert torch.equal(layer.search["weight_T"], weight_T) and float(weight_T.max()) > 1
         assert_near(layer.search["logits_TE"], seen.all("logits")[rows], "logits")
         order_TM = layer.search["order_TM"]
         assert torch.equal(order_TM.sort(1)[0], torch.arange(EXPERTS).expand(SEARCH_TOKENS, -1))

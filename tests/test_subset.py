@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from trimoe.calibration.gather import search_rows, statistics
+from trimoe.calibration.gather import statistics
 from trimoe.calibration.observer import reach_order
+from trimoe.calibration.search_tokens import MEAN, USUAL, gram_side, search_budget
 from trimoe.calibration.statistics import LayerStats
 from trimoe.errors import UserError
-from trimoe.methods.expert_drop.subset import MEAN, USUAL, SubsetLoss, search_budget
+from trimoe.methods.expert_drop.subset import SubsetLoss
 from trimoe.model.moe_block import Site, keep_experts
 from trimoe.model.router import RoutingRule, identify
 from trimoe.model.skeleton import Skeleton
@@ -161,7 +162,7 @@ def layer_of(rule: RoutingRule, logits_TE: torch.Tensor, y_TEH: torch.Tensor, bi
     layer = LayerStats(0, rule, bias_E=bias_E)
     order_TM = reach_order(rule, logits_TE, bias_E, reach)
     y_TMH = y_TEH.gather(1, order_TM.unsqueeze(-1).expand(-1, -1, y_TEH.shape[-1]))
-    layer.search |= dict(logits_TE=logits_TE, order_TM=order_TM, gram_TMM=y_TMH @ y_TMH.mT)
+    layer.search |= dict(logits_TE=logits_TE, order_TM=order_TM, gram_TMM=y_TMH @ y_TMH.mT, weight_T=torch.ones(len(order_TM)))
     return layer
 
 
@@ -217,6 +218,26 @@ def test_short_reach_is_exact_up_to_its_limit(name: str, reach: int) -> None:
         loss(as_mask([tuple(range(loss.max_drop + 1))], num_experts))
 
 
+@pytest.mark.parametrize("dropped", [4, 16, 32])
+def test_the_first_of_every_group_are_enough(dropped: int, family_folder: Callable[[str], Path]) -> None:
+    """Also where a token's best experts of each group go, and where logits tie."""
+    rule, num_experts = RULES["groups-top2"], 64
+    site = replace(next(iter(Skeleton.of(str(family_folder("mixtral"))).sites.values())), rule=rule, num_experts=num_experts)
+    side = gram_side(site, rule.top_k + dropped)
+    assert side == 4 * (4 + dropped // 4) < num_experts
+    logits_TE, y_TEH, bias_E = made_up(rule, num_experts)
+    layer = layer_of(rule, logits_TE, y_TEH, bias_E, side)
+    loss = SubsetLoss(layer)
+    assert loss.max_drop == dropped
+    first = layer.search["order_TM"].unflatten(1, (4, -1))[:, :, : dropped // 4].flatten(1)
+    mask_PE = as_mask([*random_drops(rule, num_experts, [4, dropped], 3), *map(tuple, first.tolist())], num_experts)
+    assert loss(mask_PE).tolist() == pytest.approx(direct(rule, logits_TE, y_TEH, bias_E, mask_PE), rel=1e-5, abs=1e-6)
+    with pytest.raises(AssertionError, match="the Gram reaches"):
+        loss(as_mask([tuple(range(dropped + 1))], num_experts))
+    tied = SubsetLoss(layer_of(rule, (logits_TE * 4).round() / 4, y_TEH, torch.zeros(num_experts), side))
+    assert float(tied(torch.zeros(1, num_experts, dtype=torch.bool))) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["renormalised", "softmax", "sigmoid-bias", "groups-top2", "sparsemixer"])
 def test_candidates_do_not_see_each_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = RULES[name]
@@ -262,19 +283,20 @@ def test_nothing_dropped_costs_nothing_even_with_ties(name: str) -> None:
     assert float(loss(torch.zeros(1, 64, dtype=torch.bool))) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["renormalised", "softmax", "sigmoid-bias", "groups-top2", "sparsemixer"])
+def test_a_token_of_weight_three_is_three_tokens(name: str) -> None:
+    rule = RULES[name]
+    logits_TE, y_TEH, bias_E = made_up(rule, 64)
+    few, weight_T = layer_of(rule, logits_TE, y_TEH, bias_E, 64), torch.arange(24) % 4
+    few.search["weight_T"] = weight_T.float()
+    many_T = torch.arange(24).repeat_interleave(weight_T)
+    many = layer_of(rule, logits_TE[many_T], y_TEH[many_T], bias_E, 64)
+    mask_PE = as_mask(random_drops(rule, 64, [rule.groups, 16, 32], 3), 64)
+    torch.testing.assert_close(SubsetLoss(few)(mask_PE), SubsetLoss(many)(mask_PE), rtol=1e-5, atol=1e-6)
+    assert SubsetLoss(few).norm == pytest.approx(SubsetLoss(many).norm, rel=1e-5)
+
+
 # ---- how many search tokens
-
-
-def test_search_rows_are_a_seeded_subset_inside_the_batches() -> None:
-    batches = [torch.zeros(2, 10), torch.zeros(1, 10), torch.zeros(4, 10)]
-    rows = search_rows(batches, 30, seed=1)
-    assert [len(set(r.tolist())) for r in rows] == [len(r) for r in rows]
-    assert sum(map(len, rows)) == 30
-    assert all(bool(((r >= 0) & (r < b.numel())).all()) and r.tolist() == sorted(r.tolist()) for r, b in zip(rows, batches, strict=True))
-    assert all(len(r) > 0 for r in rows)
-    assert all(map(torch.equal, rows, search_rows(batches, 30, seed=1)))
-    assert not all(a.tolist() == b.tolist() for a, b in zip(rows, search_rows(batches, 30, seed=2), strict=True))
-    assert [len(r) for r in search_rows(batches, 1000, seed=0)] == [20, 10, 40]
 
 
 def test_search_budget_keeps_to_its_memory(family_folder: Callable[[str], Path]) -> None:
@@ -284,7 +306,7 @@ def test_search_budget_keeps_to_its_memory(family_folder: Callable[[str], Path])
     each = 4 * 8 * 8  # of one layer, float32; the others' are not in memory
     assert search_budget(sites, 8, 10**9, 1.0) == 2**30 // each
     assert search_budget(sites, 4, 10**9, 1.0) == 2**30 // (each // 4)
-    assert search_budget(grouped, 4, 10**9, 1.0) == 2**30 // each, "a grouped router's Gram holds all experts, whatever the reach"
+    assert search_budget(grouped, 4, 10**9, 1.0) == 2**30 // each, "softmax over all groups needs them all, whatever the reach"
     assert search_budget(sites, 99, 10**9, 1.0) == 2**30 // each
     assert search_budget(sites, 0, 1000, 1.0) == 0
     assert search_budget(sites, 8, None, 2.0) == USUAL

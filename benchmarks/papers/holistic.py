@@ -18,7 +18,7 @@ from typing import Any
 import comparison
 
 RATES = {"Mixtral-8x7B": 2e-5, "DeepSeek-MoE-16B": 8e-6}
-SCORED = {"score": "gate", "layer_limit": None, "protect_super_experts": False}
+SCORED = {"score": "gate", "layer_limit": None, "protect_super_experts": False, "cross_check": False}
 INT4 = {"quantize": {"bits": 4, "method": "awq"}}
 
 

@@ -16,7 +16,7 @@ import comparison
 
 SEARCH = {"genetic": {"population": 100, "generations": 50}}
 FIELD = {"k": 3, "t": 3}
-PAPER = {"normalize": "none", "layer_limit": None, "protect_super_experts": False}
+PAPER = {"normalize": "none", "layer_limit": None, "protect_super_experts": False, "cross_check": False}
 
 
 def drop(ratio: float, counts: str = "importance", search: Any = SEARCH, field: Any = None, **other: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from trimoe.calibration.observer import Observer
+from trimoe.calibration.search_tokens import Candidates, choose, search_budget, search_tensors, search_wanted, shuffled
 from trimoe.calibration.statistics import BLOCK, LayerStats, Stats, added
-from trimoe.methods.expert_drop.subset import search_budget, search_tensors, search_wanted
 from trimoe.model.decision import Decisions, kept_layers
 from trimoe.model.moe_block import Site
 from trimoe.model.skeleton import Skeleton
@@ -27,17 +27,6 @@ from trimoe.walk.walk import LayerWalk
 
 ROUTING = frozenset({"channels", "cosines"})
 Extra = Callable[[nn.Module, Site, Seen, LayerStats], None]
-
-
-def search_rows(batches: Sequence[torch.Tensor], wanted: int, seed: int) -> list[torch.Tensor]:
-    """A seeded subset of `wanted` token positions, as flattened rows of each batch."""
-    sizes = [batch.numel() for batch in batches]
-    chosen = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:wanted].sort()[0]
-    rows, start = [], 0
-    for size in sizes:
-        rows.append(chosen[(chosen >= start) & (chosen < start + size)] - start)
-        start += size
-    return rows
 
 
 @torch.no_grad()
@@ -72,10 +61,9 @@ def statistics(
         reporter.say(
             f"Search tokens: {wanted:,} of the {min(tokens, asked):,} wanted, which is what search_memory {search_memory:g} GiB holds of a layer's."
         )
-    everyones = search_rows(batches, wanted, seed)
-    rows = [r.to(walk.device) for r in everyones[mine]]
-    places = [0, *accumulate(map(len, everyones))]
-    spans = [team.span(len(batches), rank) for rank in range(team.count)]
+    wanted = min(wanted, tokens)
+    rank_T = shuffled(tokens, seed)
+    starts = [0, *accumulate(batch.numel() for batch in batches)]
     held = 0  # bytes of search tokens in memory
     left = kept_layers(skeleton, decisions)
     for index in reporter.track(left, "Statistics", len(left), tokens=walk.share):
@@ -92,20 +80,19 @@ def statistics(
                 continue
             layer_stats = stats.layers[index] = LayerStats(index, site.rule)
             experts = site.experts_of(layer)
-            if reach and places[-1]:
-                layer_stats.search, held = _search_room(site, reach, places[-1], held)
-            observer = Observer(site, layer_stats, needs, reach=min(reach, site.num_experts), place=places[mine.start])
+            candidates = Candidates(rank_T[first : first + own].to(walk.device), tokens, site.num_experts, wanted) if wanted else None
+            observer = Observer(site, layer_stats, needs, candidates=candidates)
             recorder = Recorder(own)
             with observer.attached(layer), recorder.attached(layer, site) if extra is not None else nullcontext():
                 for batch in range(len(walk.batches)):
-                    observer.rows = rows[batch] if reach else None
                     hidden, walk.hidden[batch] = walk.hidden[batch], walk.step(index, layer, walk.hidden[batch], batch)
                     stats.see_block(index, hidden, walk.hidden[batch])
                     parts.take()
             walk.check(index)
             parts.put_together()
-            for whole in layer_stats.search.values():
-                team.fill(whole, [slice(places[span.start], places[span.stop]) for span in spans])
+            if candidates is not None:
+                layer_stats.search, held = _search_room(site, reach, wanted, held)
+                _search(observer, experts, rank_T, starts, team)
             layer_stats.sums["weight_score_E"] = weight_scores(experts)
             if not batches:  # of weights alone
                 layer_stats.sums["count_E"] = torch.zeros(site.num_experts, dtype=torch.float64)
@@ -128,6 +115,25 @@ def _search_room(site: Site, reach: int, tokens: int, held: int) -> tuple[dict[s
         found[name] = room(shape, dtype, torch.device("cpu"), held)
         held += found[name].nbytes
     return found, held
+
+
+def _search(observer: Observer, experts: nn.Module, rank_T: torch.Tensor, starts: list[int], team: Team) -> None:
+    """Choose one layer's search tokens, now that all of it are seen, and fill in what is kept of them. Each process sees to those of its own
+    batches; `starts`: where every batch begins in the text, and the end."""
+    candidates, search = observer.candidates, observer.stats.search
+    assert candidates is not None
+    index_TK = torch.cat(team.everyone(torch.cat(candidates.index).cpu() if candidates.index else torch.empty(0, observer.site.rule.top_k)))
+    position_N, search["weight_T"][:] = choose(rank_T, index_TK, observer.site.num_experts, candidates.size)
+    places = torch.searchsorted(position_N, torch.tensor(starts)).tolist()  # of each batch's first
+    spans = [team.span(len(starts) - 1, rank) for rank in range(team.count)]
+    mine = spans[team.rank]
+    taken_T = torch.zeros(starts[mine.stop] - starts[mine.start], dtype=torch.bool)
+    taken_T[position_N[places[mine.start] : places[mine.stop]] - starts[mine.start]] = True
+    taken_T = taken_T.to(candidates.rank_T.device)
+    for batch, place in enumerate(places[mine]):
+        observer.see_search(experts, *candidates.of(batch, taken_T), place)
+    for name in ("logits_TE", "order_TM", "gram_TMM"):
+        team.fill(search[name], [slice(places[span.start], places[span.stop]) for span in spans])
 
 
 class _Parts:

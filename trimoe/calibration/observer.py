@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimoe.calibration.search_tokens import Candidates
 from trimoe.calibration.statistics import MAXIMA, LayerStats, similarity
 from trimoe.model import transformers5
 from trimoe.model.expert import by_expert, run_expert
@@ -44,13 +45,12 @@ transformers5.register_experts(NAME, observed_experts)
 class Observer:
     """Collects one layer's statistics into `stats`.
 
-    `needs`: "channels", "cosines" (routing and outputs always). `rows`: of the batch that runs, the rows (flattened token positions) whose
-    full Gram is wanted, among `reach` of a token's best experts; it is put into `stats.search`, from `place` on.
+    `needs`: "channels", "cosines" (routing and outputs always). `candidates` are shown all tokens: those that are taken of them have their
+    Gram made afterwards (`see_search`).
     """
 
-    def __init__(self, site: Site, stats: LayerStats, needs: frozenset[str], *, reach: int = 0, place: int = 0):
-        self.site, self.stats, self.needs, self.reach, self.place = site, stats, needs, reach, place
-        self.rows: torch.Tensor | None = None
+    def __init__(self, site: Site, stats: LayerStats, needs: frozenset[str], *, candidates: Candidates | None = None):
+        self.site, self.stats, self.needs, self.candidates = site, stats, needs, candidates
         self.logits_TE: torch.Tensor | None = None
 
     @contextmanager
@@ -118,33 +118,38 @@ class Observer:
         energy_TKK = pair_TKK * gate_TK.unsqueeze(2) * gate_TK.unsqueeze(1)
         stats.add("energy_EE", square.index_add(0, cell_S, energy_TKK.flatten()).view(count, count))
         stats.add("coactivation_EE", torch.bincount(cell_S, minlength=count * count).view(count, count))
-        if self.rows is not None and len(self.rows):
+        if self.candidates is not None:
             assert self.logits_TE is not None
-            self._see_search(module, x_TH[self.rows], self.logits_TE.reshape(-1, self.logits_TE.shape[-1])[self.rows])
+            self.candidates.see(x_TH, self.logits_TE.reshape(-1, self.logits_TE.shape[-1]), index_TK)
 
-    def _see_search(self, module: nn.Module, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> None:
-        """Every expert that a search token can reach, run on it; only the Gram of the outputs is kept."""
-        rule, hidden = self.site.rule, x_TH.shape[-1]
-        order_TM = reach_order(rule, logits_TE, self.stats.bias_E, self.reach)
-        reach = order_TM.shape[1]
+    def see_search(self, experts: nn.Module, x_TH: torch.Tensor, logits_TE: torch.Tensor, place: int) -> None:
+        """Every expert that a search token can reach, run on it; only the Gram of the outputs is kept, in `stats.search` from `place` on."""
+        rule, hidden, search = self.site.rule, x_TH.shape[-1], self.stats.search
+        reach = search["order_TM"].shape[1]
+        order_TM = reach_order(rule, logits_TE, self.stats.bias_E, reach)
         size = max(1, CHUNK * (1 if x_TH.device.type == "cpu" else 32) // (reach * hidden))
         for x, order, logits in zip(x_TH.split(size), order_TM.split(size), logits_TE.split(size), strict=True):
             y_SH = x.new_empty(order.numel(), hidden)
             for expert, pairs in by_expert(order, self.site.num_experts):
-                y_SH[pairs] = run_expert(module, expert, x[pairs // reach])[1]
+                y_SH[pairs] = run_expert(experts, expert, x[pairs // reach])[1]
             y_TMH = y_SH.view(-1, reach, hidden).float()
             gram_TMM = torch.bmm(y_TMH, y_TMH.transpose(1, 2))
             for name, part in (("logits_TE", logits), ("order_TM", order), ("gram_TMM", gram_TMM)):
-                self.stats.search[name][self.place : self.place + len(part)] = part
-            self.place += len(order)
+                search[name][place : place + len(part)] = part
+            place += len(order)
 
 
 def reach_order(rule: Any, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, reach: int) -> torch.Tensor:
-    """Each token's `reach` best experts, best first, by what the router chooses by; all experts in order where the choice is grouped."""
+    """Each token's `reach` best experts, best first, by what the router chooses by; of groups equally many from each, one group after the other, or
+    all experts by their numbers."""
     count = logits_TE.shape[-1]
-    if not rule.ordered:
+    if rule.ordered:
+        return rule.scores(logits_TE, bias_E).topk(min(reach, count), dim=-1)[1]
+    if reach >= count or not rule.ordered_groups:
         return torch.arange(count, device=logits_TE.device).expand(len(logits_TE), count)
-    return rule.scores(logits_TE, bias_E).topk(min(reach, count), dim=-1)[1]
+    by_group = rule.scores(logits_TE, bias_E).unflatten(-1, (rule.groups, -1))
+    first = torch.arange(0, count, by_group.shape[-1], device=logits_TE.device).unsqueeze(1)
+    return (by_group.topk(reach // rule.groups, dim=-1)[1] + first).flatten(1)
 
 
 class _Cosines:

@@ -23,11 +23,11 @@ from trimoe.team import Team
 from trimoe.walk.finite import checked
 from trimoe.walk.hidden_states import room
 
-FORMAT = "trimoe-stats-2"
+FORMAT = "trimoe-stats-3"
 MAXIMA = frozenset({"max_abs_E"})
 OF_WEIGHTS = frozenset({"weight_score_E", "in_spectrum_ER", "out_spectrum_ER"})  # belong to the weights, not to tokens: kept as they are
 BLOCK = "block_cosine"
-SEARCH = ("logits_TE", "order_TM", "gram_TMM")
+SEARCH = ("logits_TE", "order_TM", "gram_TMM", "weight_T")
 
 
 def similarity(a_TH: torch.Tensor, b_TH: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,8 @@ class LayerStats:
     channels    x_sq_EH, gx_sq_EH, h_sq_EI, gh_sq_EI: per-channel sums of squares of both expert inputs, plain and weighted by g
     cosines     sublayer_cosine, output_cosine: sums over tokens of cos(x, x + MoE) and cos(x, MoE)
     weights     weight_score_E (mean |w| / rms(w)); spectra (low rank): in_spectrum_ER, out_spectrum_ER, squared singular values
-    and for the search tokens (subsampled, seeded): logits_TE, order_TM (each token's M best experts), gram_TMM (<y_a, y_b> among them).
+    and for the search tokens (search_tokens.py): logits_TE, order_TM (each token's M best experts), gram_TMM (<y_a, y_b> among them),
+    weight_T (how many calibration tokens each stands for).
     """
 
     layer: int

@@ -12,6 +12,7 @@ import torch
 
 from trimoe.calibration import gather
 from trimoe.calibration.gather import statistics
+from trimoe.calibration.search_tokens import ENOUGH, gram_side, search_wanted
 from trimoe.calibration.statistics import Stats
 from trimoe.errors import UserError
 from trimoe.journal import Journal
@@ -20,12 +21,13 @@ from trimoe.methods.depth import candidates
 from trimoe.methods.expert_drop import receptive_field, search, stability
 from trimoe.methods.expert_drop.expert_drop import Drop
 from trimoe.methods.expert_drop.scores import super_experts
-from trimoe.methods.expert_drop.subset import ROUTED, SubsetLoss, search_wanted
+from trimoe.methods.expert_drop.subset import SubsetLoss
 from trimoe.methods.scope import with_linears
 from trimoe.model.decision import Decisions, LayerDecision, decided_sites
 from trimoe.model.moe_block import Site
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import Reporter
+from trimoe.show.format import runs
 from trimoe.team import ALONE, Team
 from trimoe.text.samples import in_batches
 from trimoe.text.spec import CalibrationSpec
@@ -111,9 +113,9 @@ def _stats_for(
     if given is not None and reach:
         for index, layer in given.layers.items():
             have = layer.search["order_TM"].shape[1] if layer.search else 0
-            if have < min(reach, layer.num_experts):
+            if have < (need := gram_side(sites[index], reach)):
                 raise UserError(
-                    f"The statistics file reaches {have} experts a token in layer {index}, the recipe needs {reach}; leave --stats out."
+                    f"The statistics file reaches {have} experts a token in layer {index}, the recipe needs {need}; leave --stats out."
                 )
     stats = given if given is not None else journal.get_stats(f"stats-{number}")
     if stats is None:
@@ -146,7 +148,13 @@ def _decide_drops(
 
     found: dict[int, search.Found] = _by_layer(run, sites, searched, "Search")
     drops: dict[int, Drop] = {index: best.drops[0] for index, best in found.items()}
-    metrics: dict[str, Any] = {"layers": _drop_metrics(run, step, sites, stats, found, counts, protected), "measured_on": probed}
+    rows, instead = _drop_metrics(run, step, sites, stats, found, counts, protected)
+    metrics: dict[str, Any] = {"layers": rows, "gate_instead": list(instead), "measured_on": probed}
+    drops |= instead
+    if instead:
+        run.reporter.say(
+            f"In layers {runs(sorted(instead))} the experts of the lowest gate go: sets that half of the search tokens chose did worse on the other half."
+        )
     unstable = stability.warning(metrics["layers"])
     seen = {index: stats.layers[index]["count_E"].tolist() for index in sites}
     searched_on = {index: row for index in sites if (row := metrics["layers"][str(index)].get("search_tokens_per_expert"))}
@@ -163,7 +171,7 @@ def _decide_drops(
         chosen = receptive_field.choose(
             run.skeleton,
             few,
-            {i: best.drops for i, best in found.items()},
+            {i: (drops[i], *(drop for drop in best.drops if drop != drops[i]))[: len(best.drops)] for i, best in found.items()},
             step.receptive_field,
             decisions=decisions,
             device=run.device,
@@ -221,10 +229,10 @@ def _searched(run: Run, stats: Stats, routed: dict[int, list[int]]) -> dict[str,
     if routed:
         every = sorted(count for layer in routed.values() for count in layer)
         tokens = max(len(stats.layers[index].search["logits_TE"]) for index in routed)
-        few = {index: [count for count in layer if count < ROUTED] for index, layer in routed.items()}
+        few = {index: [count for count in layer if count < ENOUGH] for index, layer in routed.items()}
         made["search"] = {
             "tokens": tokens, "wanted": min(run.tokens, search_wanted(list(run.skeleton.sites.values()), run.spec.search_tokens)),
-            "routed_least": every[0], "routed_median": every[len(every) // 2], "enough": ROUTED,
+            "routed_least": every[0], "routed_median": every[len(every) // 2], "enough": ENOUGH,
             "fewer": {str(index): {"experts": len(counts), "least": min(counts)} for index, counts in few.items() if counts},
         }  # fmt: skip
         run.reporter.say(
@@ -247,15 +255,19 @@ def _spare(step: ExpertDrop, site: Site, most: int, protected: Drop) -> Drop:
 
 def _drop_metrics(
     run: Run, step: ExpertDrop, sites: dict[int, Site], stats: Stats, found: dict[int, search.Found], counts: dict[int, int], protected: dict[int, Drop]
-) -> dict[str, Any]:  # fmt: skip
-    """What was chosen in each layer and what it costs, beside greedy and random where the exact loss is at hand."""
+) -> tuple[dict[str, Any], dict[int, Drop]]:  # fmt: skip
+    """What was found in each layer and what it costs, beside greedy and random where the exact loss is at hand; and the sets of the lowest gate,
+    in those layers where they are better than what is found on as few tokens (`cross_check`)."""
 
-    def row_of(index: int) -> dict[str, Any]:
-        return recorded.expert_drop(
-            step, sites[index], stats.layers[index], found[index], counts[index], protected.get(index, ()), run.seed, run.device
-        )
+    def row_of(index: int) -> tuple[dict[str, Any], Drop | None]:
+        site, layer, spared = sites[index], stats.layers[index], protected.get(index, ())
+        halves = stability.halves(step, site, layer, counts[index], spared, run.device)
+        row = recorded.expert_drop(step, site, layer, found[index], halves, counts[index], spared, run.seed, run.device)
+        worse = step.cross_check and step.search is not None and halves is not None and halves.loss > halves.lowest_loss
+        return row, halves.lowest if worse and halves is not None else None
 
-    return {str(index): row for index, row in _by_layer(run, sites, row_of, "Compare with greedy and random").items()}
+    made = _by_layer(run, sites, row_of, "Compare with greedy and random")
+    return {str(index): row for index, (row, _) in made.items()}, {index: drop for index, (_, drop) in made.items() if drop is not None}
 
 
 def _decide_ranks(

@@ -23,8 +23,9 @@ POINTS = 32  # of a spectrum
 
 
 def expert_drop(
-    step: ExpertDrop, site: Site, layer: LayerStats, best: search.Found, dropped: int, protected: tuple[int, ...], seed: int, device: str
-) -> dict[str, Any]:
+    step: ExpertDrop, site: Site, layer: LayerStats, best: search.Found, halves: stability.Halves | None, dropped: int, protected: tuple[int, ...],
+    seed: int, device: str,
+) -> dict[str, Any]:  # fmt: skip
     """One layer: what goes, each expert's score (higher stays), and the loss beside greedy, random and, of few sets, the best there is.
 
     `trace` and `random_trace`: [evaluations, best loss so far] of the search and of random draws, wherever it fell.
@@ -54,7 +55,9 @@ def expert_drop(
     if isinstance(step.search, Exhaustive) or space.size() <= FEW_SETS:
         found = best if isinstance(step.search, Exhaustive) else search.exhaustive(loss, space)
         row["exhaustive"], row["sets"] = found.losses[0], space.size()
-    row["stability"] = stability.jaccard(step, site, layer, dropped, protected, device)
+    if halves is not None:
+        row["stability"] = halves.jaccard(site.num_experts)
+        row["by_other_half"] = {"searched" if step.search is not None else "leave_one_out": halves.loss, "gate": halves.lowest_loss}
     return row
 
 

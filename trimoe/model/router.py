@@ -44,6 +44,11 @@ class RoutingRule:
         return self.groups == 1 and (self.score == "sigmoid" or (self.score == "softmax" and not self.biased_choice))
 
     @property
+    def ordered_groups(self) -> bool:
+        """Each group's chosen experts are its best survivors of one fixed order per token, with weights that need no other expert's score."""
+        return self.groups > 1 and self.score == "sigmoid"
+
+    @property
     def min_experts(self) -> int:
         """The fewest experts a layer can keep."""
         if self.groups == 1:
@@ -52,8 +57,8 @@ class RoutingRule:
         return in_group * self.groups
 
     def scores(self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
-        """What an ordered rule chooses by, [T, E] (softmax is monotone, so the logits serve)."""
-        assert self.ordered
+        """What an ordered rule chooses by, and one of ordered groups in a group, [T, E] (softmax is monotone, so the logits serve)."""
+        assert self.ordered or self.ordered_groups
         if self.score == "softmax":
             return logits_TE
         return logits_TE.sigmoid() + bias_E if bias_E is not None and self.biased_choice else logits_TE.sigmoid()

@@ -86,7 +86,7 @@ def _training(skeleton: Skeleton, spec: Recover) -> int:
 def trained(skeleton: Skeleton, spec: Recover) -> int:
     """Parameters that a recovery trains at once, at most; 0 where it is a layer at a time."""
     matrices = [tensor for layer in skeleton.layers for tensor in layer.parameters() if tensor.dim() > 1]
-    if spec.method == "experts" and spec.stream:
+    if spec.by_layer:
         return 0  # into the result itself
     if spec.method == "router":
         return sum(site.num_experts * site.hidden for site in skeleton.sites.values())

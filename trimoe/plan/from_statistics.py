@@ -39,22 +39,23 @@ def known(skeleton: Skeleton, recipe: Recipe, path: Path, reporter: Reporter = Q
     before, after = Traffic(), Traffic()
     for index, layer in reporter.track(stats.layers.items(), "Stability and traffic", len(stats.layers)):
         site = skeleton.sites[index]
+        halves = stability.halves(step, site, layer, dropped[index])
         row = {
             "dropped": dropped[index],
             "tokens_per_expert": layer["count_E"],
-            "stability": stability.jaccard(step, site, layer, dropped[index]),
+            "stability": halves.jaccard(site.num_experts) if halves is not None else None,
         }
         rows[str(index)] = row
         if not layer.search:
             continue
-        logits_TE, everyone_T = layer.search["logits_TE"], torch.ones(len(layer.search["logits_TE"]), dtype=torch.bool)
-        before.add(index, site.num_experts, site.hidden, site.rule.route(logits_TE, layer.bias_E)[1], everyone_T)
+        logits_TE, weight_T = layer.search["logits_TE"], layer.search["weight_T"]
+        before.add(index, site.num_experts, site.hidden, site.rule.route(logits_TE, layer.bias_E)[1], weight_T)
         drop = step.lowest(step.space(site, dropped[index], ()), scores.leave_one_out(layer)).drops[0] if dropped[index] else ()
         keep_E = torch.ones(site.num_experts, dtype=torch.bool)
         keep_E[list(drop)] = False
         number_E = keep_E.long().cumsum(0) - 1  # experts that stay are numbered anew
         chosen = number_E[site.rule.route(logits_TE, layer.bias_E, keep_E)[1]]
-        after.add(index, site.num_experts - len(drop), site.hidden, chosen, everyone_T)
+        after.add(index, site.num_experts - len(drop), site.hidden, chosen, weight_T)
     unstable = stability.warning(rows)
     return warnings + ([unstable] if unstable else []), _ways(before, after)
 

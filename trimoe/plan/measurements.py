@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from trimoe.calibration.search_tokens import search_wanted
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, Step
 from trimoe.methods.expert_drop import receptive_field
-from trimoe.methods.expert_drop.subset import search_wanted
 from trimoe.model.moe_block import Site
 from trimoe.model.skeleton import Skeleton
 from trimoe.plan.outline import searched

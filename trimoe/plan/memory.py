@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from trimoe.calibration.search_tokens import gram_bytes, most_held, search_budget
 from trimoe.errors import UserError
 from trimoe.methods import LowRank, Quantize, Step, WeightPrune
-from trimoe.methods.expert_drop.subset import gram_bytes, search_budget
 from trimoe.methods.low_rank.low_rank import factor_share
 from trimoe.model.decision import Decisions, unchanged
 from trimoe.model.moe_block import Site
@@ -61,7 +61,8 @@ LESS = {  # what makes a stage smaller, for people
     "measuring": "take --dtype bfloat16, or counts, search and rank that measure nothing on the model",
     "writing": "take --dtype bfloat16",
     "evaluation": "take --dtype bfloat16",
-    "recovery": "take dtype: bfloat16, a smaller batch or length, adapters in the place of train: full, or method: experts, which goes layer by layer",
+    "recovery": "take dtype: bfloat16, a smaller batch or length, adapters or router in the place of all weights "
+    "(their layers are read one at a time where the model does not fit), or method: experts",
 }
 
 
@@ -71,8 +72,10 @@ def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: 
     stages = list(_stages(skeleton, recipe, decisions, tokens, device))
     if recipe.recover is not None:
         whole = recovery_memory.weights(skeleton)
-        recovery = recovery_memory.peak(skeleton, recipe.recover, device, parameters=parameters, original=whole)
-        stages.append(("recovery", *recovery))
+        streamed = bool(recipe.recover.stream)
+        stages.append(
+            ("recovery", *recovery_memory.peak(skeleton, recipe.recover, device, parameters=parameters, original=whole, streamed=streamed))
+        )
     for name, computed, kept, passed in stages:
         for held, size in ((found.host, IMPORTS + kept + (passed if apart else computed)), (found.device, computed)):
             if held is found.host or apart:
@@ -86,14 +89,33 @@ def of_statistics(skeleton: Skeleton, recipe: Recipe, tokens: int, device: str) 
     return Held(*({name: size for name, size in held.items() if name == "statistics"} for held in (found.host, found.device)))
 
 
-def of_training(student: Skeleton, teacher: Skeleton | None, spec: Recover, device: str) -> Held:
-    """What the recovery of a finished folder takes."""
-    parameters = recovery_memory.weights(student)
-    computed, kept, passed = recovery_memory.peak(
-        student, spec, device, parameters=parameters, original=parameters if teacher is None else recovery_memory.weights(teacher)
-    )
+def of_recovery(skeleton: Skeleton, spec: Recover, device: str, parameters: int, original: int, streamed: bool) -> Held:
+    """What training takes; all as for recovery_memory.peak."""
+    computed, kept, passed = recovery_memory.peak(skeleton, spec, device, parameters=parameters, original=original, streamed=streamed)
     apart = device.startswith("cuda")
     return Held({"recovery": IMPORTS + kept + (passed if apart else computed)}, {"recovery": computed} if apart else {})
+
+
+def fitting(skeleton: Skeleton, spec: Recover, device: str, parameters: int, original: int) -> tuple[Held, str | None]:
+    """What training takes in the form that is taken. The model is held as a whole unless the spec says otherwise; where that
+    does not fit, and reading layers as they run does, that is done, and a sentence says so."""
+    held = of_recovery(skeleton, spec, device, parameters, original, bool(spec.stream))
+    if spec.stream is not None or not recovery_memory.can_stream(skeleton, spec) or not held.short(device):
+        return held, None
+    less = of_recovery(skeleton, spec, device, parameters, original, True)
+    if less.short(device):
+        return held, None
+    whole, part = (max({**one.host, **one.device}.values()) for one in (held, less))
+    return less, (
+        f"recovery with the whole model in memory takes up to {human(whole)}, more than there is; its layers are read from the "
+        f"files as they run, which takes up to {human(part)}, and longer"
+    )
+
+
+def of_training(student: Skeleton, teacher: Skeleton | None, spec: Recover, device: str) -> tuple[Held, str | None]:
+    """What the recovery of a finished folder takes, as `fitting` has it."""
+    parameters = recovery_memory.weights(student)
+    return fitting(student, spec, device, parameters, parameters if teacher is None else recovery_memory.weights(teacher))
 
 
 def of_evaluation(skeleton: Skeleton, device: str) -> Held:
@@ -121,6 +143,7 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
             kept, _grams(skeleton, step, recipe, tokens) + int(1.5 * _sums(skeleton, step))
         )  # of sums, which are gathered in pieces, then joined
         recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
+        recorded = max(recorded, _candidates(skeleton, step, recipe, tokens))  # one after the other
         yield "statistics", max(outside + hidden - kept, layer + batch + hidden + recorded), kept, staging
         measured = measurements.of_step(skeleton, step, list(skeleton.sites.values()), recipe.calibration, tokens)
         if measured:
@@ -185,6 +208,21 @@ def _grams(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
     count = min(tokens, search_budget(every, reach, spec.search_tokens, spec.search_memory))
     whole, most = count * gram_bytes(every, reach), count * max(gram_bytes([site], reach) for site in every)
     return whole if whole <= BUDGET else BUDGET + most
+
+
+def _candidates(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
+    """Bytes of what one layer's search tokens are chosen from: inputs and logits of some tokens, the experts of all."""
+    sites = list(skeleton.sites.values())
+    count = min(
+        tokens, search_budget(sites, step.reach(skeleton.sites), recipe.calibration.search_tokens, recipe.calibration.search_memory)
+    )
+    if not count:
+        return 0
+    return max(
+        most_held(tokens, site.num_experts, count) * (site.hidden * skeleton.dtype.itemsize + 4 * site.num_experts + 8 * site.rule.top_k)
+        + 5 * 8 * tokens * site.rule.top_k  # pairs of tokens and experts, and what orders them
+        for site in sites
+    )
 
 
 def _sums(skeleton: Skeleton, step: Step) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from trimoe.calibration.search_tokens import search_budget, search_tensors
 from trimoe.errors import UserError
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune, budget
 from trimoe.methods.depth import candidates as parts
-from trimoe.methods.expert_drop.subset import search_budget, search_tensors
 from trimoe.methods.low_rank.low_rank import MULTIPLE, factor_share
 from trimoe.methods.scope import with_linears
 from trimoe.model import sublayer

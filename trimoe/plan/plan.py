@@ -18,7 +18,7 @@ from trimoe.model.moe_block import Site
 from trimoe.model.precision import compute_dtype
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
-from trimoe.plan import measurements, memory
+from trimoe.plan import measurements, memory, recovery_memory
 from trimoe.plan.disk import output_need, spilled
 from trimoe.plan.engines import as_json, check_target, loading
 from trimoe.plan.outline import WIDEST, Paper
@@ -123,6 +123,14 @@ def plan(
         counts=most.open_counts, layers=most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
     )  # fmt: skip
     made = describe(skeleton, layout, parsed, native=forms.native, tokens=tokens, open_=open_, device=device)
+    if parsed.recover is not None:
+        held, why = memory.fitting(skeleton, parsed.recover, device, made.after.parameters, recovery_memory.weights(skeleton))
+        if why is not None:
+            split = made.memory_split | held.host
+            made = replace(
+                made, memory_split=split, device_split=made.device_split | held.device, peak_memory=max(split.values()),
+                warnings=[*made.warnings, f"{why}."],
+            )  # fmt: skip
     return replace(
         made,
         warnings=[*made.warnings, *(f"{words}; compress would refuse that without --any-memory." for words in made.held.short(device))],

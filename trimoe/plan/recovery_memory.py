@@ -13,11 +13,12 @@ from trimoe.recipe.recover import Recover
 from trimoe.walk.hidden_states import BUDGET
 
 TOKENS = 4096  # that go through a model at once, at most, if more than one sample does
-SMALL = 256 << 20  # bytes that layers may keep for the backward pass in any case
+SMALL = 64 << 20  # bytes that layers may keep for the backward pass in any case
 STATE = 16  # bytes of a number that trains: itself, its gradient, two moments, in float32
 LAYERS = 5  # a layer that learns, its gradients, two moments and its best state
 TABLES = 5  # of logits, in float32, that are held at once
-SHARE = 8  # beyond that, no more than one part in so many of the model
+MERGED = 12  # bytes of a number that an adapter is added to: as read, in float32, and as stored
+SHARE = 16  # beyond that, no more than one part in so many of the model
 
 
 def samples_at_once(length: int, vocabulary: int) -> int:
@@ -43,9 +44,15 @@ def batch_tokens(skeleton: Skeleton, spec: Recover) -> int:
     return length * min(spec.batch, samples_at_once(length, skeleton.config.get_text_config().vocab_size))
 
 
-def peak(skeleton: Skeleton, spec: Recover, device: str, *, parameters: int, original: int) -> tuple[int, int, int]:
-    """Return the bytes that training takes at its peak where it computes, beside that on the host, and on the host while a model for another
-    device is loaded. `parameters` of the model that is trained, which `skeleton` is, or was made into; `original`: those of what it was made from."""
+def can_stream(skeleton: Skeleton, spec: Recover) -> bool:
+    """Return whether the model can be trained with its frozen weights left in their files: some must be frozen, and none packed."""
+    return spec.method != "experts" and not spec.whole and skeleton.checkpoint.scheme is None
+
+
+def peak(skeleton: Skeleton, spec: Recover, device: str, *, parameters: int, original: int, streamed: bool = False) -> tuple[int, int, int]:
+    """Return the bytes that training takes at its peak where it computes, beside that on the host, and on the host while a model
+    for another device is loaded. `parameters` of the model that is trained, which `skeleton` is, or was made into; `original`:
+    those of what it was made from; `streamed`: layers are read as they run."""
     dtype = precision(spec, skeleton, device)
     tokens = batch_tokens(skeleton, spec)
     logits = 4 * TABLES * min(LOGITS, tokens * skeleton.config.get_text_config().vocab_size)
@@ -54,7 +61,7 @@ def peak(skeleton: Skeleton, spec: Recover, device: str, *, parameters: int, ori
     hidden = tokens * max(site.hidden for site in skeleton.sites.values()) * dtype.itemsize
     # beside what one layer keeps lie the gradients of it
     activations = 2 * kept + len(skeleton.layers) * hidden if again else (len(skeleton.layers) + 1) * kept
-    if spec.method == "experts" and spec.stream:
+    if spec.by_layer:
         layer = skeleton.largest_layer // skeleton.dtype.itemsize
         seen = spec.samples * min(spec.length, skeleton.context) * hidden // max(1, tokens)
         return layer * (4 * LAYERS + dtype.itemsize) + 2 * min(seen, BUDGET) + kept, 0, layer * 4
@@ -64,9 +71,26 @@ def peak(skeleton: Skeleton, spec: Recover, device: str, *, parameters: int, ori
     masters = spec.method in ("router", "experts") or spec.whole
     each = STATE + (2 if masters and dtype != torch.float32 else 0)
     models = parameters + (original if spec.method == "experts" else 0)
+    if streamed:
+        return _streamed(skeleton, spec, dtype.itemsize, min(1.0, parameters / weights(skeleton)), trained * each, kept, hidden, logits)
     frozen = models - (trained if masters else 0)
     body = _frozen(skeleton, frozen, dtype.itemsize) + trained * each + activations + logits
     return body, 0, _frozen(skeleton, parameters, dtype.itemsize)
+
+
+def _streamed(
+    skeleton: Skeleton, spec: Recover, item: int, share: float, learning: int, kept: int, hidden: int, logits: int
+) -> tuple[int, int, int]:
+    """Return the same as `peak` where layers are read as they run; `share` of them is left in the model that is trained. What lies
+    outside the layers stays, and one layer is there at a time. At the end adapters are added to one stack after the other in
+    float32, which is read, summed, and made into what is stored."""
+    tensors = skeleton.checkpoint.tensors
+    outside = sum(math.prod(tensors[key].shape) for key in skeleton.outer_keys) * item
+    layer = int(share * (skeleton.largest_layer // skeleton.dtype.itemsize))
+    stack = max(tensor.numel() for module in skeleton.layers for tensor in module.parameters())
+    training = layer * item + 2 * kept + len(skeleton.layers) * hidden + logits
+    merging = 0 if spec.method == "router" or spec.adapter else int(share * stack) * MERGED
+    return outside + learning + max(training, merging), 0, layer * item
 
 
 def _frozen(skeleton: Skeleton, numbers: int, item: int) -> int:

@@ -45,8 +45,9 @@ class Recover:
     adapter      keep the adapters beside the untouched model (peft's format) instead of merging them
     dtype        float32 or bfloat16, in which the model computes; null: bfloat16 where a checkpoint is stored so and trains on a GPU. What
                  trains is float32 in any case (adapters, or masters of weights), and its optimiser
-    stream       `experts` only: layer by layer, neither model is held in memory. false: both are, and the language-modelling loss is
-                 added, as the paper does
+    stream       `experts`: layer by layer, neither model is held in memory; false: both are, and the language-modelling loss is
+                 added, as the paper does. Other methods, where weights are frozen: true reads a layer's from the files each time that it
+                 runs, so that one layer is in memory; false holds the model; null: it is held where that fits
     """
 
     method: Literal["lora", "sft", "router", "logits", "experts"]
@@ -68,15 +69,17 @@ class Recover:
     patience: Annotated[int, Field(ge=1)] = 8
     adapter: bool = False
     dtype: Literal["float32", "bfloat16"] | None = None
-    stream: bool = True
+    stream: bool | None = None
 
     def __post_init__(self) -> None:
         if self.train == "full" and self.method != "logits":
             raise ValueError(f"train: full goes with method logits, not with {self.method}; on the text itself, sft trains all weights.")
         if self.adapter and (self.method not in ("lora", "logits") or self.train == "full"):
             raise ValueError("adapter: true (--adapter) keeps adapters, which only method lora and method logits with train: lora have.")
-        if not self.stream and self.method != "experts":
-            raise ValueError("stream: false is for method experts; the other methods always hold the trained model in memory.")
+        if self.stream and self.whole:
+            raise ValueError(
+                "stream: true leaves frozen weights in their files, and here all weights train; adapters, router and experts stream."
+            )
 
     @property
     def peak(self) -> float:
@@ -84,6 +87,11 @@ class Recover:
         if self.rate is not None:
             return self.rate
         return FULL_RATE if self.whole else RATES[self.method]
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether each layer is a problem of its own."""
+        return self.method == "experts" and self.stream is not False
 
     @property
     def whole(self) -> bool:

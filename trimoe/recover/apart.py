@@ -53,13 +53,6 @@ def put_back(replaced: list[nn.Module]) -> None:
         del module.forward
 
 
-def delta(wrapper: Any) -> torch.Tensor:
-    """s B A of one adapter in float32, in the shape of the weight that it belongs to."""
-    weight = wrapper.get_param() if hasattr(wrapper, "parameter_name") else wrapper.get_base_layer().weight
-    parts = list(_deltas(wrapper, weight))
-    return parts[0] if weight.dim() == 2 else torch.stack(parts)
-
-
 @torch.no_grad()
 def add(weight: torch.Tensor, wrapper: Any, stored: torch.dtype) -> None:
     """Add an adapter's product to a weight in place, matrix by matrix in float32, and round each to `stored`."""

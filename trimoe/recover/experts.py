@@ -230,6 +230,7 @@ def _descend(
             continue
         now, idle = lesson.held_loss(student, size), idle + 1
         if now < loss:
+            best = None  # not two of them at once
             best, loss, idle = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}, now, 0
         if idle >= spec.patience:
             break

@@ -87,6 +87,8 @@ def refuse_packed(spec: Recover, student: Skeleton) -> None:
             f"{student.name} has packed experts, which training cannot change; "
             "give --adapter (adapter=True) with method lora or logits, or recover first and quantise then."
         )
+    if student.checkpoint.scheme is not None and spec.stream:
+        raise UserError(f"{student.name} has packed experts, which stay packed in memory; stream: true is for plain weights, leave it out.")
 
 
 def refuse_inside(out: Path, skeleton: Skeleton | None) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Run:
     seed: int
     device: str
     dtype: torch.dtype
+    streamed: bool  # whether frozen weights are read from their files as layers run
     reporter: Reporter
 
     @property
@@ -94,9 +95,9 @@ def recover(
     out, spec, device, processes = Path(out), parsed(spec), str(device), launcher()
     if processes.num_processes == 1 and team.launched():
         raise UserError("recover: torchrun's processes do not share this work on this device; start it with accelerate launch.")
-    if processes.num_processes > 1 and spec.method == "experts" and spec.stream:
+    if processes.num_processes > 1 and (spec.stream or spec.by_layer):
         raise UserError(
-            "recover: method experts goes layer by layer in one process; start it without accelerate launch, or set stream=false."
+            f"recover: method {spec.method} goes layer by layer in one process; start it without accelerate launch, or set stream=false."
         )
     reporter = (reporter if processes.is_main_process else QUIET).fresh()
     call = f"trimoe.recover({str(folder)!r}, out, {spec.to_json()!r}, teacher={None if teacher is None else str(teacher)!r}, seed={seed!r}, device={device!r})"
@@ -124,23 +125,28 @@ def recover(
             Journal(out, inputs).tidy()
         reporter.say(f"{out} holds the finished result of this very command already.")
         return finished
+    alone = processes.num_processes == 1
+    held, why = memory.of_training(student, original, spec if alone else replace(spec, stream=False), device)
     if not any_memory:
-        memory.of_training(student, original, spec, device).refuse(device)
+        held.refuse(device)
     journal = Journal(out, inputs)
     journal.refuse_other_content()
-    run = Run(student, original, record, spec, text, count, out, seed, device, dtype, reporter)
+    streamed = why is not None or bool(spec.stream)
+    run = Run(student, original, record, spec, text, count, out, seed, device, dtype, streamed, reporter)
     main = processes.is_main_process
     with journal if main else contextlib.nullcontext(), logged(reporter, out / LOG, command or call, main=main):
         rewriter = Rewriter(student.checkpoint, out)
-        by_layer = spec.method == "experts" and spec.stream
+        if why is not None:
+            reporter.say(f"{why[0].upper()}{why[1:]}.")
         try:
-            metrics, job, changed = (_by_layer(run, rewriter, journal), None, {}) if by_layer else _as_a_whole(run, processes)
+            metrics, job, changed = (_by_layer(run, rewriter, journal), None, {}) if spec.by_layer else _as_a_whole(run, processes)
             if main:
                 entry = {
                     "method": spec.method, "spec": spec.to_json(), "metrics": metrics, "teacher": original.name if original else None,
                     "data": {"samples": count, "held": len(text.samples_NL) - count, "length": text.samples_NL.shape[1],
                              "domains": sorted(set(text.domains))},
                     "base": student.checkpoint.fingerprint, "command": command or call, "seed": seed, "versions": versions(), "inputs": inputs,
+                    "streamed": streamed or spec.by_layer,
                 }  # fmt: skip
                 if spec.adapter and job is not None:
                     _keep_adapter(run, job, entry)
@@ -180,19 +186,20 @@ def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, Changed]
     where the start was best."""
     teacher = _answers(run, processes) if run.spec.method in ("router", "logits") else None
     place = processes.device if processes.num_processes > 1 else run.device
-    options: dict[str, Any] = {} if run.student.checkpoint.scheme is None else {"backend": "dequantize"}  # gradients flow through it
     with run.reporter.stage("Load the model"):
-        model = _loaded(run.student, place, run.dtype, **options)
-    if _twice(run):
+        offloaded = _offloaded(run, place) if run.streamed else None
+        model = _loaded(run.student, place, run.dtype) if offloaded is None else offloaded.model
+    if offloaded is None and _twice(run):
         layers.checkpointed(transformers5.decoder_layers(model)[1])
-    job, about = _job(run, model, teacher, place)
+    job, about = _job(run, model, offloaded, teacher, place)
+    give_back()  # what adapters and masks were made with
     training = Training(
         job, run.text.samples_NL, run.count, run.spec, run.folder, processes, seed=run.seed, device=run.device, reporter=run.reporter,
     )  # fmt: skip
     metrics = {**training.run(), **about, "trained": sum(parameter.numel() for parameter in job.trained.values())}
     changed: Changed = {}
     if metrics["best"] > 0 and not run.spec.adapter:
-        changed = _rounded(run, job, training)
+        changed = _rounded(run, job, training, offloaded)
         after = training.measured()
         if after[job.goal] < metrics["before"][job.goal]:
             metrics["after"] = numbers(after)
@@ -202,7 +209,7 @@ def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, Changed]
 
 
 @torch.no_grad()
-def _rounded(run: Run, job: Job, training: Training) -> Changed:
+def _rounded(run: Run, job: Job, training: Training, offloaded: layers.Offloaded | None) -> Changed:
     """The trained weights, adapters merged, in the dtypes that they are stored in; the job's model has them from now on. They are made anew when
     they are written: the model holds fewer bits where it computes in fewer than are stored."""
     made: Changed
@@ -214,13 +221,14 @@ def _rounded(run: Run, job: Job, training: Training) -> Changed:
     made, found = {}, adapters.merged(job.model)
     job.model = found.model
     for name, adapter in found.adapters.items():
-        held, stored = job.model.get_parameter(name).detach(), _stored_dtype(run, name)
-        if torch.promote_types(held.dtype, stored) == held.dtype:  # as it is stored: added to in place
-            apart.add(held, adapter, stored)
+        held, stored, change = job.model.get_parameter(name).detach(), _stored_dtype(run, name), partial(_merge, run, name, adapter)
+        made[name] = partial(_merged, run, name, adapter)
+        if offloaded is not None:
+            offloaded.changes[name] = change
+            continue
+        change(held)
+        if torch.promote_types(held.dtype, stored) == held.dtype:  # it is what will be stored
             made[name] = partial(held.to, stored)
-        else:
-            made[name] = partial(_merged, run, name, adapter)
-            held.copy_(made[name]())
     return made
 
 
@@ -234,14 +242,37 @@ def _stored_as(run: Run, name: str, value: torch.Tensor) -> torch.Tensor:
     return value.to(_stored_dtype(run, name))
 
 
+def _merge(run: Run, name: str, adapter: Any, held: torch.Tensor) -> None:
+    """Add an adapter's product to a weight that the model computes with, as it will read once it is stored."""
+    stored = _stored_dtype(run, name)
+    if torch.promote_types(held.dtype, stored) == held.dtype:
+        apart.add(held, adapter, stored)
+    else:  # which holds fewer bits than are stored
+        held.copy_(_merged(run, name, adapter))
+
+
 def _merged(run: Run, name: str, adapter: Any) -> torch.Tensor:
     """A stored weight with what its adapter adds, rounded once."""
-    added, sources = apart.delta(adapter), run.student.checkpoint.read_together(run.student.source_keys(name))
-    return _stored_as(run, name, transformers5.read_parameter(run.student.model, name, sources).to(added.device) + added)
+    sources = run.student.checkpoint.read_together(run.student.source_keys(name))
+    weight = transformers5.read_parameter(run.student.model, name, sources).to(next(adapter.parameters()).device)
+    apart.add(weight, adapter, _stored_dtype(run, name))
+    return _stored_as(run, name, weight)
 
 
-def _loaded(skeleton: Skeleton, place: Any, dtype: torch.dtype, **options: Any) -> Any:
+def _offloaded(run: Run, place: Any) -> layers.Offloaded:
+    """The model with what trains, and what lies outside its layers, in memory."""
+    student = run.student if run.student.dtype == run.dtype else Skeleton.of(run.student.checkpoint, run.dtype)
+    return layers.Offloaded(student, _routers(run) if run.spec.method == "router" else (), place)
+
+
+def _routers(run: Run) -> list[str]:
+    student = run.student
+    return [f"{student.layer_name(i)}.{site.block}.{path}" for i, site in student.sites.items() for path in site.router_paths()]
+
+
+def _loaded(skeleton: Skeleton, place: Any, dtype: torch.dtype) -> Any:
     """The model in `dtype`, frozen, in eval mode: gradients flow all the same, and nothing is random."""
+    options = {} if skeleton.checkpoint.scheme is None else {"backend": "dequantize"}  # gradients flow through it
     with transformers5._quiet_progress(), transformers5.read_one_by_one():
         model = load(skeleton.checkpoint.folder, device=place, dtype=dtype, **options).requires_grad_(False)
     give_back()  # what was read and put together
@@ -265,16 +296,16 @@ def _answers(run: Run, processes: Any) -> Teacher:
     return Teacher(folder, in_batches(samples_NL, run.device), spec.temperature)
 
 
-def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job, dict[str, Any]]:
+def _job(run: Run, model: Any, offloaded: layers.Offloaded | None, teacher: Teacher | None, place: Any) -> tuple[Job, dict[str, Any]]:
     """What trains, by which loss; and what trimoe.json says of it."""
     spec, student = run.spec, run.student
-    zeros = zero_masks(dict(model.named_parameters()), went_over(run.record, student))
     if spec.method == "experts":
-        return _experts_job(run, model, zeros, place), {}
+        return _experts_job(run, model, place), {}
     loss, goal = (distilled(teacher), "kl") if teacher is not None else (text_loss, "loss")
     if spec.method in ("lora", "logits") and spec.train == "lora":
-        inside = {name: mask for name, mask in zeros.items() if name.startswith(student.prefix + ".")}
-        wanted = adapters.targets(model, student, avoid={} if spec.adapter else inside)
+        known, weights = went_over(run.record, student), model.named_parameters() if offloaded is None else offloaded.weights()
+        inside = {name for name, weight in weights if name.startswith(student.prefix + ".") and zero_masks({name: weight}, known)}
+        wanted = adapters.targets(model, student, avoid=() if spec.adapter else inside)
         if inside and spec.adapter:
             run.reporter.say(
                 f"Adapters fill the zeros of {counted(len(inside), 'parameter')} once they are merged ({why_held(run.record)})."
@@ -286,11 +317,11 @@ def _job(run: Run, model: Any, teacher: Teacher | None, place: Any) -> tuple[Job
         model = adapters.attach(model, wanted, spec, run.seed)
         return Job(model, adapters.trainable(model), loss, goal, teacher), adapters.described(wanted)
     if spec.method == "router":
-        names = [f"{student.layer_name(i)}.{site.block}.{path}" for i, site in student.sites.items() for path in site.router_paths()]
+        names = _routers(run)
         trained = {name: parameter for name, parameter in model.named_parameters() if name in names}
     else:
         trained = dict(model.named_parameters())
-    return Job(model, _training(trained), loss, goal, teacher, held=_held(run, trained, zeros)), {}
+    return Job(model, _training(trained), loss, goal, teacher, held=_held(run, trained)), {}
 
 
 def _twice(run: Run) -> bool:
@@ -298,7 +329,7 @@ def _twice(run: Run) -> bool:
     return recovery_memory.computed_again(run.student, run.spec, run.dtype, recovery_memory.weights(run.student))
 
 
-def _experts_job(run: Run, model: Any, zeros: dict[str, torch.Tensor], place: Any) -> Job:
+def _experts_job(run: Run, model: Any, place: Any) -> Job:
     """The paper's own form: both models in memory; the experts' weights and biases train."""
     assert run.teacher is not None
     original = _loaded(run.teacher, place, run.dtype)
@@ -307,7 +338,7 @@ def _experts_job(run: Run, model: Any, zeros: dict[str, torch.Tensor], place: An
     trained = {name: parameter for name, parameter in model.named_parameters() if name.startswith(tuple(paths))}
     constants: dict[str, float] = {}
     loss = WithExperts(run.student, original, run.teacher, found, constants, layers.again if _twice(run) else layers.at_once)
-    return Job(model, _training(trained), loss, constants=constants, held=_held(run, trained, zeros))
+    return Job(model, _training(trained), loss, constants=constants, held=_held(run, trained))
 
 
 def _training(trained: dict[str, Any]) -> dict[str, Any]:
@@ -316,11 +347,11 @@ def _training(trained: dict[str, Any]) -> dict[str, Any]:
     return trained
 
 
-def _held(run: Run, trained: dict[str, Any], zeros: dict[str, torch.Tensor]) -> Held | None:
-    kept = {name for name in trained if name in zeros}
-    if kept:
-        run.reporter.say(f"Zeros in {counted(len(kept), 'parameter')} stay zero: {why_held(run.record)}.")
-    return Held({parameter: zeros[name] for name, parameter in trained.items() if name in kept}) if kept else None
+def _held(run: Run, trained: dict[str, Any]) -> Held | None:
+    masks = zero_masks(trained, went_over(run.record, run.student))
+    if masks:
+        run.reporter.say(f"Zeros in {counted(len(masks), 'parameter')} stay zero: {why_held(run.record)}.")
+    return Held({trained[name]: mask for name, mask in masks.items()}) if masks else None
 
 
 # ---- writing
@@ -328,6 +359,7 @@ def _held(run: Run, trained: dict[str, Any], zeros: dict[str, torch.Tensor]) -> 
 
 def _rewrite(run: Run, rewriter: Rewriter, changed: Changed, entry: dict[str, Any]) -> None:
     """The folder's copy with the trained numbers."""
+    give_back()  # what training took beside what is written
     with run.reporter.stage("Copy the folder"):
         rewriter.begin()
     stored = {own: value for name, value in changed.items() for own in run.student.stored_names(name)}

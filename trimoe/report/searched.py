@@ -9,9 +9,11 @@ from typing import Any
 from trimoe.report import charts
 from trimoe.report.read import Step, layer_rows
 from trimoe.report.section import Figure, Section, Table
+from trimoe.show.format import runs
 
 OPTIMUM = "all sets (optimum)"
 STEPS = 40  # points of an averaged trace
+INSTEAD = " In layers {layers} the experts of the lowest gate went in their place: sets that half of the tokens chose did worse than these on the other half."
 
 
 def section(step: Step) -> Section | None:
@@ -21,11 +23,12 @@ def section(step: Step) -> Section | None:
     way = step.fields.get("search")
     how = next(iter(way)) + " search" if isinstance(way, dict) and way else f"lowest {str(step.fields.get('score')).replace('_', ' ')}"
     population = next(iter(way.values())).get("population") if isinstance(way, dict) and "genetic" in way else None
+    instead = sorted(step.metrics.get("gate_instead") or ())
     blocks = [figure for figure in (_found(layers, how), _trace(layers, how, population)) if figure is not None]
     return Section(
         name="search", title="The search for which experts go", blocks=blocks,
         text=f"Experts were chosen by {how}. The loss is the relative error of a layer's output on calibration tokens, re-routed without the "
-        "dropped experts. Lower is better.",
+        "dropped experts. Lower is better." + (INSTEAD.format(layers=runs(instead)) if instead else ""),
     )  # fmt: skip
 
 

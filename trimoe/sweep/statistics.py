@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimoe.calibration.gather import statistics
+from trimoe.calibration.search_tokens import gram_side, search_budget
 from trimoe.calibration.statistics import Stats
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop
-from trimoe.methods.expert_drop.subset import gram_side, search_budget
 from trimoe.methods.lab import Run
 from trimoe.progress import Reporter
 

@@ -29,7 +29,7 @@ def rank_of_expert(num_experts: int, ways: int) -> torch.Tensor:
 
 @dataclass
 class LayerTraffic:
-    """One MoE layer's sums, int64 on its device: tokens, how often each expert was chosen, and for every W <= E the number of distinct
+    """One MoE layer's sums, float64 on its device: tokens, how often each expert was chosen, and for every W <= E the number of distinct
     ranks among a token's experts."""
 
     hidden: int  # width of what an expert is given, and gives
@@ -42,28 +42,28 @@ class LayerTraffic:
     @classmethod
     def empty(cls, num_experts: int, hidden: int, top_k: int, device: torch.device) -> LayerTraffic:
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         rank_E = {ways: rank_of_expert(num_experts, ways).to(device) for ways in WAYS if ways <= num_experts}
         return cls(hidden, top_k, rank_E, zeros(), zeros(num_experts), {ways: zeros() for ways in rank_E})
 
     def add(self, index_TK: torch.Tensor, counted_T: torch.Tensor) -> None:
         """Nothing here waits for the device."""
-        counted_TK = counted_T.long().unsqueeze(1).expand_as(index_TK)
+        counted_TK = counted_T.double().unsqueeze(1).expand_as(index_TK)
         self.tokens += counted_T.sum()
         self.count_E.index_add_(0, index_TK.flatten(), counted_TK.flatten())
         for ways, rank_E in self.rank_E.items():
-            used_TW = torch.zeros(len(index_TK), ways, dtype=torch.int64, device=index_TK.device)
+            used_TW = torch.zeros(len(index_TK), ways, dtype=torch.float64, device=index_TK.device)
             self.distinct[ways] += used_TW.scatter_(1, rank_E[index_TK], counted_TK).sum()
 
     def report(self, ways: int) -> dict[str, float]:
         """Bytes per token and imbalance. A token's own rank is any with equal chance, so 1 / W of what it needs is at home."""
         there_and_back = 2 * (ways - 1) / ways * self.hidden * ITEMSIZE
-        pairs_W = torch.zeros(ways, dtype=torch.int64).index_add_(0, self.rank_E[ways].cpu(), self.count_E.cpu())
-        distinct = int(self.distinct[ways]) / int(self.tokens)
+        pairs_W = torch.zeros(ways, dtype=torch.float64).index_add_(0, self.rank_E[ways].cpu(), self.count_E.cpu())
+        distinct = float(self.distinct[ways]) / float(self.tokens)
         return {
             "distinct_ranks": distinct, "bytes_per_token": there_and_back * distinct, "naive_bytes_per_token": there_and_back * self.top_k,
-            "imbalance": int(pairs_W.max()) * ways / int(pairs_W.sum()),
+            "imbalance": float(pairs_W.max()) * ways / float(pairs_W.sum()),
         }  # fmt: skip
 
 
@@ -74,7 +74,8 @@ class Traffic:
         self.layers: dict[int, LayerTraffic] = {}
 
     def add(self, layer: int, num_experts: int, hidden: int, index_TK: torch.Tensor, counted_T: torch.Tensor) -> None:
-        """`index_TK` int64: the experts chosen; `counted_T` bool: which of the tokens count (padding does not)."""
+        """`index_TK` int64: the experts chosen; `counted_T`: which of the tokens count (padding does not), or for how many each
+        stands."""
         if layer not in self.layers:
             self.layers[layer] = LayerTraffic.empty(num_experts, hidden, index_TK.shape[1], index_TK.device)
         self.layers[layer].add(index_TK, counted_T)

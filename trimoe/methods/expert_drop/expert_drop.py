@@ -113,6 +113,8 @@ class ExpertDrop:
     layer_limit     a layer loses at most so many times the average share, which keeps down the memory of the search; null: down to what
                     its router needs, as in the papers
     protect_super_experts   experts with extreme activations never go; the papers protect none
+    cross_check     in a layer where greedy sets found on half of the search tokens do worse on the other half than the set of the lowest
+                    `gate`, that set goes in the place of the searched one; the papers take what was searched
     """
 
     name: ClassVar[str] = "expert_drop"
@@ -127,6 +129,7 @@ class ExpertDrop:
     normalize: Literal["none", "relative"] = "none"
     layer_limit: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = 3.0
     protect_super_experts: bool = True
+    cross_check: bool = True
 
     # ---- on paper
 

@@ -5,67 +5,20 @@ G_t = Y_t Y_t^T of the expert outputs. A candidate costs a re-routing and a smal
 
 Where a token's choice is "the k best survivors of one order" (every ungrouped router but sparsemixer), everything lives in that order:
 position 0 is the token's best expert, and only the first few positions can ever be used. Otherwise the 2k experts chosen before and
-after are gathered from the full Gram.
+after are gathered from the full Gram, or where groups choose by sigmoid from one among the first few of every group.
 
 Letters: T search tokens, P candidates, E experts, M experts in reach, R positions looked at, k chosen.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 
+from trimoe.calibration.search_tokens import in_group
 from trimoe.calibration.statistics import LayerStats
-from trimoe.errors import UserError
-from trimoe.model.moe_block import Site
 
-FEWEST = 16  # search tokens
-USUAL = 4096  # search tokens, where the recipe does not say
-ROUTED = 64  # search tokens that an expert should have been chosen for
-MEAN = 4 * ROUTED  # that a mean expert is to have, so that those have enough that are chosen a quarter as often
 TINY = 1e-12  # probability left to the survivors below which it is computed anew
 CHUNK = 1 << 22  # elements of a temporary: small enough to stay near the cache, large enough to keep the kernels busy
-
-
-def search_wanted(sites: Sequence[Site], tokens: int | None) -> int:
-    """How many search tokens are asked for: `tokens`, or where that is None USUAL, and more if a mean expert would have fewer than MEAN."""
-    return tokens if tokens is not None else max(USUAL, *(math.ceil(MEAN * site.num_experts / site.rule.top_k) for site in sites))
-
-
-def search_budget(sites: Sequence[Site], reach: int, tokens: int | None, memory: float) -> int:
-    """How many search tokens are taken: those wanted, but no more than fit: each keeps a Gram of `reach` x `reach` float32, those of one
-    layer in `memory` GiB. Raises UserError where they would be too few to search by."""
-    if not reach:
-        return 0
-    each = max(gram_bytes([site], reach) for site in sites)
-    fits = int(memory * 2**30 / each)
-    if fits < FEWEST:
-        raise UserError(
-            f"search_memory {memory} GiB holds the expert products of {fits} search tokens in a layer, and {FEWEST} are the least to search by; "
-            f"set calibration.search_memory to {each * FEWEST / 2**30:.2g} or more."
-        )
-    return min(search_wanted(sites, tokens), fits)
-
-
-def gram_bytes(sites: Sequence[Site], reach: int) -> int:
-    """Bytes that one search token takes in all MoE layers together."""
-    return sum(4 * gram_side(site, reach) ** 2 for site in sites)
-
-
-def search_tensors(site: Site, reach: int, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What is kept of one layer's search tokens: shapes and dtypes by name."""
-    side = gram_side(site, reach)
-    return {
-        "logits_TE": ((tokens, site.num_experts), torch.float32), "order_TM": ((tokens, side), torch.int64),
-        "gram_TMM": ((tokens, side, side), torch.float32),
-    }  # fmt: skip
-
-
-def gram_side(site: Site, reach: int) -> int:
-    """Among how many experts one layer's Gram is, where `reach` are wanted."""
-    return min(reach, site.num_experts) if site.rule.ordered else site.num_experts
 
 
 class SubsetLoss:
@@ -78,17 +31,19 @@ class SubsetLoss:
         self.logits_TE = stats.search["logits_TE"].to(self.device)
         self.order_TM = stats.search["order_TM"].to(self.device)
         self.gram_TMM = stats.search["gram_TMM"].to(self.device)
+        self.weight_T = stats.search["weight_T"].to(self.device)
         self.bias_E = None if stats.bias_E is None else stats.bias_E.to(self.device)
         self.num_experts = self.logits_TE.shape[1]
         reach = self.order_TM.shape[1]
         self.max_drop = self.num_experts - self.rule.min_experts
-        if self.rule.ordered and reach < self.num_experts:
-            self.max_drop = min(self.max_drop, reach - self.rule.top_k)
+        if reach < self.num_experts:
+            seen = self.rule.top_k if self.rule.ordered else self.rule.groups * in_group(self.rule)
+            self.max_drop = min(self.max_drop, reach - seen)
         if self.rule.ordered:
             self._prepare_order()
         else:
-            self.full_weights_TK, self.full_index_TK = self.rule.route(self.logits_TE, self.bias_E)
-        self.norm = float(self._full_energy().sum(dtype=torch.float64).clamp_min(1e-30).sqrt())
+            self._prepare_groups()
+        self.norm = float(self._sum(self._full_energy()).clamp_min(1e-30).sqrt())
 
     def __call__(self, drop_PE: torch.Tensor) -> torch.Tensor:
         drop_PE = drop_PE.to(self.device)
@@ -96,6 +51,10 @@ class SubsetLoss:
         assert most <= self.max_drop, f"{most} experts dropped, the Gram reaches {self.max_drop}"
         squared = self._ordered(drop_PE) if self.rule.ordered else self._regrouped(drop_PE)
         return squared.clamp_min(0).sqrt().cpu() / self.norm
+
+    def _sum(self, square_T: torch.Tensor) -> torch.Tensor:
+        """Over the last axis, each search token for as many as it stands for."""
+        return (square_T * self.weight_T).sum(-1, dtype=torch.float64)
 
     @property
     def plain_softmax(self) -> bool:
@@ -135,7 +94,7 @@ class SubsetLoss:
             token, cand = (~enough_TP).nonzero(as_tuple=True)
             if len(token):
                 quad_TP[token, cand] = self._far(drop, token, cand)
-            out.append(quad_TP.sum(0, dtype=torch.float64))
+            out.append(self._sum(quad_TP.T))
         return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
 
     def _far(self, drop_PE: torch.Tensor, token_N: torch.Tensor, cand_N: torch.Tensor) -> torch.Tensor:
@@ -169,14 +128,22 @@ class SubsetLoss:
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
         return (weights if self.rule.scale == 1.0 else weights * self.rule.scale), enough
 
-    # ---- grouped routers and sparsemixer: the experts chosen before and after, from the full Gram
+    # ---- grouped routers and sparsemixer: the experts chosen before and after, from the full Gram or that of each group's first
+
+    def _prepare_groups(self) -> None:
+        """Routing among those of which there are products, by their places: ties are broken alike before and after a drop."""
+        self.within = self.order_TM.shape[1] < self.num_experts
+        self.seen_TM = self.logits_TE.gather(1, self.order_TM) if self.within else self.logits_TE
+        self.seen_bias = self.bias_E[self.order_TM] if self.within and self.bias_E is not None else self.bias_E
+        self.full_weights_TK, self.full_index_TK = self.rule.route(self.seen_TM, self.seen_bias)
 
     def _regrouped(self, drop_PE: torch.Tensor) -> torch.Tensor:
         tokens, top_k = self.full_index_TK.shape
         out = []
         for drop in drop_PE.split(max(1, CHUNK // (tokens * max(4 * top_k * top_k, self.num_experts)))):
-            weights_PTK, index_PTK = self.rule.route(self.logits_TE, self.bias_E, ~drop.unsqueeze(1))
-            out.append(self._gathered(self.full_weights_TK, weights_PTK, self.full_index_TK, index_PTK).sum(-1, dtype=torch.float64))
+            keep = ~(drop[:, self.order_TM] if self.within else drop.unsqueeze(1))
+            weights_PTK, index_PTK = self.rule.route(self.seen_TM, self.seen_bias, keep)
+            out.append(self._sum(self._gathered(self.full_weights_TK, weights_PTK, self.full_index_TK, index_PTK)))
         return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
 
     def _gathered(self, before: torch.Tensor, after: torch.Tensor, index_before: torch.Tensor, index_after: torch.Tensor) -> torch.Tensor:
