@@ -52,8 +52,8 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("cosines", observer._Cosines, "_layer"),
     ("cosines", Stats, "see_block"),
     ("scores from weights", gather, "weight_scores"),
-    ("hidden states kept or spilled", hidden_states.Carried, "__getitem__"),
-    ("hidden states kept or spilled", hidden_states.Carried, "__setitem__"),
+    ("hidden states kept or spilled", hidden_states.HiddenStates, "__getitem__"),
+    ("hidden states kept or spilled", hidden_states.HiddenStates, "__setitem__"),
 )
 
 

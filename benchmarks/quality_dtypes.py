@@ -15,13 +15,13 @@ import time
 from typing import Any
 
 import torch
-from quality_expert_drop import Held, Memory
+from quality_expert_drop import Memory, PeakMemory
 
 import trimoe
 from trimoe.calibration.gather import statistics
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop.expert_drop import Greedy
-from trimoe.methods.lab import Run, _decide_drops
+from trimoe.methods.lab import Lab, _decide_drops
 from trimoe.model.decision import Decisions, unchanged
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
@@ -36,7 +36,7 @@ def kept(decisions: Decisions) -> dict[int, tuple[int, ...]]:
     return {index: tuple(decision.keep) for index, decision in decisions.items()}
 
 
-def kl_of_windows(held: Held, layers: torch.nn.Module, skeleton: Skeleton, keep: dict[int, tuple[int, ...]]) -> torch.Tensor:
+def kl_of_windows(held: PeakMemory, layers: torch.nn.Module, skeleton: Skeleton, keep: dict[int, tuple[int, ...]]) -> torch.Tensor:
     """KL of each window, in nats per scored token."""
     made = []
     with contextlib.ExitStack() as stack:
@@ -79,13 +79,13 @@ def main() -> None:
         sites = dict(skeleton.sites)
         stats = statistics(skeleton, batches, reach=max(step.reach(sites) for step in steps), seed=given.seed)
         for step in steps:
-            run = Run(skeleton, (step,), spec, batches, given.seed, "cpu", {}, QUIET, domains=text.domains)
+            run = Lab(skeleton, (step,), spec, batches, given.seed, "cpu", {}, QUIET, domains=text.domains)
             decisions, metrics = _decide_drops(run, Memory(), 0, step, sites, unchanged(sites), stats)  # type: ignore[arg-type]
             chosen[step.ratio or 0][name] = (kept(decisions), metrics)
             print(f"{name} {step.ratio:.1%} decided after {time.monotonic() - began:.0f} s", flush=True)
     skeleton = Skeleton.of(given.model)
     model = trimoe.load(given.model, dtype=torch.float32)
-    held, layers, rows = Held(model, skeleton, given.text, given.tokens), model.get_submodule(skeleton.prefix), []
+    held, layers, rows = PeakMemory(model, skeleton, given.text, given.tokens), model.get_submodule(skeleton.prefix), []
     for ratio, both in chosen.items():
         kls = {name: kl_of_windows(held, layers, skeleton, keep) for name, (keep, _) in both.items()}
         for name, (keep, metrics) in both.items():

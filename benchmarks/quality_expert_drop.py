@@ -21,7 +21,7 @@ from trimoe.evaluate.texts import windows
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop.expert_drop import Exhaustive, Genetic, Greedy, ReceptiveField
 from trimoe.methods.expert_drop.subset import SubsetLoss
-from trimoe.methods.lab import Run, _decide_drops
+from trimoe.methods.lab import Lab, _decide_drops
 from trimoe.model.decision import unchanged
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
@@ -33,7 +33,7 @@ from trimoe.walk.decided import masked
 PAPER: dict[str, Any] = {"layer_limit": None, "protect_super_experts": False, "cross_check": False}
 
 
-class Held:
+class PeakMemory:
     """Held-out windows and the original model's log-probabilities on them."""
 
     def __init__(self, model: torch.nn.Module, skeleton: Skeleton, texts: Sequence[str], tokens: int):
@@ -87,7 +87,7 @@ def main() -> None:
     batches = text.batches()
     stats = statistics(skeleton, batches, reach=64, search_tokens=spec.search_tokens, seed=given.seed)
     model = trimoe.load(given.model, dtype=torch.float32)
-    held = Held(model, skeleton, given.text, given.tokens)
+    held = PeakMemory(model, skeleton, given.text, given.tokens)
     layers = model.get_submodule(skeleton.prefix)
     rows = []
     for ratio in given.ratios:
@@ -110,7 +110,7 @@ def main() -> None:
             if given.only and name not in given.only:
                 continue
             recipe = Recipe(steps=(step,), calibration=spec)
-            run = Run(skeleton, recipe.steps, recipe.calibration, batches, given.seed, "cpu", {}, QUIET)
+            run = Lab(skeleton, recipe.steps, recipe.calibration, batches, given.seed, "cpu", {}, QUIET)
             decisions, metrics = _decide_drops(run, Memory(), 0, step, dict(skeleton.sites), unchanged(skeleton.sites), stats)  # type: ignore[arg-type]
             losses = []
             with contextlib.ExitStack() as stack:

@@ -26,7 +26,7 @@ from alternate import table, write_json
 
 import trimoe
 from trimoe.model.skeleton import Skeleton
-from trimoe.plan import limits, memory
+from trimoe.plan import limits, memory, recovery_memory
 from trimoe.recipe.recover import parsed
 from trimoe.recover import adapters
 from trimoe.show.format import human

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from huge_shapes import SHAPES, write
-from quality_expert_drop import Held
+from quality_expert_drop import PeakMemory
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 import trimoe
@@ -28,7 +28,7 @@ from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import stability
 from trimoe.methods.expert_drop.expert_drop import Greedy
 from trimoe.methods.recorded import routed
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.plan.disk import search_spilled
 from trimoe.recipe.recipe import load
@@ -39,7 +39,7 @@ from trimoe.walk.decided import masked
 MEMORY = 2.0  # GiB, search_memory's default
 
 
-def one_budget(sites: Mapping[int, Site], reach: int) -> int:
+def one_budget(sites: Mapping[int, MoeBlock], reach: int) -> int:
     """Search tokens where all layers share the memory."""
     return min(USUAL, int(MEMORY * 2**30 / gram_bytes(list(sites.values()), reach)))
 
@@ -104,7 +104,7 @@ def quality(given: argparse.Namespace) -> None:
                      vocabulary=skeleton.config.vocab_size, seed=0)  # fmt: skip
     site, sites = next(iter(skeleton.sites.values())), dict(skeleton.sites)
     model = trimoe.load(given.model, dtype=torch.float32)
-    held, layers = Held(model, skeleton, given.text, given.tokens), model.get_submodule(skeleton.prefix)
+    held, layers = PeakMemory(model, skeleton, given.text, given.tokens), model.get_submodule(skeleton.prefix)
     steps = {ratio: ExpertDrop(ratio=ratio, counts="uniform", search=Greedy()) for ratio in given.ratios}
     reach = max(step.reach(sites) for step in steps.values())
     known: dict[tuple[tuple[int, ...], ...], float] = {}

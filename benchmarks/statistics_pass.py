@@ -19,7 +19,7 @@ from alternate import common_options, middle, ratio, table, take_turns, write_js
 from trimoe.calibration import gather, observer
 from trimoe.model import transformers5
 from trimoe.model.skeleton import Skeleton
-from trimoe.walk.expert_inputs import Recorder
+from trimoe.walk.expert_inputs import InputRecorder
 from trimoe.walk.walk import LayerWalk
 
 FEW = 128  # tokens for batched_mm, which copies an expert's weights for every token
@@ -45,7 +45,7 @@ def experts_alone(skeleton: Skeleton, batch: torch.Tensor, other: str, rounds: i
     """Seconds of one layer's experts under trimoe's function and under `other`, for what the layer really gives them."""
     walk, site = LayerWalk(skeleton, [batch]), skeleton.sites[0]
     with walk.layer(0) as layer:
-        recorder = Recorder(batch.numel())
+        recorder = InputRecorder(batch.numel())
         with recorder.attached(layer, site):
             walk.advance(0, layer)
         seen = recorder.seen()

@@ -21,11 +21,10 @@ from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import receptive_field, scores, search, stability
 from trimoe.methods.expert_drop.expert_drop import Drop, Greedy, ReceptiveField
 from trimoe.methods.expert_drop.subset import SubsetLoss
-from trimoe.methods.lab import Run, _decide_drops
+from trimoe.methods.lab import Lab, _decide_drops
 from trimoe.model.decision import unchanged
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
-from trimoe.recipe.recipe import Recipe
 from trimoe.report.read import Step
 from trimoe.report.searched import section
 from trimoe.show.format import runs
@@ -82,7 +81,7 @@ def test_the_lowest_gate_goes_where_it_does_better(
         stats = statistics(skeleton, batches, reach=steps[0].reach(skeleton.sites), search_tokens=16, seed=seed)
         gone: list[dict[int, Drop]] = []
         for step in steps:
-            run = Run(skeleton, Recipe(steps=(step,), calibration=CalibrationSpec()), batches, seed, "cpu", {}, QUIET)
+            run = Lab(skeleton, (step,), CalibrationSpec(), batches, seed, "cpu", {}, QUIET)
             decided, metrics = _decide_drops(run, None, 0, step, dict(skeleton.sites), unchanged(skeleton.sites), stats)  # type: ignore[arg-type]
             gone.append({index: tuple(e for e in range(8) if e not in decision.keep) for index, decision in decided.items()})
         for index, layer in stats.layers.items():

@@ -26,7 +26,7 @@ from trimoe.model.decision import LayerDecision
 from trimoe.model.skeleton import Skeleton
 from trimoe.team import ALONE, Team
 from trimoe.text.samples import in_batches
-from trimoe.walk.expert_inputs import Seen
+from trimoe.walk.expert_inputs import LayerInputs
 from trimoe.walk.expert_shards import narrowed, share
 
 Family = Callable[[str], Path]
@@ -136,7 +136,7 @@ def test_a_share_of_a_team_of_one_is_the_layer_itself(family_folder: Family) -> 
     skeleton = Skeleton.of(str(family_folder("mixtral")))
     site = skeleton.sites[0]
     experts = site.experts_of(skeleton.layers[0])
-    seen = Seen(torch.zeros(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2))
+    seen = LayerInputs(torch.zeros(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2))
     part = share(ALONE, experts, site, seen, 0, 3)
     assert part.experts is experts and part.seen is seen and part.site is site and not part.empty
     decision = LayerDecision(keep=tuple(range(8)), in_ranks=tuple(range(8)), out_ranks=(8,) * 8)

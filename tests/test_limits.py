@@ -64,11 +64,11 @@ def test_enough_memory_says_nothing(monkeypatch: pytest.MonkeyPatch, family_fold
 def test_host_and_device_are_compared_each_with_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "host", lambda: 10 << 30)
     monkeypatch.setattr(limits, "device", lambda name: 4 << 30 if name == "cuda:1" else None)
-    held = memory.Held({"statistics": 6 << 30, "writing": 7 << 30}, {"statistics": 5 << 30, "writing": 1 << 30})
+    held = memory.PeakMemory({"statistics": 6 << 30, "writing": 7 << 30}, {"statistics": 5 << 30, "writing": 1 << 30})
     (words,) = held.short("cuda:1")
     assert words.startswith("the statistics stage takes up to 5.00 GiB of memory, the device cuda:1 has 4.00 GiB")
-    assert not held.short("cpu") and not memory.Held({"writing": 10 << 30}, {}).short("cpu")
-    both = memory.Held({"writing": 11 << 30}, {"recovery": 5 << 30})
+    assert not held.short("cpu") and not memory.PeakMemory({"writing": 10 << 30}, {}).short("cpu")
+    both = memory.PeakMemory({"writing": 11 << 30}, {"recovery": 5 << 30})
     assert ["this machine" in words for words in both.short("cuda:1")] == [True, False]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from trimoe.methods.low_rank.low_rank import factor, leading, spectrum
 from trimoe.modeling_trimoe import DENSE
-from trimoe.walk.expert_inputs import POOL_WEIGHT, Given, Pool
+from trimoe.walk.expert_inputs import POOL_WEIGHT, ExpertInputs, LayerSample
 
 
 def moment_of(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_a_given_moment_counts_routed_tokens_by_their_weight_and_the_pool_beside
     own = sum(g**2 * torch.outer(row, row) for g, row in zip(gate, x, strict=True)) / sum(g**2 for g in gate)
     layer = sum(torch.outer(row, row) for row in pool) / len(pool)
     want = (20 * own + POOL_WEIGHT * layer) / (20 + POOL_WEIGHT)
-    given = Given(x, gate.float(), Pool(pool))
+    given = ExpertInputs(x, gate.float(), LayerSample(pool))
     torch.testing.assert_close(given.moment, want, rtol=1e-5, atol=1e-6)  # products are taken in float32
     torch.testing.assert_close(given.blended(x, x, pool, pool), given.moment, rtol=0, atol=0)
-    torch.testing.assert_close(Given(x[:0], gate[:0].float(), Pool(pool)).moment, layer, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ExpertInputs(x[:0], gate[:0].float(), LayerSample(pool)).moment, layer, rtol=1e-5, atol=1e-6)

@@ -25,10 +25,10 @@ from trimoe.methods.quantize.quantize import Quantize, folded, linear_rows, put_
 from trimoe.methods.quantize.rounding import ALPHAS, DAMP, SHRINK, awq_scale, clipped, common_group, gptq, rounded, weighted_error
 from trimoe.model.decision import LayerDecision, unchanged
 from trimoe.model.expert import matrices, run_expert
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import first_projection
-from trimoe.walk.expert_inputs import Seen
+from trimoe.walk.expert_inputs import LayerInputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 METHODS = ["gptq", "awq", "round"]
@@ -259,24 +259,24 @@ def test_awq_scale_survives_inputs_that_never_fire() -> None:
 # ---- experts
 
 
-def layer_of(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Site, Skeleton]:
+def layer_of(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, MoeBlock, Skeleton]:
     """(experts, site, skeleton) of the first MoE layer."""
     skeleton = Skeleton.of(str(folder))
     index, site = next(iter(skeleton.sites.items()))
     return site.experts_of(families.build(family, dtype=dtype).get_submodule(skeleton.prefix)[index]), site, skeleton
 
 
-def seen_of(site: Site, dtype: torch.dtype = torch.float32) -> Seen:
+def seen_of(site: MoeBlock, dtype: torch.dtype = torch.float32) -> LayerInputs:
     """1200 tokens, top 2 of all experts but the last two: the last gets none, the one before it 40."""
     generator = torch.Generator().manual_seed(1)
     mix = torch.randn(site.hidden, site.hidden, generator=generator) / site.hidden**0.5
     x_TH = torch.randn(1200, site.hidden, generator=generator) @ mix
     index_TK = torch.rand(1200, site.num_experts - 2, generator=generator).topk(2)[1]
     index_TK[:40, 0] = site.num_experts - 2
-    return Seen(x_TH.to(dtype), index_TK, torch.rand(1200, 2, generator=generator).to(dtype))
+    return LayerInputs(x_TH.to(dtype), index_TK, torch.rand(1200, 2, generator=generator).to(dtype))
 
 
-def output_errors(experts: Any, other: Any, site: Site, seen: Seen) -> list[float]:
+def output_errors(experts: Any, other: Any, site: MoeBlock, seen: LayerInputs) -> list[float]:
     errors = []
     for expert in range(site.num_experts):
         before, after = run_expert(experts, expert, seen.x_TH)[1].double(), run_expert(other, expert, seen.x_TH)[1].double()

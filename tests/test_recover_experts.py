@@ -31,7 +31,7 @@ from trimoe.recipe.recover import Recover
 from trimoe.recover.experts import distil, expert_loss
 from trimoe.recover.inputs import pruned
 from trimoe.recover.pairs import Pair, pairs
-from trimoe.recover.zeros import Held, zero_masks
+from trimoe.recover.zeros import HeldZeros, zero_masks
 
 Family = Callable[[str], Path]
 PRUNED = [{"weight_prune": {"ratio": 0.5}}]
@@ -361,7 +361,7 @@ def test_which_scopes_were_pruned_is_in_the_record() -> None:
 def test_held_zeros_have_no_moments(held: bool) -> None:
     weight = nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
     weight.data[:, ::2] = 0
-    zeros = Held({weight: weight.detach() != 0} if held else {})
+    zeros = HeldZeros({weight: weight.detach() != 0} if held else {})
     handles = zeros.register()
     optimiser = torch.optim.AdamW([weight], lr=0.1)
     for _ in range(3):

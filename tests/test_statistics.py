@@ -23,7 +23,7 @@ from trimoe.calibration.search_tokens import choose, shuffled
 from trimoe.calibration.statistics import LayerStats, Stats, from_main
 from trimoe.errors import UserError
 from trimoe.methods.expert_drop import scores
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.router import RoutingRule
 from trimoe.model.skeleton import Skeleton
 from trimoe.team import Team
@@ -44,7 +44,7 @@ def token_batches() -> list[torch.Tensor]:
 
 
 @dataclass
-class Seen:
+class LayerInputs:
     """What one MoE layer of the in-memory model computed, all tokens in order."""
 
     module: Any = None
@@ -68,8 +68,8 @@ def first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def watch(layer: nn.Module, site: Site, norm: str) -> Seen:
-    seen = Seen(module=site.experts_of(layer), bias_E=site.bias_of(layer))
+def watch(layer: nn.Module, site: MoeBlock, norm: str) -> LayerInputs:
+    seen = LayerInputs(module=site.experts_of(layer), bias_E=site.bias_of(layer))
 
     def router(module: nn.Module, args: Any, output: Any) -> None:
         seen.logits.append(output[0])
@@ -94,7 +94,7 @@ def watch(layer: nn.Module, site: Site, norm: str) -> Seen:
     return seen
 
 
-def in_memory(family: str, skeleton: Skeleton, model: nn.Module) -> dict[int, Seen]:
+def in_memory(family: str, skeleton: Skeleton, model: nn.Module) -> dict[int, LayerInputs]:
     layers = model.get_submodule(skeleton.prefix)
     norm = NORM_BEFORE_MOE.get(family, "post_attention_layernorm")
     seen = {index: watch(layers[index], site, norm) for index, site in skeleton.sites.items()}
@@ -116,7 +116,7 @@ def reference_expert(module: Any, expert: int, x_SH: torch.Tensor) -> tuple[torc
     return h_SI, y_SH + module.down_proj_bias[expert].double() if module.has_bias else y_SH
 
 
-def reference(seen: Seen) -> dict[str, torch.Tensor]:
+def reference(seen: LayerInputs) -> dict[str, torch.Tensor]:
     """The definitions of LayerStats, one expert and one pair at a time."""
     x_TH, index_TK, gate_TK = seen.all("x"), seen.all("index"), seen.all("gate")
     tokens, count = len(x_TH), EXPERTS

@@ -22,7 +22,7 @@ from trimoe.calibration.search_tokens import MEAN, USUAL, gram_side, search_budg
 from trimoe.calibration.statistics import LayerStats
 from trimoe.errors import UserError
 from trimoe.methods.expert_drop.subset import SubsetLoss
-from trimoe.model.moe_block import Site, keep_experts
+from trimoe.model.moe_block import MoeBlock, keep_experts
 from trimoe.model.router import RoutingRule, identify
 from trimoe.model.skeleton import Skeleton
 from trimoe.walk.decided import masked
@@ -77,7 +77,7 @@ def valid_sizes(rule: RoutingRule, num_experts: int) -> list[int]:
 class Block:
     """One MoE block of the in-memory model and the inputs it was given; `run` gives the routed experts' output in float64."""
 
-    def __init__(self, layer: nn.Module, site: Site, x_TH: torch.Tensor):
+    def __init__(self, layer: nn.Module, site: MoeBlock, x_TH: torch.Tensor):
         self.layer, self.site, self.x = layer, site, x_TH
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from trimoe.checkpoint.whole import lost, refuse_lost
 from trimoe.errors import UserError, reading
 from trimoe.journal import FOLDER, STAGE, Journal
 from trimoe.methods import ExpertDrop, recorded
-from trimoe.methods.lab import Run, decide, rounded
+from trimoe.methods.lab import Lab, decide, rounded
 from trimoe.model.decision import Decisions, LayerDecision, unchanged
 from trimoe.model.precision import compute_dtype, dtype_name
 from trimoe.model.skeleton import Skeleton
@@ -141,7 +141,7 @@ def job_of(
             "calibration": text.fingerprint,
             "dtype": dtype_name(skeleton.dtype),
         }
-    run = Run(
+    run = Lab(
         skeleton, parsed.steps, parsed.calibration, _batches(text, place, processes), seed, place, about, reporter, processes, text.domains
     )  # fmt: skip
     inputs = {"recipe": replace(parsed, recover=None).to_json(), **about, "version": VERSION}
@@ -153,7 +153,7 @@ class Job:
     """A compression that nothing on paper speaks against; `warnings` are said as the work begins."""
 
     recipe: Recipe
-    run: Run
+    run: Lab
     text: Calibration
     inputs: dict[str, Any]
     command: str

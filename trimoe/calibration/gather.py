@@ -14,19 +14,19 @@ from trimoe.calibration.observer import Observer
 from trimoe.calibration.search_tokens import Candidates, choose, search_budget, search_tensors, search_wanted, shuffled
 from trimoe.calibration.statistics import BLOCK, LayerStats, Stats, added
 from trimoe.model.decision import Decisions, kept_layers
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import first_projection
 from trimoe.progress import QUIET, Reporter
 from trimoe.team import ALONE, Team
 from trimoe.walk.decided import prune_layer
-from trimoe.walk.expert_inputs import Recorder, Seen
+from trimoe.walk.expert_inputs import InputRecorder, LayerInputs
 from trimoe.walk.expert_shards import share
 from trimoe.walk.hidden_states import room
 from trimoe.walk.walk import LayerWalk
 
 ROUTING = frozenset({"channels", "cosines"})
-Extra = Callable[[nn.Module, Site, Seen, LayerStats], None]
+Extra = Callable[[nn.Module, MoeBlock, LayerInputs, LayerStats], None]
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def statistics(
             experts = site.experts_of(layer)
             candidates = Candidates(rank_T[first : first + own].to(walk.device), tokens, site.num_experts, wanted) if wanted else None
             observer = Observer(site, layer_stats, needs, candidates=candidates)
-            recorder = Recorder(own)
+            recorder = InputRecorder(own)
             with observer.attached(layer), recorder.attached(layer, site) if extra is not None else nullcontext():
                 for batch in range(len(walk.batches)):
                     hidden, walk.hidden[batch] = walk.hidden[batch], walk.step(index, layer, walk.hidden[batch], batch)
@@ -108,7 +108,7 @@ def statistics(
     return stats
 
 
-def _search_room(site: Site, reach: int, tokens: int, held: int) -> tuple[dict[str, torch.Tensor], int]:
+def _search_room(site: MoeBlock, reach: int, tokens: int, held: int) -> tuple[dict[str, torch.Tensor], int]:
     """Where one layer's search tokens go: in memory beside the `held` bytes of other layers', or in mapped files; and the bytes held then."""
     found = {}
     for name, (shape, dtype) in search_tensors(site, reach, tokens).items():

@@ -17,7 +17,7 @@ from trimoe.calibration.search_tokens import Candidates
 from trimoe.calibration.statistics import MAXIMA, LayerStats, similarity
 from trimoe.model import transformers5
 from trimoe.model.expert import by_expert, run_expert
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 
 NAME = "trimoe_observe"
 CHUNK = 1 << 23  # elements of a temporary that may be held at once (32 MiB of float32)
@@ -49,7 +49,7 @@ class Observer:
     Gram made afterwards (`see_search`).
     """
 
-    def __init__(self, site: Site, stats: LayerStats, needs: frozenset[str], *, candidates: Candidates | None = None):
+    def __init__(self, site: MoeBlock, stats: LayerStats, needs: frozenset[str], *, candidates: Candidates | None = None):
         self.site, self.stats, self.needs, self.candidates = site, stats, needs, candidates
         self.logits_TE: torch.Tensor | None = None
 

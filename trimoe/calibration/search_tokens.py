@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from trimoe.errors import UserError
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.router import RoutingRule
 
 FEWEST = 16  # search tokens
@@ -122,12 +122,12 @@ def most_held(tokens: int, num_experts: int, size: int) -> int:
     return min(tokens, 2 * (size + ENOUGH * num_experts))
 
 
-def search_wanted(sites: Sequence[Site], tokens: int | None) -> int:
+def search_wanted(sites: Sequence[MoeBlock], tokens: int | None) -> int:
     """How many search tokens are asked for: `tokens`, or where that is None USUAL, and more if a mean expert would have fewer than MEAN."""
     return tokens if tokens is not None else max(USUAL, *(math.ceil(MEAN * site.num_experts / site.rule.top_k) for site in sites))
 
 
-def search_budget(sites: Sequence[Site], reach: int, tokens: int | None, memory: float) -> int:
+def search_budget(sites: Sequence[MoeBlock], reach: int, tokens: int | None, memory: float) -> int:
     """How many search tokens are taken: those wanted, but no more than fit: each keeps a Gram of `reach` x `reach` float32, those of one
     layer in `memory` GiB. Raises UserError where they would be too few to search by."""
     if not reach:
@@ -142,12 +142,12 @@ def search_budget(sites: Sequence[Site], reach: int, tokens: int | None, memory:
     return min(search_wanted(sites, tokens), fits)
 
 
-def gram_bytes(sites: Sequence[Site], reach: int) -> int:
+def gram_bytes(sites: Sequence[MoeBlock], reach: int) -> int:
     """Bytes that one search token takes in all MoE layers together."""
     return sum(4 * gram_side(site, reach) ** 2 for site in sites)
 
 
-def search_tensors(site: Site, reach: int, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def search_tensors(site: MoeBlock, reach: int, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What is kept of one layer's search tokens: shapes and dtypes by name."""
     side = gram_side(site, reach)
     return {
@@ -156,7 +156,7 @@ def search_tensors(site: Site, reach: int, tokens: int) -> dict[str, tuple[tuple
     }  # fmt: skip
 
 
-def gram_side(site: Site, reach: int) -> int:
+def gram_side(site: MoeBlock, reach: int) -> int:
     """Among how many experts one layer's Gram is, where `reach` are wanted: k and as many as may be dropped, from all groups alike."""
     rule, count = site.rule, site.num_experts
     if rule.ordered:

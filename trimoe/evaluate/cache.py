@@ -54,7 +54,7 @@ def identity(checkpoint: Checkpoint) -> str:
     )
 
 
-class Cache:
+class ResultCache:
     """Results by what they depend on. Without a folder nothing is kept. `taken` counts what was found."""
 
     def __init__(self, folder: Path | None):

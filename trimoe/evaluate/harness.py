@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trimoe.errors import UserError
-from trimoe.evaluate.cache import Cache, digest, identity
+from trimoe.evaluate.cache import ResultCache, digest, identity
 from trimoe.evaluate.generation import fits
 from trimoe.evaluate.quiet import quiet
 from trimoe.evaluate.seeded import seeded
@@ -53,7 +53,7 @@ def check(found: TaskSet, how: How) -> None:
 
 
 def compare(
-    found: TaskSet, models: Mapping[str, Skeleton], how: How, *, cache: Cache, reporter: Reporter
+    found: TaskSet, models: Mapping[str, Skeleton], how: How, *, cache: ResultCache, reporter: Reporter
 ) -> dict[str, Any]:  # fmt: skip
     """`tasks`: one row a task and metric, then those of its groups; `task_settings`: how they were run."""
     import lm_eval
@@ -62,7 +62,7 @@ def compare(
         results, ran = {}, {}
         for name, skeleton in models.items():
             results[name], ran[name] = _measured(found, skeleton, how, cache, reporter)
-        table = _Table(found, results)
+        table = _TaskRows(found, results)
         rows = [row for item in found.top for row in table.rows(item, None)]
     settings = {
         "lm_eval": lm_eval.__version__, "limit": how.limit, "context": min(skeleton.context for skeleton in models.values()),
@@ -75,7 +75,7 @@ def compare(
 
 
 def _measured(
-    found: TaskSet, skeleton: Skeleton, how: How, cache: Cache, reporter: Reporter
+    found: TaskSet, skeleton: Skeleton, how: How, cache: ResultCache, reporter: Reporter
 ) -> tuple[dict[str, dict[str, Any]], str]:  # fmt: skip
     """Task -> {"n", "cut", "metrics": {"metric,filter": {docs, values}}}; and how the tasks were run that were not in the cache."""
     import lm_eval
@@ -174,7 +174,7 @@ def _error(aggregation: Callable[[Sequence[Any]], float], *sides: Sequence[Any])
     return float(np.std(drawn, ddof=1))
 
 
-class _Table:
+class _TaskRows:
     """Rows of the report from per-document values."""
 
     def __init__(self, found: TaskSet, results: Mapping[str, dict[str, dict[str, Any]]]):

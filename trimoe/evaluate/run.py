@@ -13,7 +13,7 @@ import torch
 from trimoe.checkpoint.folder import Checkpoint
 from trimoe.errors import UserError, reading
 from trimoe.evaluate import generation, harness, taskset, texts
-from trimoe.evaluate.cache import Cache
+from trimoe.evaluate.cache import ResultCache
 from trimoe.evaluate.texts import Ends
 from trimoe.model.precision import compute_dtype, dtype_name
 from trimoe.model.skeleton import Skeleton
@@ -93,7 +93,7 @@ def evaluate(
     if tasks:  # what cannot be had is said before hours of work
         found = taskset.find(tasks, include, fewshot, reporter)
         harness.check(found, how)
-    kept = Cache(Path(cache) if cache is not None else None)
+    kept = ResultCache(Path(cache) if cache is not None else None)
     report: dict[str, Any] = {
         "model": skeleton.name, "against": other.name if other else None, "length": length, "stride": stride,
         "dtype": dtype_name(precision), "texts": [],

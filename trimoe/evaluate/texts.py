@@ -15,7 +15,7 @@ import torch
 
 from trimoe.errors import UserError
 from trimoe.evaluate import intervals
-from trimoe.evaluate.cache import Cache, digest, identity
+from trimoe.evaluate.cache import ResultCache, digest, identity
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import Reporter
 from trimoe.text.samples import encode, opening, read_text
@@ -109,7 +109,7 @@ class Ends:
 
 @torch.no_grad()
 def measure(
-    skeleton: Skeleton, other: Skeleton | None, sets: Sequence[Windows], *, device: str, cache: Cache, ends: Ends | None, reporter: Reporter
+    skeleton: Skeleton, other: Skeleton | None, sets: Sequence[Windows], *, device: str, cache: ResultCache, ends: Ends | None, reporter: Reporter
 ) -> dict[str, Any]:  # fmt: skip
     """Sums of each window ("sums": name -> list over the windows of all texts) and "traffic". From the cache where these models have seen
     just these windows before."""

@@ -24,7 +24,7 @@ from trimoe.methods.expert_drop.scores import super_experts
 from trimoe.methods.expert_drop.subset import SubsetLoss
 from trimoe.methods.scope import with_linears
 from trimoe.model.decision import Decisions, LayerDecision, decided_sites
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import Reporter
 from trimoe.show.format import runs
@@ -39,7 +39,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Run:
+class Lab:
     """What every stage needs to know."""
 
     skeleton: Skeleton
@@ -86,7 +86,7 @@ def _each(domains: dict[str, int]) -> str:
 
 
 def decide(
-    run: Run, journal: Journal, number: int, step: Step, decisions: Decisions, given: Stats | None
+    run: Lab, journal: Journal, number: int, step: Step, decisions: Decisions, given: Stats | None
 ) -> tuple[Decisions, dict[str, Any]]:
     """One step's decisions, from the journal if they were taken already."""
     known = journal.get(f"decisions-{number}")
@@ -107,7 +107,7 @@ def decide(
 
 
 def _stats_for(
-    run: Run, journal: Journal, number: int, step: Step, sites: dict[int, Site], given: Stats | None, decisions: Decisions
+    run: Lab, journal: Journal, number: int, step: Step, sites: dict[int, MoeBlock], given: Stats | None, decisions: Decisions
 ) -> Stats:
     reach = step.reach(sites)
     if given is not None and reach:
@@ -129,7 +129,7 @@ def _stats_for(
 
 
 def _decide_drops(
-    run: Run, journal: Journal, number: int, step: ExpertDrop, sites: dict[int, Site], decisions: Decisions, given: Stats | None
+    run: Lab, journal: Journal, number: int, step: ExpertDrop, sites: dict[int, MoeBlock], decisions: Decisions, given: Stats | None
 ) -> tuple[Decisions, dict[str, Any]]:
     uniform = step.uniform(sites)
     stats = _stats_for(run, journal, number, step, sites, given, decisions)
@@ -183,9 +183,9 @@ def _decide_drops(
 
 
 def _drop_menus(
-    run: Run,
+    run: Lab,
     step: ExpertDrop,
-    sites: dict[int, Site],
+    sites: dict[int, MoeBlock],
     decisions: Decisions,
     stats: Stats,
     uniform: dict[int, int],
@@ -210,7 +210,7 @@ def _drop_menus(
 
 
 def _sensitivity(
-    run: Run, decisions: Decisions, perturb: dict[int, Any], dropped: dict[int, int]
+    run: Lab, decisions: Decisions, perturb: dict[int, Any], dropped: dict[int, int]
 ) -> tuple[dict[int, float], dict[str, Any]]:
     """How much the model minds an error in each layer, and by what that was measured. `dropped`: experts that the probe took away."""
     few, probed = run.probe("Sensitivity", streams(list(perturb), run.skeleton.dtype))
@@ -221,7 +221,7 @@ def _sensitivity(
     return found.weights(), {"sensitivity": probed}
 
 
-def _searched(run: Run, stats: Stats, routed: dict[int, list[int]]) -> dict[str, Any]:
+def _searched(run: Lab, stats: Stats, routed: dict[int, list[int]]) -> dict[str, Any]:
     """How much text the statistics and the search saw. `routed`: search tokens of each expert, by layer."""
     made: dict[str, Any] = {"statistics": {
         "samples": sum(map(len, run.batches)), "tokens": run.tokens, "domains": by_domain(run.domains),
@@ -242,19 +242,19 @@ def _searched(run: Run, stats: Stats, routed: dict[int, list[int]]) -> dict[str,
     return made
 
 
-def _by_layer(run: Run, sites: dict[int, Site], work: Callable[[int], Value], label: str) -> dict[int, Value]:
+def _by_layer(run: Lab, sites: dict[int, MoeBlock], work: Callable[[int], Value], label: str) -> dict[int, Value]:
     """work(layer) for every layer of `sites`; of a team each process does some."""
     made = run.team.shared(list(sites), work, lambda mine: run.reporter.track(mine, label, len(mine)))
     return dict(zip(sites, made, strict=True))
 
 
-def _spare(step: ExpertDrop, site: Site, most: int, protected: Drop) -> Drop:
+def _spare(step: ExpertDrop, site: MoeBlock, most: int, protected: Drop) -> Drop:
     """Protected experts, unless so many are that a layer could not lose `most` without them (the rule of `ExpertDrop.space`)."""
     return step.space(site, most // site.rule.groups * site.rule.groups, protected).protected
 
 
 def _drop_metrics(
-    run: Run, step: ExpertDrop, sites: dict[int, Site], stats: Stats, found: dict[int, search.Found], counts: dict[int, int], protected: dict[int, Drop]
+    run: Lab, step: ExpertDrop, sites: dict[int, MoeBlock], stats: Stats, found: dict[int, search.Found], counts: dict[int, int], protected: dict[int, Drop]
 ) -> tuple[dict[str, Any], dict[int, Drop]]:  # fmt: skip
     """What was found in each layer and what it costs, beside greedy and random where the exact loss is at hand; and the sets of the lowest gate,
     in those layers where they are better than what is found on as few tokens (`cross_check`)."""
@@ -271,7 +271,7 @@ def _drop_metrics(
 
 
 def _decide_ranks(
-    run: Run, journal: Journal, number: int, step: LowRank, sites: dict[int, Site], decisions: Decisions, given: Stats | None
+    run: Lab, journal: Journal, number: int, step: LowRank, sites: dict[int, MoeBlock], decisions: Decisions, given: Stats | None
 ) -> tuple[Decisions, dict[str, Any]]:
     """Importance is measured again, on the model as the earlier steps leave it."""
     if not step.needs:
@@ -297,7 +297,13 @@ def _decide_ranks(
 
 
 def _decide_depth(
-    run: Run, journal: Journal, number: int, step: LayerDrop | BlockDrop, sites: dict[int, Site], decisions: Decisions, given: Stats | None
+    run: Lab,
+    journal: Journal,
+    number: int,
+    step: LayerDrop | BlockDrop,
+    sites: dict[int, MoeBlock],
+    decisions: Decisions,
+    given: Stats | None,
 ) -> tuple[Decisions, dict[str, Any]]:
     """The most similar parts; or of a shortlist twice as long, one after the other, what costs the least KL at the end."""
     stats = _stats_for(run, journal, number, step, sites, given, decisions)
@@ -319,7 +325,7 @@ def _decide_depth(
 
 
 def _rerank(
-    run: Run,
+    run: Lab,
     few: list[torch.Tensor],
     decisions: Decisions,
     shortlist: list[candidates.Part],

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as configured
 from trimoe.errors import UserError
 from trimoe.methods.depth import candidates
 from trimoe.model.decision import Decisions
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 
 
 class Method(Protocol):
@@ -26,7 +26,7 @@ class Method(Protocol):
     @property
     def gathers(self) -> bool: ...  # whether a pass over the calibration text comes before the decision
 
-    def shape(self, sites: dict[int, Site], decisions: Decisions) -> None: ...
+    def shape(self, sites: dict[int, MoeBlock], decisions: Decisions) -> None: ...
 
 
 class Fitted:
@@ -36,11 +36,11 @@ class Fitted:
     needs: ClassVar[frozenset[str]] = frozenset()
     gathers: ClassVar[bool] = False
 
-    def reach(self, sites: Mapping[int, Site]) -> int:
+    def reach(self, sites: Mapping[int, MoeBlock]) -> int:
         """Among how many of a token's best experts the Gram is wanted: none is."""
         return 0
 
-    def refuse_factored(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+    def refuse_factored(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         for index, site in sites.items():
             if site.factored or decisions[index].factored:
                 raise UserError(
@@ -63,11 +63,11 @@ class DepthDrop:
     choose: Literal["discrete", "consecutive"] = "discrete"
     rerank: Literal["none", "kl"] = "none"
 
-    def reach(self, sites: Mapping[int, Site]) -> int:
+    def reach(self, sites: Mapping[int, MoeBlock]) -> int:
         """Among how many of a token's best experts the Gram is wanted: none is."""
         return 0
 
-    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+    def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         candidates.check(
             self.name, self.ratio, self.count, self.threshold, consecutive=self.choose == "consecutive", rerank=self.rerank == "kl"
         )

@@ -15,7 +15,7 @@ from trimoe.methods.expert_drop import search, stability
 from trimoe.methods.expert_drop.expert_drop import Exhaustive
 from trimoe.methods.expert_drop.scores import leave_one_out
 from trimoe.methods.expert_drop.subset import SubsetLoss
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 
 FEW_SETS = 2048  # in a layer, all of which are evaluated beside any search
 DRAWS = 1000  # random sets at most that a search is compared with
@@ -23,7 +23,7 @@ POINTS = 32  # of a spectrum
 
 
 def expert_drop(
-    step: ExpertDrop, site: Site, layer: LayerStats, best: search.Found, halves: stability.Halves | None, dropped: int, protected: tuple[int, ...],
+    step: ExpertDrop, site: MoeBlock, layer: LayerStats, best: search.Found, halves: stability.Halves | None, dropped: int, protected: tuple[int, ...],
     seed: int, device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """One layer: what goes, each expert's score (higher stays), and the loss beside greedy, random and, of few sets, the best there is.

@@ -8,11 +8,11 @@ from dataclasses import replace
 from trimoe.methods import Quantize, WeightPrune
 from trimoe.model.decision import Decisions
 from trimoe.model.linears import linears
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 
 
-def with_linears(skeleton: Skeleton, decisions: Decisions, step: Quantize | WeightPrune, sites: Mapping[int, Site]) -> Decisions:
+def with_linears(skeleton: Skeleton, decisions: Decisions, step: Quantize | WeightPrune, sites: Mapping[int, MoeBlock]) -> Decisions:
     """`decisions` with the linears that the step's `scope` has beside the experts of `sites`: "moe" shared experts, "all-linear" all matrices
     of the decoder layers. Layers without experts take over the bits or zeros that the others have."""
     if step.scope == "experts":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 
 
@@ -62,16 +62,16 @@ class LayerDecision:
 Decisions = dict[int, LayerDecision]  # by decoder layer; layers without experts are listed only where something happens to them
 
 
-def decided_sites(sites: Mapping[int, Site], decisions: Decisions) -> dict[int, Site]:
+def decided_sites(sites: Mapping[int, MoeBlock], decisions: Decisions) -> dict[int, MoeBlock]:
     """The MoE layers that are left, as they are then."""
     return {index: decided_site(site, decisions[index]) for index, site in sites.items() if decisions[index].gone is None}
 
 
-def unchanged(sites: dict[int, Site]) -> Decisions:
+def unchanged(sites: dict[int, MoeBlock]) -> Decisions:
     return {index: LayerDecision(keep=tuple(range(site.num_experts))) for index, site in sites.items()}
 
 
-def decided_site(site: Site, decision: LayerDecision) -> Site:
+def decided_site(site: MoeBlock, decision: LayerDecision) -> MoeBlock:
     """The site after its experts have gone."""
     return replace(site, num_experts=len(decision.keep))
 

@@ -141,7 +141,7 @@ class _Noise(Stand):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-class _Table(nn.Module):
+class _RandomTable(nn.Module):
     """Random numbers instead of embeddings."""
 
     def __init__(self, hidden: int, dtype: torch.dtype, seed: int):
@@ -184,7 +184,7 @@ def _calls(model: Model, layers: nn.ModuleList, beside: int, table_seed: int, se
     try:
         for part, name, parameter in made:
             part._parameters[name] = nn.Parameter(torch.ones(parameter.shape, dtype=parameter.dtype), requires_grad=False)
-        model.set_input_embeddings(_Table(table.weight.shape[1], table.weight.dtype, table_seed))
+        model.set_input_embeddings(_RandomTable(table.weight.shape[1], table.weight.dtype, table_seed))
         if head is not None:
             model.set_output_embeddings(_Head(table.weight.dtype))
         with standing(layers, stands):

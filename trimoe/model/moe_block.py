@@ -12,7 +12,7 @@ from trimoe.model.router import RoutingRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class MoeBlock:
     """One MoE block. Paths in `expert_axes` are relative to the block; `H` hidden size, `I` expert width, `O` first projection's width."""
 
     layer: int
@@ -60,7 +60,7 @@ def tensor_at(module: nn.Module, path: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def keep_experts(block: nn.Module, site: Site, keep: tuple[int, ...]) -> None:
+def keep_experts(block: nn.Module, site: MoeBlock, keep: tuple[int, ...]) -> None:
     """Delete all experts but `keep` from a block in place: weights, biases, router rows, correction biases and counts."""
     index = torch.tensor(keep)
     for path, axis in site.expert_axes.items():

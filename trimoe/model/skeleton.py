@@ -24,7 +24,7 @@ from trimoe.checkpoint.folder import Checkpoint
 from trimoe.errors import FOREIGN, UserError, first_line, stop_if_told
 from trimoe.model import layer_call, transformers5
 from trimoe.model import router as routing
-from trimoe.model.moe_block import Site, keep_experts, tensor_at
+from trimoe.model.moe_block import MoeBlock, keep_experts, tensor_at
 from trimoe.model.router import RoutingRule
 
 LOGITS = 1 << 24  # logits that are held at once, several times over, where versions of a model are compared (spill.wider: or more)
@@ -285,7 +285,7 @@ class Skeleton:
 
     # ---- sites
 
-    def _find_sites(self) -> Iterator[Site]:
+    def _find_sites(self) -> Iterator[MoeBlock]:
         plain = copy.deepcopy(self.config)
         if self.spec:
             delattr(plain, modeling_trimoe.KEY)
@@ -301,7 +301,7 @@ class Skeleton:
 
     def _site(
         self, index: int, layer: nn.Module, bigger: nn.Module, axes: dict[str, int], rules: dict[tuple[Any, ...], RoutingRule]
-    ) -> Site:
+    ) -> MoeBlock:
         where = f"{self.name} ({self.config.model_type}), layer {index}"
         found = [path for path, module in layer.named_modules() if transformers5.is_decorated(module)]
         if len(found) != 1:
@@ -332,12 +332,12 @@ class Skeleton:
             bias=biases[0] if biases else None, factored="in_ranks" in entry,
         )  # fmt: skip
         if kind not in rules:
-            rules[kind] = self._identify(where, block, Site(**parts, num_experts=self.num_experts, rule=None))  # type: ignore[arg-type]
+            rules[kind] = self._identify(where, block, MoeBlock(**parts, num_experts=self.num_experts, rule=None))  # type: ignore[arg-type]
         parts["bias"] = parts["bias"] if rules[kind].biased_choice else None
-        return Site(**parts, num_experts=entry.get("num_experts", self.num_experts), rule=rules[kind])  # type: ignore[arg-type]
+        return MoeBlock(**parts, num_experts=entry.get("num_experts", self.num_experts), rule=rules[kind])  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _identify(self, where: str, block: nn.Module, site: Site) -> RoutingRule:
+    def _identify(self, where: str, block: nn.Module, site: MoeBlock) -> RoutingRule:
         """Give the real router random weights, run it, and find the formula that does the same (routing.identify)."""
         text = self.config.get_text_config()
         hints = {name: float(getattr(text, name, None) or 1) for name in ("n_group", "topk_group")}
@@ -354,7 +354,7 @@ class Skeleton:
         x_TH = torch.randn(96, site.hidden, generator=generator)
         groups, count = max(1, int(hints["n_group"])), site.num_experts
         size, pruned = count // groups, []
-        light = Site(**{**site.__dict__, "expert_axes": {p: site.expert_axes[p] for p in site.router_paths()}, "count_attributes": ()})
+        light = MoeBlock(**{**site.__dict__, "expert_axes": {p: site.expert_axes[p] for p in site.router_paths()}, "count_attributes": ()})
         try:
             top_k = _call(shell, light)(x_TH)[2].shape[-1]
             for left in {max(size - 1, 1), max(size * 3 // 4, 2)} - {size}:
@@ -364,7 +364,7 @@ class Skeleton:
                 keep = tuple(torch.cat(chosen).tolist())
                 smaller = copy.deepcopy(shell)
                 counts = tuple((p, a) for p, a in site.count_attributes if p.partition(".")[0] == site.router)
-                keep_experts(smaller, Site(**{**light.__dict__, "count_attributes": counts}), keep)
+                keep_experts(smaller, MoeBlock(**{**light.__dict__, "count_attributes": counts}), keep)
                 mask = torch.zeros(count, dtype=torch.bool)
                 mask[list(keep)] = True
                 pruned.append((mask, _call(smaller, light)))
@@ -391,7 +391,7 @@ def _router_kind(router: nn.Module) -> tuple[Any, ...]:
     return (type(router), *sorted(settings.items()))
 
 
-def _call(shell: nn.Module, site: Site) -> routing.Router:
+def _call(shell: nn.Module, site: MoeBlock) -> routing.Router:
     """The router as a function of hidden states [T, H]; a correction bias that the block passes in is passed in, and a router that wants
     [batch, T, H] gets a batch of one."""
     router = shell.get_submodule(site.router)

@@ -16,7 +16,7 @@ from torch import nn
 
 from trimoe.errors import FOREIGN, UserError, stop_if_told
 from trimoe.model import depth_config
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 
 WAYS = ("pair", "tensor", "triple")  # what an attention, a recurrent or an older attention module returns
@@ -64,7 +64,7 @@ def sublayer(skeleton: Skeleton, index: int) -> SubLayer:
     raise UserError(f"{where} could not be run without its parts; not supported yet.")
 
 
-def _try(pristine: nn.Module, site: Site, pair: bool, way: str) -> tuple[str | None, bool] | None:
+def _try(pristine: nn.Module, site: MoeBlock, pair: bool, way: str) -> tuple[str | None, bool] | None:
     layer = copy.deepcopy(pristine)
     generator = torch.Generator().manual_seed(0)
     made: dict[int, str] = {}

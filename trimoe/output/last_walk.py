@@ -21,22 +21,22 @@ from trimoe.checkpoint.headers import DTYPES
 from trimoe.journal import Journal
 from trimoe.methods import LowRank, Quantize, WeightPrune
 from trimoe.methods.fitting import factored, pruned, quantized
-from trimoe.methods.lab import Run
+from trimoe.methods.lab import Lab
 from trimoe.methods.quantize.quantize import QuantizedLayer, put_back
 from trimoe.model import transformers5
 from trimoe.model.decision import Decisions, LayerDecision, kept_layers
-from trimoe.model.moe_block import Site, tensor_at
+from trimoe.model.moe_block import MoeBlock, tensor_at
 from trimoe.modeling_trimoe import first_projection
 from trimoe.output.writer import Writer
 from trimoe.walk.decided import prune_layer
-from trimoe.walk.expert_inputs import FEW, Recorder, Seen
+from trimoe.walk.expert_inputs import FEW, InputRecorder, LayerInputs
 from trimoe.walk.expert_shards import share
 from trimoe.walk.linear_inputs import Inputs
 from trimoe.walk.walk import LayerWalk
 
 
 @torch.no_grad()
-def transform(run: Run, decisions: Decisions, writer: Writer, journal: Journal) -> dict[str, Any]:
+def transform(run: Lab, decisions: Decisions, writer: Writer, journal: Journal) -> dict[str, Any]:
     """Write all groups: 0 is what lies outside the layers, then one a layer. Where nothing is computed, all of it is a copy. Returns what
     is worth knowing about it, by step."""
     factor = next((step for step in run.steps if isinstance(step, LowRank)), None)
@@ -71,7 +71,7 @@ def transform(run: Run, decisions: Decisions, writer: Writer, journal: Journal) 
                 walk.advance(index, layer)
             else:
                 assert factor is not None and site is not None
-                recorder = Recorder(sum(batch.numel() for batch in walk.batches))
+                recorder = InputRecorder(sum(batch.numel() for batch in walk.batches))
                 with recorder.attached(layer, site):
                     walk.advance(index, layer)
                 part = share(run.team, site.experts_of(layer), site, recorder.seen() if walk.batches else None, run.first, run.tokens)
@@ -91,7 +91,7 @@ def transform(run: Run, decisions: Decisions, writer: Writer, journal: Journal) 
 
 
 def _change(
-    run: Run, walk: LayerWalk, index: int, layer: nn.Module, site: Site | None, decision: LayerDecision, writer: Writer, journal: Journal,
+    run: Lab, walk: LayerWalk, index: int, layer: nn.Module, site: MoeBlock | None, decision: LayerDecision, writer: Writer, journal: Journal,
     factor: LowRank | None, change: Quantize | WeightPrune,
 ) -> None:  # fmt: skip
     """One layer's matrices to integers or with zeros (their product of factors, where they were factored before), and the batches through
@@ -142,17 +142,17 @@ def _change(
     walk.advance(index, layer)
 
 
-def _put(run: Run, writer: Writer, group: int, made: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> None:
+def _put(run: Lab, writer: Writer, group: int, made: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> None:
     """Write one group, in the main process."""
     if run.team.main:
         writer.put(group, made() if made is not None else None)
 
 
 def _watched(
-    run: Run, walk: LayerWalk, index: int, layer: nn.Module, site: Site | None, linears: tuple[str, ...]
-) -> tuple[Seen | None, Inputs]:
+    run: Lab, walk: LayerWalk, index: int, layer: nn.Module, site: MoeBlock | None, linears: tuple[str, ...]
+) -> tuple[LayerInputs | None, Inputs]:
     """What the layer's experts (here) and linears (in all processes) are given, as the layers before leave it."""
-    recorder, inputs = Recorder(sum(batch.numel() for batch in walk.batches)), Inputs(layer, linears)
+    recorder, inputs = InputRecorder(sum(batch.numel() for batch in walk.batches)), Inputs(layer, linears)
     with ExitStack() as stack:
         stack.enter_context(inputs.attached())
         if site is not None:
@@ -169,7 +169,7 @@ def _watched(
     return recorder.seen() if site is not None else None, inputs
 
 
-def _factored_form(writer: Writer, site: Site, index: int, new: nn.Module) -> dict[str, torch.Tensor]:
+def _factored_form(writer: Writer, site: MoeBlock, index: int, new: nn.Module) -> dict[str, torch.Tensor]:
     made = {f"{site.block}.{site.experts}.{name}": tensor_at(new, name).detach() for name in writer.layout.made(index)}
     return writer.layout.disk_form(index, made)
 
@@ -177,7 +177,7 @@ def _factored_form(writer: Writer, site: Site, index: int, new: nn.Module) -> di
 class _without_experts:
     """The layer runs up to its experts, which are shown their inputs and give zeros: what they would give is not wanted yet."""
 
-    def __init__(self, layer: nn.Module, site: Site):
+    def __init__(self, layer: nn.Module, site: MoeBlock):
         self.experts: Any = site.experts_of(layer)
 
     def __enter__(self) -> None:

@@ -22,7 +22,7 @@ from trimoe.errors import UserError
 from trimoe.methods.quantize.quantize import QuantizedLayer
 from trimoe.model import depth_config, sublayer, transformers5
 from trimoe.model.decision import Decisions, LayerDecision, kept_layers
-from trimoe.model.moe_block import Site, tensor_at
+from trimoe.model.moe_block import MoeBlock, tensor_at
 from trimoe.model.skeleton import Skeleton, numbered
 from trimoe.output import config as configuration
 from trimoe.output.tensor_entry import Entry, Group, changed, dense_back, squeezed
@@ -194,7 +194,7 @@ class Layout:
                 whole += len(decision.keep) * (site.first * site.hidden + site.hidden * site.width)
         return packed / whole
 
-    def _without_block(self, index: int, site: Site) -> Group:
+    def _without_block(self, index: int, site: MoeBlock) -> Group:
         """All but the MoE block: a dense MLP of zeros in its place where stock code can build one, the guard elsewhere."""
         prefix = f"{self.skeleton.layer_name(index)}.{site.block}."
         inside = {k for name, keys in self.skeleton.conversion.source_of.items() if name.startswith(prefix) for k in keys}
@@ -218,14 +218,14 @@ class Layout:
             raise UserError(f"block_drop: the layer's number could not be found in the checkpoint's key {key!r}; not supported yet.")
         return new
 
-    def parameter(self, index: int, site: Site, path: str) -> str:
+    def parameter(self, index: int, site: MoeBlock, path: str) -> str:
         return f"{self.skeleton.layer_name(index)}.{site.block}.{path}"
 
-    def disk_expert(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
+    def disk_expert(self, index: int, site: MoeBlock, path: str) -> tuple[DiskExpert, set[str]]:
         """Where a parameter's experts lie on disk, and all keys that it is made of."""
         return self.skeleton.remembered(("disk expert", index, path), lambda: self._like_first(index, site, path))
 
-    def _like_first(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
+    def _like_first(self, index: int, site: MoeBlock, path: str) -> tuple[DiskExpert, set[str]]:
         """As in the first MoE layer, under this layer's number, if that gives this layer's keys; no conversion depends on the number."""
         first = next(iter(self.skeleton.sites.values()))
         shapes = {tensor_at(one.block_of(self.skeleton.layers[one.layer]), path).shape for one in (first, site) if path in one.expert_axes}
@@ -239,7 +239,7 @@ class Layout:
                 return other, keys
         return self._disk_expert(index, site, path)
 
-    def _disk_expert(self, index: int, site: Site, path: str) -> tuple[DiskExpert, set[str]]:
+    def _disk_expert(self, index: int, site: MoeBlock, path: str) -> tuple[DiskExpert, set[str]]:
         """Send expert numbers through the reverse conversion and see where they come out."""
         name, axis = self.parameter(index, site, path), site.expert_axes[path]
         whole = tensor_at(site.block_of(self.skeleton.layers[index]), path)
@@ -295,7 +295,7 @@ class Layout:
         named = {f"{self.skeleton.layer_name(index)}.{name}": tensor for name, tensor in tensors.items()}
         return transformers5.to_disk_format(self.skeleton.model, named, self.skeleton.conversion)
 
-    def expert_dtype(self, index: int, site: Site) -> str:
+    def expert_dtype(self, index: int, site: MoeBlock) -> str:
         """The dtype that the source keeps this layer's expert weights in."""
         path = next(p for p in site.expert_paths() if p.endswith("down_proj"))
         return self.skeleton.checkpoint.tensors[self.skeleton.source_keys(self.parameter(index, site, path))[0]].dtype

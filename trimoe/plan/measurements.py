@@ -8,7 +8,7 @@ from typing import Any
 from trimoe.calibration.search_tokens import search_wanted
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, Step
 from trimoe.methods.expert_drop import receptive_field
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.plan.outline import searched
 from trimoe.recipe.recipe import Recipe
@@ -29,7 +29,7 @@ class Measurement:
     nbytes: int
 
 
-def of_step(skeleton: Skeleton, step: Step, sites: list[Site], spec: CalibrationSpec, tokens: int) -> list[Measurement]:
+def of_step(skeleton: Skeleton, step: Step, sites: list[MoeBlock], spec: CalibrationSpec, tokens: int) -> list[Measurement]:
     """What a step measures on versions of the model, from `tokens` of calibration text."""
     wanted = {}
     if "sensitivity" in step.needs or (isinstance(step, ExpertDrop) and step.counts == "optimal"):
@@ -67,7 +67,7 @@ def on_paper(skeleton: Skeleton, recipe: Recipe, tokens: int) -> list[dict[str, 
     return rows
 
 
-def dropped_parts(skeleton: Skeleton, step: LayerDrop | BlockDrop, sites: list[Site]) -> int:
+def dropped_parts(skeleton: Skeleton, step: LayerDrop | BlockDrop, sites: list[MoeBlock]) -> int:
     """How many layers or sub-layers go."""
     parts = len(sites) if isinstance(step, LayerDrop) else len(skeleton.layers)
     return step.count if step.count is not None else round((step.ratio or 0) * parts)

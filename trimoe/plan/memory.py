@@ -16,7 +16,7 @@ from trimoe.errors import UserError
 from trimoe.methods import LowRank, Quantize, Step, WeightPrune
 from trimoe.methods.low_rank.low_rank import factor_share
 from trimoe.model.decision import Decisions, unchanged
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import LOGITS, Skeleton
 from trimoe.plan import limits, measurements, recovery_memory
 from trimoe.plan.limits import IMPORTS
@@ -30,7 +30,7 @@ TABLES = 5  # of logits, in float32, that are held at once where versions are co
 
 
 @dataclass(frozen=True)
-class Held:
+class PeakMemory:
     """Bytes at the peak of each stage: on the host, and on a GPU where one computes (else none)."""
 
     host: dict[str, int]
@@ -66,9 +66,9 @@ LESS = {  # what makes a stage smaller, for people
 }
 
 
-def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, parameters: int, device: str) -> Held:
+def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, parameters: int, device: str) -> PeakMemory:
     """What each stage takes at its peak. `decisions`: final ones, or stand-ins of the right sizes; `parameters`: the result's."""
-    found, apart = Held({}, {}), device.startswith("cuda")
+    found, apart = PeakMemory({}, {}), device.startswith("cuda")
     stages = list(_stages(skeleton, recipe, decisions, tokens, device))
     if recipe.recover is not None:
         whole = recovery_memory.weights(skeleton)
@@ -83,20 +83,20 @@ def of_stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: 
     return found
 
 
-def of_statistics(skeleton: Skeleton, recipe: Recipe, tokens: int, device: str) -> Held:
+def of_statistics(skeleton: Skeleton, recipe: Recipe, tokens: int, device: str) -> PeakMemory:
     """What gathering a recipe's first statistics alone takes."""
     found = of_stages(skeleton, recipe, unchanged(skeleton.sites), tokens, 0, device)
-    return Held(*({name: size for name, size in held.items() if name == "statistics"} for held in (found.host, found.device)))
+    return PeakMemory(*({name: size for name, size in held.items() if name == "statistics"} for held in (found.host, found.device)))
 
 
-def of_recovery(skeleton: Skeleton, spec: Recover, device: str, parameters: int, original: int, streamed: bool) -> Held:
+def of_recovery(skeleton: Skeleton, spec: Recover, device: str, parameters: int, original: int, streamed: bool) -> PeakMemory:
     """What training takes; all as for recovery_memory.peak."""
     computed, kept, passed = recovery_memory.peak(skeleton, spec, device, parameters=parameters, original=original, streamed=streamed)
     apart = device.startswith("cuda")
-    return Held({"recovery": IMPORTS + kept + (passed if apart else computed)}, {"recovery": computed} if apart else {})
+    return PeakMemory({"recovery": IMPORTS + kept + (passed if apart else computed)}, {"recovery": computed} if apart else {})
 
 
-def fitting(skeleton: Skeleton, spec: Recover, device: str, parameters: int, original: int) -> tuple[Held, str | None]:
+def fitting(skeleton: Skeleton, spec: Recover, device: str, parameters: int, original: int) -> tuple[PeakMemory, str | None]:
     """What training takes in the form that is taken. The model is held as a whole unless the spec says otherwise; where that
     does not fit, and reading layers as they run does, that is done, and a sentence says so."""
     held = of_recovery(skeleton, spec, device, parameters, original, bool(spec.stream))
@@ -112,17 +112,17 @@ def fitting(skeleton: Skeleton, spec: Recover, device: str, parameters: int, ori
     )
 
 
-def of_training(student: Skeleton, teacher: Skeleton | None, spec: Recover, device: str) -> tuple[Held, str | None]:
+def of_training(student: Skeleton, teacher: Skeleton | None, spec: Recover, device: str) -> tuple[PeakMemory, str | None]:
     """What the recovery of a finished folder takes, as `fitting` has it."""
     parameters = recovery_memory.weights(student)
     return fitting(student, spec, device, parameters, parameters if teacher is None else recovery_memory.weights(teacher))
 
 
-def of_evaluation(skeleton: Skeleton, device: str) -> Held:
+def of_evaluation(skeleton: Skeleton, device: str) -> PeakMemory:
     """What a model takes that is walked layer by layer, at least: its largest layer, or what lies outside the layers."""
     outside = sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.outer_keys) * skeleton.dtype.itemsize
     computed, apart = max(outside, skeleton.largest_layer), device.startswith("cuda")
-    return Held({"evaluation": IMPORTS + (0 if apart else computed)}, {"evaluation": computed} if apart else {})
+    return PeakMemory({"evaluation": IMPORTS + (0 if apart else computed)}, {"evaluation": computed} if apart else {})
 
 
 def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: int, device: str) -> Iterator[tuple[str, int, int, int]]:
@@ -182,7 +182,7 @@ def _compute(skeleton: Skeleton, key: str) -> int:
     return max(info.nbytes, math.prod(info.shape) * skeleton.dtype.itemsize)
 
 
-def _experts(site: Site) -> int:
+def _experts(site: MoeBlock) -> int:
     """Parameters of one expert."""
     return site.first * site.hidden + site.hidden * site.width
 
@@ -197,7 +197,7 @@ def _cut(skeleton: Skeleton, decisions: Decisions) -> int:
     return max(cuts, default=0) * skeleton.dtype.itemsize
 
 
-def _batch(site: Site, tokens: int, item: int) -> int:
+def _batch(site: MoeBlock, tokens: int, item: int) -> int:
     """Bytes of what one batch leaves behind in a layer: in attention, all experts' outputs twice, and one expert's share if it had every token."""
     return tokens * item * ((8 + 2 * site.rule.top_k) * site.hidden + 2 * (site.hidden + site.first + site.width))
 
@@ -235,7 +235,7 @@ def _sums(skeleton: Skeleton, step: Step) -> int:
     return 8 * total
 
 
-def _fit(site: Site, step: Step) -> int:
+def _fit(site: MoeBlock, step: Step) -> int:
     """Bytes of one expert's factorisations: moments, their factors and eigenvectors, the matrix itself, in float64."""
     if isinstance(step, Quantize | WeightPrune) and not step.calibrated:
         return 4 * 6 * max(site.first * site.hidden, site.hidden * site.width)

@@ -13,7 +13,7 @@ from trimoe.methods.low_rank.low_rank import MULTIPLE, factor_share
 from trimoe.methods.scope import with_linears
 from trimoe.model import sublayer
 from trimoe.model.decision import Decisions, LayerDecision, decided_sites, unchanged
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
 from trimoe.recipe.recipe import Recipe
@@ -21,7 +21,7 @@ from trimoe.recipe.recipe import Recipe
 WIDEST = 4  # bytes of a weight, at most, when bounding what is still open
 
 
-class Paper:
+class Outline:
     """A recipe's steps on paper: stand-in decisions of the right sizes, every user error that can be found without a weight, and what is
     still open. Where it is open which layers are dropped, those of the fewest bytes are (or the most, for `largest`)."""
 
@@ -121,7 +121,7 @@ def _unnumbered(key: str) -> str:
     return ".".join(words[:at] + words[at + 1 :])
 
 
-def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_counts: bool) -> tuple[Decisions, int]:
+def _on_paper(step: LowRank, sites: dict[int, MoeBlock], decisions: Decisions, open_counts: bool) -> tuple[Decisions, int]:
     """Stand-in ranks of the right total, and by how many bytes the real ones may differ."""
     out, slack = {}, 0
     for index, site in sites.items():
@@ -137,13 +137,13 @@ def _on_paper(step: LowRank, sites: dict[int, Site], decisions: Decisions, open_
     return out, slack
 
 
-def searched(step: Step, sites: dict[int, Site], recipe: Recipe, tokens: int) -> int:
+def searched(step: Step, sites: dict[int, MoeBlock], recipe: Recipe, tokens: int) -> int:
     """How many search tokens a step takes of so many; raises if too few of them would fit."""
     spec = recipe.calibration
     return min(tokens, search_budget(list(sites.values()), step.reach(sites), spec.search_tokens, spec.search_memory))
 
 
-def search_bytes(step: Step, sites: dict[int, Site], recipe: Recipe, tokens: int) -> list[int]:
+def search_bytes(step: Step, sites: dict[int, MoeBlock], recipe: Recipe, tokens: int) -> list[int]:
     """Bytes of every tensor that is kept of a step's search tokens, layer by layer."""
     count, reach = searched(step, sites, recipe, tokens), step.reach(sites)
     return [

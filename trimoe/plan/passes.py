@@ -10,7 +10,7 @@ from trimoe.model.decision import Decisions, decided_sites, kept_layers
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
 from trimoe.plan import measurements
-from trimoe.plan.outline import Paper
+from trimoe.plan.outline import Outline
 from trimoe.recipe.recipe import Recipe
 
 
@@ -34,7 +34,7 @@ def passes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> list[dict[str, An
     made: list[Pass] = []
     many = len(recipe.steps) > 1
     for number, step in enumerate(recipe.steps):
-        before = Paper(skeleton, replace(recipe, steps=recipe.steps[:number], recover=None), largest=True).decisions
+        before = Outline(skeleton, replace(recipe, steps=recipe.steps[:number], recover=None), largest=True).decisions
         made += [
             replace(row, stage=f"{row.stage}, step {number + 1}" if many else row.stage)
             for row in _deciding(skeleton, recipe, step, before, tokens)
@@ -62,7 +62,7 @@ def _deciding(skeleton: Skeleton, recipe: Recipe, step: Step, before: Decisions,
 
 def _writing(skeleton: Skeleton, recipe: Recipe, tokens: int) -> Pass:
     """The last walk: layers that are fitted run on the text, what stays as it is gets copied."""
-    decisions = Paper(skeleton, replace(recipe, recover=None), largest=True).decisions
+    decisions = Outline(skeleton, replace(recipe, recover=None), largest=True).decisions
     layout = Layout(skeleton, decisions)
     factor = next((step for step in recipe.steps if isinstance(step, LowRank)), None)
     change = next((step for step in recipe.steps if isinstance(step, Quantize | WeightPrune)), None)

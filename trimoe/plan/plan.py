@@ -14,14 +14,14 @@ from trimoe.errors import UserError
 from trimoe.methods import LowRank, Quantize, WeightPrune
 from trimoe.model.decision import Decisions, LayerDecision, unchanged
 from trimoe.model.linears import linears
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.precision import compute_dtype
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
 from trimoe.plan import measurements, memory, recovery_memory
 from trimoe.plan.disk import output_need, spilled
 from trimoe.plan.engines import as_json, check_target, loading
-from trimoe.plan.outline import WIDEST, Paper
+from trimoe.plan.outline import WIDEST, Outline
 from trimoe.plan.token_cost import LayerCosts, context_of, head_matrix, of_layers
 from trimoe.plan.warnings import advice
 from trimoe.recipe.recipe import Recipe, with_calibration
@@ -81,9 +81,9 @@ class Plan:
         return self.after.file_bytes if self.after.exact else None
 
     @property
-    def held(self) -> memory.Held:
+    def held(self) -> memory.PeakMemory:
         """What it takes, to be compared with what there is (how many logits are held at once goes by the machine's memory)."""
-        return memory.Held(self.memory_split, self.device_split)
+        return memory.PeakMemory(self.memory_split, self.device_split)
 
     def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "before": self.before.__dict__, "after": self.after.__dict__, "bytes": self.bytes}
@@ -118,7 +118,7 @@ def plan(
     forms, spec = _forms(skeleton, parsed), parsed.calibration
     layout, smaller, most = forms.layout, forms.smaller, forms.most
     tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
-    open_ = Open(
+    open_ = Bounds(
         slack=most.slack + _header_slack(layout) if most.open_bytes else 0, parameters=most.slack // WIDEST, least_bytes=smaller.nbytes,
         counts=most.open_counts, layers=most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def check(skeleton: Skeleton, recipe: str | dict[str, Any] | Recipe) -> None:
 class _Forms:
     """A recipe's most and least on paper, checked: the layout of the most, of the least, and whether the result is native."""
 
-    most: Paper
+    most: Outline
     layout: Layout
     smaller: Layout
     native: bool
@@ -192,8 +192,8 @@ def _forms(skeleton: Skeleton, recipe: Recipe) -> _Forms:
     _check_recovery(recipe)
     if skeleton.checkpoint.scheme is not None:
         raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
-    most = Paper(skeleton, recipe, largest=False)
-    least = Paper(skeleton, recipe, largest=True) if most.open_depth else most  # the two differ in the layers that go
+    most = Outline(skeleton, recipe, largest=False)
+    least = Outline(skeleton, recipe, largest=True) if most.open_depth else most  # the two differ in the layers that go
     layout = Layout(skeleton, most.decisions).examined()
     smaller = Layout(skeleton, least.decisions).examined() if least.open_depth else layout
     stored = layout.native or smaller.native
@@ -212,7 +212,7 @@ def _refuse_lone_experts(native: bool, skeleton: Skeleton, decisions: Decisions)
 
 
 @dataclass(frozen=True)
-class Open:
+class Bounds:
     """What decisions may still change of a layout that stands for them: `slack` bytes and `parameters` either way (none where all is fixed),
     `least_bytes` of the smallest that it may be, whether it is open how many experts stay where (`counts`), which `layers` do, what `ranks` they get; `gone`:
     how many decoder layers ("block") and MoE sub-layers ("moe") go, at least and at most."""
@@ -254,12 +254,12 @@ def final_plan(skeleton: Skeleton, decisions: Decisions, recipe: Recipe, tokens:
     _refuse_lone_experts(layout.native, skeleton, decisions)
     blocks = len(skeleton.layers) - len(layout.place)
     moe = sum(decisions[index].gone is not None for index in skeleton.sites)
-    decided = Open(0, 0, layout.nbytes, counts=False, layers=False, ranks=False, gone={"block": (blocks, blocks), "moe": (moe, moe)})
+    decided = Bounds(0, 0, layout.nbytes, counts=False, layers=False, ranks=False, gone={"block": (blocks, blocks), "moe": (moe, moe)})
     return describe(skeleton, layout, recipe, native=layout.native, tokens=tokens, open_=decided, device=device)
 
 
 def describe(
-    skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, tokens: int, open_: Open, device: str
+    skeleton: Skeleton, layout: Layout, recipe: Recipe, *, native: bool, tokens: int, open_: Bounds, device: str
 ) -> Plan:  # fmt: skip
     """The plan of a layout, which stands for all that are still possible."""
     original = Layout(skeleton, unchanged(skeleton.sites))
@@ -294,7 +294,7 @@ def describe(
     )  # fmt: skip
 
 
-def _depth(skeleton: Skeleton, open_: Open) -> dict[str, list[int]]:
+def _depth(skeleton: Skeleton, open_: Bounds) -> dict[str, list[int]]:
     """Decoder layers and those with experts: [before, after at least, after at most]."""
     before = {"block": len(skeleton.layers), "moe": len(skeleton.sites)}
     return {
@@ -317,7 +317,7 @@ def _all_left(skeleton: Skeleton, decisions: Decisions) -> Decisions:
     return found
 
 
-def _form(site: Site | None, decision: LayerDecision | None, open_: Open) -> dict[str, Any]:
+def _form(site: MoeBlock | None, decision: LayerDecision | None, open_: Bounds) -> dict[str, Any]:
     """How many experts a layer keeps, and in which form. None: not known yet, or not so."""
     assert decision is not None
     rank: Any = None
@@ -339,7 +339,7 @@ def _mean(ranks: Sequence[int]) -> str:
     return text + (f" ({dense} dense)" if dense else "")
 
 
-def sizes(skeleton: Skeleton, layout: Layout, layers: list[LayerCosts], open_: Open | None = None) -> Sizes:
+def sizes(skeleton: Skeleton, layout: Layout, layers: list[LayerCosts], open_: Bounds | None = None) -> Sizes:
     """The whole model's, from its layers and what lies outside them."""
     outside = layout.groups[0].parameters
     slack, more, low = (0, 0, layout.nbytes) if open_ is None else (open_.slack, open_.parameters, open_.least_bytes)

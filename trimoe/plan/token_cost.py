@@ -22,7 +22,7 @@ from trimoe.errors import FOREIGN, stop_if_told
 from trimoe.methods.low_rank.low_rank import factor_share
 from trimoe.model import depth_config, layer_call, transformers5
 from trimoe.model.decision import LayerDecision
-from trimoe.model.moe_block import Site, tensor_at
+from trimoe.model.moe_block import MoeBlock, tensor_at
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
 from trimoe.show.format import PER
@@ -33,7 +33,7 @@ Kind = Literal["all tokens", "latent", "window", "state", "nothing"]
 
 
 @dataclass(frozen=True)
-class Cache:
+class LayerCache:
     """What a decoder layer keeps of one sequence: `token_bytes` for each token (the last `window` - 1 of them where there is a window), and
     `state_bytes` whatever the length. `attend`: FLOPs of attention for each token of context; `step`: of the state, for each new token."""
 
@@ -56,10 +56,10 @@ def context_of(skeleton: Skeleton) -> int:
     return min(CONTEXT, skeleton.context)
 
 
-def caches(skeleton: Skeleton) -> list[Cache] | None:
+def caches(skeleton: Skeleton) -> list[LayerCache] | None:
     """Of every decoder layer; None of an architecture that does not run hollow."""
 
-    def found() -> list[Cache] | None:
+    def found() -> list[LayerCache] | None:
         try:
             return list(_caches(skeleton))
         except FOREIGN as error:
@@ -70,7 +70,7 @@ def caches(skeleton: Skeleton) -> list[Cache] | None:
 
 
 @torch.no_grad()
-def _caches(skeleton: Skeleton) -> Iterator[Cache]:
+def _caches(skeleton: Skeleton) -> Iterator[LayerCache]:
     first, text = _first_alike(skeleton), skeleton.config.get_text_config()
     model = copy.deepcopy(skeleton.model, {id(skeleton.layers[index]): skeleton.layers[index] for index in first if first[index] != index})
     layers = transformers5.decoder_layers(model)[1]
@@ -95,12 +95,12 @@ def _caches(skeleton: Skeleton) -> Iterator[Cache]:
         state += [tensor for value in beside for tensor in _tensors(value[index])]
         sizes = sum(tensor.nbytes for tensor in state), 4 * sum(tensor.numel() for tensor in state)
         if not isinstance(keys, torch.Tensor) or not keys.numel():
-            yield Cache("state" if state else "nothing", state_bytes=sizes[0], step=sizes[1])
+            yield LayerCache("state" if state else "nothing", state_bytes=sizes[0], step=sizes[1])
             continue
         assert isinstance(values, torch.Tensor)
         widths = (text.qk_head_dim, text.v_head_dim) if latent else (keys.shape[-1], values.shape[-1])
         window = getattr(held, "sliding_window", None)
-        yield Cache(
+        yield LayerCache(
             "latent" if latent else "window" if window else "all tokens", (keys.nbytes + values.nbytes) // keys.shape[-2], sizes[0], window,
             2 * heads * sum(widths), sizes[1],
         )  # fmt: skip
@@ -129,7 +129,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 # ---- parameters
 
 
-def expert_parameters(skeleton: Skeleton, site: Site, decision: LayerDecision) -> int:
+def expert_parameters(skeleton: Skeleton, site: MoeBlock, decision: LayerDecision) -> int:
     """Of a layer's routed experts, biases included."""
     biases = sum(
         math.prod(tensor.shape[1:])
@@ -139,7 +139,7 @@ def expert_parameters(skeleton: Skeleton, site: Site, decision: LayerDecision) -
     return expert_matrices(skeleton, site, decision) + len(decision.keep) * biases
 
 
-def expert_matrices(skeleton: Skeleton, site: Site, decision: LayerDecision) -> int:
+def expert_matrices(skeleton: Skeleton, site: MoeBlock, decision: LayerDecision) -> int:
     """The same without biases."""
     if decision.factored:
         return factor_share(decision, site)
@@ -149,7 +149,7 @@ def expert_matrices(skeleton: Skeleton, site: Site, decision: LayerDecision) -> 
     return len(decision.keep) * (site.first * site.hidden + site.hidden * site.width)
 
 
-def used_share(site: Site, decision: LayerDecision) -> float:
+def used_share(site: MoeBlock, decision: LayerDecision) -> float:
     """How much of a layer's routed experts one token passes."""
     return min(1.0, site.rule.top_k / len(decision.keep))
 
@@ -191,14 +191,14 @@ class LayerCosts:
     active: int
     experts: int
     flops: int
-    cache: Cache | None
+    cache: LayerCache | None
 
     def to_json(self) -> dict[str, Any]:
         cached = None if self.cache is None else {"kind": self.cache.kind, "bytes": self.cache.nbytes(PER), "fixed": self.cache.state_bytes}
         return {"bytes": self.nbytes, "parameters": self.parameters, "active": self.active, "flops": self.flops, "cache": cached}
 
 
-GONE = Cache("nothing")
+GONE = LayerCache("nothing")
 
 
 def of_layers(skeleton: Skeleton, layout: Layout) -> list[LayerCosts]:

@@ -31,9 +31,9 @@ from trimoe.progress import Reporter
 from trimoe.recipe.recover import Recover, schedule
 from trimoe.recover.inputs import went_over, why_held
 from trimoe.recover.pairs import Pair, pairs
-from trimoe.recover.zeros import Held, zero_masks
+from trimoe.recover.zeros import HeldZeros, zero_masks
 from trimoe.show.format import counted
-from trimoe.walk.expert_inputs import Recorder, Seen
+from trimoe.walk.expert_inputs import InputRecorder, LayerInputs
 from trimoe.walk.walk import LayerWalk
 
 CHECKS = 10  # validations of a layer, about
@@ -65,7 +65,7 @@ def distil(
                     walk.advance(index, layer)
                     continue
                 new, site = waiting[index], teacher.sites[index]
-                recorder = Recorder(sum(batch.numel() for batch in walk.batches))
+                recorder = InputRecorder(sum(batch.numel() for batch in walk.batches))
                 with recorder.attached(layer, site):
                     walk.advance(index, layer)
                 lesson = _lesson(site.experts_of(layer), found[new], recorder.seen(), train)
@@ -140,7 +140,7 @@ class Lesson:
 
     experts: Any
     keep: tuple[int, ...]
-    seen: Seen
+    seen: LayerInputs
     train: int
 
     def loss(self, student: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ class Learned:
         return {"before": self.before, "after": self.after, "steps": self.steps}
 
 
-def _lesson(experts: Any, pair: Pair, seen: Seen, train: list[torch.Tensor]) -> Lesson:
+def _lesson(experts: Any, pair: Pair, seen: LayerInputs, train: list[torch.Tensor]) -> Lesson:
     return Lesson(experts, pair.keep, seen, sum(batch.numel() for batch in train))
 
 
@@ -194,7 +194,7 @@ def learn(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     masks = zero_masks(parameters, known)
-    zeros = Held({parameters[name]: mask for name, mask in masks.items()})
+    zeros = HeldZeros({parameters[name]: mask for name, mask in masks.items()})
     zeros.register()
     best, steps = _descend(lesson, student, parameters, zeros, spec, before, size, seed)
     if best is None:
@@ -208,7 +208,14 @@ def learn(
 
 
 def _descend(
-    lesson: Lesson, student: nn.Module, parameters: dict[str, nn.Parameter], zeros: Held, spec: Recover, loss: float, size: int, seed: int
+    lesson: Lesson,
+    student: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    zeros: HeldZeros,
+    spec: Recover,
+    loss: float,
+    size: int,
+    seed: int,
 ) -> tuple[dict[str, torch.Tensor] | None, int]:
     """The best state that validation saw (None: the first one, of the given loss), and the steps done."""
     optimiser = torch.optim.AdamW(parameters.values(), lr=spec.peak, betas=BETAS, weight_decay=0.0, foreach=False)

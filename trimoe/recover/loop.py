@@ -34,7 +34,7 @@ from trimoe.recover.head import Logits
 from trimoe.recover.layers import Again
 from trimoe.recover.pairs import Pair
 from trimoe.recover.teacher import Kept, Teacher, distillation, save_aside
-from trimoe.recover.zeros import Held
+from trimoe.recover.zeros import HeldZeros
 from trimoe.show.format import counted
 
 VALIDATIONS = 10  # over a whole run, beside the one at the start
@@ -56,7 +56,7 @@ class Learner(nn.Module):
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """What is trained, and by which loss. `goal`: the validation number that says which state is best. `constants`: what a loss fixed on
     the first batch. `held`: zeros that stay."""
 
@@ -66,7 +66,7 @@ class Job:
     goal: str = "loss"
     teacher: Teacher | None = None
     constants: dict[str, float] = field(default_factory=dict)
-    held: Held | None = None
+    held: HeldZeros | None = None
 
 
 def cross_entropy(logits: Logits) -> torch.Tensor:
@@ -168,7 +168,7 @@ class Training:
     """Trains a job on the first `count` of the samples and validates on the others. Afterwards the job's parameters hold the best state."""
 
     def __init__(
-        self, job: Job, samples_NL: torch.Tensor, count: int, spec: Recover, folder: Path, accelerator: Accelerator, *, seed: int,
+        self, job: TrainingJob, samples_NL: torch.Tensor, count: int, spec: Recover, folder: Path, accelerator: Accelerator, *, seed: int,
         device: str, reporter: Reporter,
     ):  # fmt: skip
         self.job, self.samples_NL, self.count, self.spec, self.seed = job, samples_NL, count, spec, seed

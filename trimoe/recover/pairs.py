@@ -8,7 +8,7 @@ from typing import Any
 
 from trimoe.errors import UserError
 from trimoe.model.decision import Decisions, LayerDecision, kept_layers, unchanged
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 
 
@@ -38,7 +38,7 @@ def pairs(record: Mapping[str, Any] | None, teacher: Skeleton, student: Skeleton
     return out
 
 
-def _difference(decision: LayerDecision, teacher: Site | None, student: Site | None) -> str | None:
+def _difference(decision: LayerDecision, teacher: MoeBlock | None, student: MoeBlock | None) -> str | None:
     """Why the student's layer cannot be the teacher's; None where nothing speaks against it."""
     if teacher is None or student is None or decision.gone is not None:
         expected = teacher is not None and decision.gone is None

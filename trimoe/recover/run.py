@@ -29,10 +29,10 @@ from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe.recover import Diverged, Recover, parsed
 from trimoe.recover import adapters, apart, experts, layers
 from trimoe.recover.inputs import record_of, refuse_inside, refuse_packed, teacher_of, text_for, went_over, why_held
-from trimoe.recover.loop import Job, Training, WithExperts, distilled, launcher, numbers, text_loss
+from trimoe.recover.loop import Training, TrainingJob, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
 from trimoe.recover.teacher import Teacher
-from trimoe.recover.zeros import Held, zero_masks
+from trimoe.recover.zeros import HeldZeros, zero_masks
 from trimoe.run.load import load
 from trimoe.show.format import counted
 from trimoe.text.samples import Calibration, in_batches
@@ -52,7 +52,7 @@ class Recovered:
 
 
 @dataclass
-class Run:
+class RecoveryRun:
     """What every part of a recovery needs to know. `teacher` is None where the method learns from text alone."""
 
     student: Skeleton
@@ -132,7 +132,7 @@ def recover(
     journal = Journal(out, inputs)
     journal.refuse_other_content()
     streamed = why is not None or bool(spec.stream)
-    run = Run(student, original, record, spec, text, count, out, seed, device, dtype, streamed, reporter)
+    run = RecoveryRun(student, original, record, spec, text, count, out, seed, device, dtype, streamed, reporter)
     main = processes.is_main_process
     with journal if main else contextlib.nullcontext(), logged(reporter, out / LOG, command or call, main=main):
         rewriter = Rewriter(student.checkpoint, out)
@@ -167,7 +167,7 @@ def recover(
 # ---- training
 
 
-def _by_layer(run: Run, rewriter: Rewriter, journal: Journal) -> dict[str, Any]:
+def _by_layer(run: RecoveryRun, rewriter: Rewriter, journal: Journal) -> dict[str, Any]:
     """`experts`, streamed: what was learned is in the rewriter."""
     assert run.teacher is not None
     with run.reporter.stage("Copy the folder"):
@@ -181,7 +181,7 @@ def _by_layer(run: Run, rewriter: Rewriter, journal: Journal) -> dict[str, Any]:
     return {**sums, "layers": learned}
 
 
-def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, Changed]:
+def _as_a_whole(run: RecoveryRun, processes: Any) -> tuple[dict[str, Any], TrainingJob, Changed]:
     """The other methods: the model, and for `experts` the original too, in memory. The last of the three are the weights to be written, none
     where the start was best."""
     teacher = _answers(run, processes) if run.spec.method in ("router", "logits") else None
@@ -209,7 +209,7 @@ def _as_a_whole(run: Run, processes: Any) -> tuple[dict[str, Any], Job, Changed]
 
 
 @torch.no_grad()
-def _rounded(run: Run, job: Job, training: Training, offloaded: layers.Offloaded | None) -> Changed:
+def _rounded(run: RecoveryRun, job: TrainingJob, training: Training, offloaded: layers.Offloaded | None) -> Changed:
     """The trained weights, adapters merged, in the dtypes that they are stored in; the job's model has them from now on. They are made anew when
     they are written: the model holds fewer bits where it computes in fewer than are stored."""
     made: Changed
@@ -232,17 +232,17 @@ def _rounded(run: Run, job: Job, training: Training, offloaded: layers.Offloaded
     return made
 
 
-def _stored_dtype(run: Run, name: str) -> torch.dtype:
+def _stored_dtype(run: RecoveryRun, name: str) -> torch.dtype:
     key = run.student.source_keys(run.student.stored_names(name)[0])[0]
     return DTYPES[run.student.checkpoint.tensors[key].dtype]
 
 
-def _stored_as(run: Run, name: str, value: torch.Tensor) -> torch.Tensor:
+def _stored_as(run: RecoveryRun, name: str, value: torch.Tensor) -> torch.Tensor:
     """A parameter's new value in the dtype that it is stored in."""
     return value.to(_stored_dtype(run, name))
 
 
-def _merge(run: Run, name: str, adapter: Any, held: torch.Tensor) -> None:
+def _merge(run: RecoveryRun, name: str, adapter: Any, held: torch.Tensor) -> None:
     """Add an adapter's product to a weight that the model computes with, as it will read once it is stored."""
     stored = _stored_dtype(run, name)
     if torch.promote_types(held.dtype, stored) == held.dtype:
@@ -251,7 +251,7 @@ def _merge(run: Run, name: str, adapter: Any, held: torch.Tensor) -> None:
         held.copy_(_merged(run, name, adapter))
 
 
-def _merged(run: Run, name: str, adapter: Any) -> torch.Tensor:
+def _merged(run: RecoveryRun, name: str, adapter: Any) -> torch.Tensor:
     """A stored weight with what its adapter adds, rounded once."""
     sources = run.student.checkpoint.read_together(run.student.source_keys(name))
     weight = transformers5.read_parameter(run.student.model, name, sources).to(next(adapter.parameters()).device)
@@ -259,13 +259,13 @@ def _merged(run: Run, name: str, adapter: Any) -> torch.Tensor:
     return _stored_as(run, name, weight)
 
 
-def _offloaded(run: Run, place: Any) -> layers.Offloaded:
+def _offloaded(run: RecoveryRun, place: Any) -> layers.Offloaded:
     """The model with what trains, and what lies outside its layers, in memory."""
     student = run.student if run.student.dtype == run.dtype else Skeleton.of(run.student.checkpoint, run.dtype)
     return layers.Offloaded(student, _routers(run) if run.spec.method == "router" else (), place)
 
 
-def _routers(run: Run) -> list[str]:
+def _routers(run: RecoveryRun) -> list[str]:
     student = run.student
     return [f"{student.layer_name(i)}.{site.block}.{path}" for i, site in student.sites.items() for path in site.router_paths()]
 
@@ -280,7 +280,7 @@ def _loaded(skeleton: Skeleton, place: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _answers(run: Run, processes: Any) -> Teacher:
+def _answers(run: RecoveryRun, processes: Any) -> Teacher:
     """The original's distributions for all samples, computed by the main process."""
     assert run.teacher is not None
     spec, samples_NL = run.spec, run.text.samples_NL
@@ -296,7 +296,9 @@ def _answers(run: Run, processes: Any) -> Teacher:
     return Teacher(folder, in_batches(samples_NL, run.device), spec.temperature)
 
 
-def _job(run: Run, model: Any, offloaded: layers.Offloaded | None, teacher: Teacher | None, place: Any) -> tuple[Job, dict[str, Any]]:
+def _job(
+    run: RecoveryRun, model: Any, offloaded: layers.Offloaded | None, teacher: Teacher | None, place: Any
+) -> tuple[TrainingJob, dict[str, Any]]:
     """What trains, by which loss; and what trimoe.json says of it."""
     spec, student = run.spec, run.student
     if spec.method == "experts":
@@ -315,21 +317,21 @@ def _job(run: Run, model: Any, offloaded: layers.Offloaded | None, teacher: Teac
                 f"Merged adapters would fill pruned zeros ({why_held(run.record)}): the {len(inside)} parameters that have some get none."
             )
         model = adapters.attach(model, wanted, spec, run.seed)
-        return Job(model, adapters.trainable(model), loss, goal, teacher), adapters.described(wanted)
+        return TrainingJob(model, adapters.trainable(model), loss, goal, teacher), adapters.described(wanted)
     if spec.method == "router":
         names = _routers(run)
         trained = {name: parameter for name, parameter in model.named_parameters() if name in names}
     else:
         trained = dict(model.named_parameters())
-    return Job(model, _training(trained), loss, goal, teacher, held=_held(run, trained)), {}
+    return TrainingJob(model, _training(trained), loss, goal, teacher, held=_held(run, trained)), {}
 
 
-def _twice(run: Run) -> bool:
+def _twice(run: RecoveryRun) -> bool:
     """Whether layers compute again in the backward pass."""
     return recovery_memory.computed_again(run.student, run.spec, run.dtype, recovery_memory.weights(run.student))
 
 
-def _experts_job(run: Run, model: Any, place: Any) -> Job:
+def _experts_job(run: RecoveryRun, model: Any, place: Any) -> TrainingJob:
     """The paper's own form: both models in memory; the experts' weights and biases train."""
     assert run.teacher is not None
     original = _loaded(run.teacher, place, run.dtype)
@@ -338,7 +340,7 @@ def _experts_job(run: Run, model: Any, place: Any) -> Job:
     trained = {name: parameter for name, parameter in model.named_parameters() if name.startswith(tuple(paths))}
     constants: dict[str, float] = {}
     loss = WithExperts(run.student, original, run.teacher, found, constants, layers.again if _twice(run) else layers.at_once)
-    return Job(model, _training(trained), loss, constants=constants, held=_held(run, trained))
+    return TrainingJob(model, _training(trained), loss, constants=constants, held=_held(run, trained))
 
 
 def _training(trained: dict[str, Any]) -> dict[str, Any]:
@@ -347,17 +349,17 @@ def _training(trained: dict[str, Any]) -> dict[str, Any]:
     return trained
 
 
-def _held(run: Run, trained: dict[str, Any]) -> Held | None:
+def _held(run: RecoveryRun, trained: dict[str, Any]) -> HeldZeros | None:
     masks = zero_masks(trained, went_over(run.record, run.student))
     if masks:
         run.reporter.say(f"Zeros in {counted(len(masks), 'parameter')} stay zero: {why_held(run.record)}.")
-    return Held({trained[name]: mask for name, mask in masks.items()}) if masks else None
+    return HeldZeros({trained[name]: mask for name, mask in masks.items()}) if masks else None
 
 
 # ---- writing
 
 
-def _rewrite(run: Run, rewriter: Rewriter, changed: Changed, entry: dict[str, Any]) -> None:
+def _rewrite(run: RecoveryRun, rewriter: Rewriter, changed: Changed, entry: dict[str, Any]) -> None:
     """The folder's copy with the trained numbers."""
     give_back()  # what training took beside what is written
     with run.reporter.stage("Copy the folder"):
@@ -372,7 +374,7 @@ def _rewrite(run: Run, rewriter: Rewriter, changed: Changed, entry: dict[str, An
     rewriter.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
 
 
-def _keep_adapter(run: Run, job: Job, entry: dict[str, Any]) -> None:
+def _keep_adapter(run: RecoveryRun, job: TrainingJob, entry: dict[str, Any]) -> None:
     """peft's files and what was done; the adapter's configuration comes last."""
     write_text(run.out / ADAPTER_RECORD, json.dumps(entry, indent=1) + "\n")
     adapters.save(job.model, run.student.checkpoint.folder, run.folder / "adapter", run.out, card.recovered(entry))

@@ -64,7 +64,7 @@ def _grid(tensor: torch.Tensor) -> bool:
     return bool(shares) and sorted(shares)[len(shares) // 2] <= GRID
 
 
-class Held:
+class HeldZeros:
     """Holds the zeros of parameters, given {parameter: mask}."""
 
     def __init__(self, masks: Mapping[torch.Tensor, torch.Tensor]):

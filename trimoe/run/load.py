@@ -17,7 +17,7 @@ from trimoe.checkpoint.packed import Packed
 from trimoe.errors import UserError
 from trimoe.model import transformers5
 from trimoe.model.linears import linears
-from trimoe.model.moe_block import Site, tensor_at
+from trimoe.model.moe_block import MoeBlock, tensor_at
 from trimoe.model.precision import compute_dtype
 from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import first_projection
@@ -100,7 +100,7 @@ def load_packed(
     return _finished(model, checkpoint, [_experts(skeleton, site) for site in skeleton.sites.values()])
 
 
-def _experts(skeleton: Skeleton, site: Site) -> Any:
+def _experts(skeleton: Skeleton, site: MoeBlock) -> Any:
     return site.experts_of(skeleton.layers[site.layer])
 
 
@@ -113,7 +113,7 @@ def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype) -> torch.dtype:
     return getattr(transformers5.load_config(checkpoint.folder), "dtype", None) or floats[0]
 
 
-def _stacks(skeleton: Skeleton, index: int, site: Site) -> dict[str, str]:
+def _stacks(skeleton: Skeleton, index: int, site: MoeBlock) -> dict[str, str]:
     """Path -> full name of the two stacked weights of a layer's experts, each of them packed throughout."""
     where, experts = f"{skeleton.name}, layer {index}", _experts(skeleton, site)
     if site.factored or experts.is_transposed:
@@ -143,7 +143,7 @@ def _matrix(packed: Packed, device: torch.device, backend: str) -> kernels.Matri
     return kernels.Matrix(chosen, handle, packed.q_OI.numel())
 
 
-def _attach(skeleton: Skeleton, site: Site, path: str, name: str, device: torch.device, backend: str) -> None:
+def _attach(skeleton: Skeleton, site: MoeBlock, path: str, name: str, device: torch.device, backend: str) -> None:
     """Read one stacked weight's matrices and hang them on the experts; the weight itself becomes empty."""
     experts, leaf = _experts(skeleton, site), path.rpartition(".")[2]
     stacked = tensor_at(experts, leaf)

@@ -12,7 +12,7 @@ from trimoe.calibration.gather import statistics
 from trimoe.calibration.search_tokens import gram_side, search_budget
 from trimoe.calibration.statistics import Stats
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop
-from trimoe.methods.lab import Run
+from trimoe.methods.lab import Lab
 from trimoe.progress import Reporter
 
 NO_SEARCH = "sums alone"
@@ -23,7 +23,7 @@ class Shared:
     """`runs`: the variants by name. The files lie in `out`."""
 
     out: Path
-    runs: dict[str, Run]
+    runs: dict[str, Lab]
     reporter: Reporter
 
     def files(self, wanted: set[str]) -> dict[str, Path]:
@@ -89,7 +89,7 @@ class Shared:
         return self.out / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
 
 
-def _searched(run: Run) -> str | None:
+def _searched(run: Lab) -> str | None:
     """What of the search tokens the first step is given: among how many experts in each layer, and how many tokens. None where it cannot
     start from shared statistics."""
     step, sites = run.steps[0], dict(run.skeleton.sites)

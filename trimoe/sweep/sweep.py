@@ -147,7 +147,7 @@ def sweep(
     settings |= {"tasks": harness.task_settings(asked, limit)} if asked is not None else {}
     inputs = {"model": skeleton.checkpoint.fingerprint, "seed": seed, "dtype": precision, "evaluation": settings, "version": VERSION}
 
-    entries = [Entry(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
+    entries = [VariantJob(variant, out / variant.name, jobs[variant.name], plans[variant.name][1]) for variant in found]
     unmeasured = sum(not entry.measured() for entry in entries)
     ends = Ends() if unmeasured > 1 and held <= HELD else None  # the original is walked once, not for every variant
 
@@ -185,7 +185,7 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class Entry:
+class VariantJob:
     """A variant on its way through the sweep; where it stands is what its folder holds."""
 
     variant: Variant
@@ -229,7 +229,7 @@ class Entry:
 @dataclass(frozen=True)
 class _Race:
     out: Path
-    entries: list[Entry]
+    entries: list[VariantJob]
     score: Callable[[Path], dict[str, Any]]
     keep: str
     command: str | None
@@ -237,7 +237,7 @@ class _Race:
     started: float
     shared: Shared
 
-    def to_make(self) -> list[Entry]:
+    def to_make(self) -> list[VariantJob]:
         """Those without numbers, and those whose weights have gone and are to be kept after all."""
         again = [entry for entry in self._kept() if not entry.complete()]
         return [entry for entry in self.entries if not entry.measured() or entry in again]
@@ -276,12 +276,12 @@ class _Race:
             )
         return Sweep(self.out, rows, failed)
 
-    def _make(self, entry: Entry, stats: Path | None) -> None:
+    def _make(self, entry: VariantJob, stats: Path | None) -> None:
         if entry.record() is not None and not entry.complete():
             shutil.rmtree(entry.folder)  # the record of weights that are no longer there
         entry.job.done(entry.folder, entry.plan, stats)
 
-    def _remake(self, entry: Entry, stats: Path | None) -> None:
+    def _remake(self, entry: VariantJob, stats: Path | None) -> None:
         """The weights of a variant that was measured before its weights went; it is not evaluated again."""
         record = entry.record()
         assert record is not None
@@ -291,7 +291,7 @@ class _Race:
     def _rows(self) -> list[Row]:
         return [entry.row() for entry in self.entries if entry.measured()]
 
-    def _kept(self) -> list[Entry]:
+    def _kept(self) -> list[VariantJob]:
         best = frontier(self._rows())
         wanted = {"none": set(), "frontier": best, "all": {entry.variant.name for entry in self.entries}}[self.keep]
         return [entry for entry in self.entries if entry.measured() and entry.variant.name in wanted]
@@ -326,7 +326,7 @@ def _all(found: Sequence[Variant], work: Callable[[Variant], Any]) -> dict[str, 
     return made
 
 
-def _room(todo: Sequence[Entry], keep: str) -> int:
+def _room(todo: Sequence[VariantJob], keep: str) -> int:
     """Bytes still to be written that are on the disk at once, at most: of all results that may stay, or of one, and beside them what one
     variant needs until it is done. What a killed sweep left of a variant counts for that variant alone."""
     stays = [entry.plan.disk_split["result"] + entry.plan.disk_split[disk.BESIDE] for entry in todo]

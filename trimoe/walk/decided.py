@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from trimoe.model.decision import Decisions, decided_site
-from trimoe.model.moe_block import Site, keep_experts
+from trimoe.model.moe_block import MoeBlock, keep_experts
 from trimoe.model.skeleton import Skeleton
 from trimoe.model.sublayer import dropped_entry
 from trimoe.modeling_trimoe import drop_block
 
 
-def prune_layer(skeleton: Skeleton, index: int, layer: nn.Module, decisions: Decisions | None) -> Site | None:
+def prune_layer(skeleton: Skeleton, index: int, layer: nn.Module, decisions: Decisions | None) -> MoeBlock | None:
     """Apply what was decided about experts and the MoE block to a loaded layer; returns the site as it is then, None where there is no
     MoE block (any more)."""
     site, decision = skeleton.sites.get(index), (decisions or {}).get(index)
@@ -37,7 +37,7 @@ def drop_moe(skeleton: Skeleton, index: int, layer: nn.Module) -> None:
 
 
 @contextmanager
-def masked(layer: nn.Module, site: Site, drop: tuple[int, ...]) -> Iterator[None]:
+def masked(layer: nn.Module, site: MoeBlock, drop: tuple[int, ...]) -> Iterator[None]:
     """Run `layer` as if the experts of `drop` did not exist: its router's decisions are replaced by the rule's among the others."""
     if not drop:
         yield

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.walk.finite import checked
 from trimoe.walk.hidden_states import room
 
@@ -25,7 +25,7 @@ DAMP = 1e-4  # of the mean diagonal, added to second moments
 
 
 @dataclass
-class Seen:
+class LayerInputs:
     """What one MoE block's experts were given: inputs x_TH and routing index_TK, weight_TK of all calibration tokens."""
 
     x_TH: torch.Tensor
@@ -38,18 +38,18 @@ class Seen:
         return self.x_TH[tokens.to(self.x_TH.device)].to(device), self.index_TK[tokens.to(device)]
 
     @cached_property
-    def pool(self) -> Pool:
+    def pool(self) -> LayerSample:
         """Every so-many-th token of the layer, whichever experts it chose."""
-        return Pool(self.x_TH[:: max(1, len(self.x_TH) // POOL_TOKENS)].to(self.index_TK.device))
+        return LayerSample(self.x_TH[:: max(1, len(self.x_TH) // POOL_TOKENS)].to(self.index_TK.device))
 
-    def of(self, expert: int) -> Given:
+    def of(self, expert: int) -> ExpertInputs:
         """What one expert was given, and the layer's pool."""
         tokens, places = (self.index_TK == expert).nonzero(as_tuple=True)
-        return Given(self.rows(tokens)[0], self.weight_TK[tokens, places].float(), self.pool)
+        return ExpertInputs(self.rows(tokens)[0], self.weight_TK[tokens, places].float(), self.pool)
 
 
 @dataclass
-class Pool:
+class LayerSample:
     """Inputs x_PN that stand for all of a layer's. Their moment is the same beside every expert, so it is taken once."""
 
     x_PN: torch.Tensor
@@ -65,12 +65,12 @@ def _mean_product(a_PM: torch.Tensor, b_PN: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Given:
+class ExpertInputs:
     """Inputs x_SH of an expert's routed tokens with their weights gate_S, and the pool of the whole layer's."""
 
     x_SH: torch.Tensor
     gate_S: torch.Tensor
-    pool: Pool
+    pool: LayerSample
 
     @property
     def pool_PH(self) -> torch.Tensor:
@@ -105,7 +105,7 @@ def damped(moment: torch.Tensor, share: float) -> torch.Tensor:
     return moment + torch.diag_embed((share * diagonal.mean() + 1e-12).expand_as(diagonal))
 
 
-class Recorder:
+class InputRecorder:
     """Keeps, in one piece of memory, what a layer's experts are called with while `attached`; `tokens` is how many there will be."""
 
     def __init__(self, tokens: int):
@@ -122,15 +122,15 @@ class Recorder:
         self.count = end
 
     @contextmanager
-    def attached(self, layer: nn.Module, site: Site) -> Iterator[None]:
+    def attached(self, layer: nn.Module, site: MoeBlock) -> Iterator[None]:
         handle = site.experts_of(layer).register_forward_pre_hook(self._see, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
-    def seen(self) -> Seen:
+    def seen(self) -> LayerInputs:
         """All that was recorded; raises RuntimeError if it is not all of the tokens."""
         if self.count != self.tokens:
             raise RuntimeError(f"{self.count} tokens came by the experts, {self.tokens} were expected")
-        return Seen(*self.held)
+        return LayerInputs(*self.held)

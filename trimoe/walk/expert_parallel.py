@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 
 WAYS = (2, 4, 8)
 ITEMSIZE = 2  # bytes of one element: activations are sent in bfloat16
@@ -91,7 +91,7 @@ class Traffic:
                 ours.distinct[ways] += distinct
 
     @contextmanager
-    def watching(self, layer: nn.Module, site: Site | None, counted: Sequence[torch.Tensor]) -> Iterator[None]:
+    def watching(self, layer: nn.Module, site: MoeBlock | None, counted: Sequence[torch.Tensor]) -> Iterator[None]:
         """Count what the router of `layer` decides while it runs, once for each batch of `counted`, in their order."""
         if site is None:
             yield

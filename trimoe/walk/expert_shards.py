@@ -17,22 +17,22 @@ import torch
 from torch import nn
 
 from trimoe.model.decision import LayerDecision
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.modeling_trimoe import first_projection
 from trimoe.team import Team
-from trimoe.walk.expert_inputs import POOL_TOKENS, Pool, Seen
+from trimoe.walk.expert_inputs import POOL_TOKENS, LayerInputs, LayerSample
 
 
 @dataclass
-class PartSeen(Seen):
+class PartSeen(LayerInputs):
     """What the experts of one stretch were given, numbered from 0, beside the whole layer's pool. All other experts have the number after
     the last of these."""
 
     pool_PH: torch.Tensor
 
     @cached_property
-    def pool(self) -> Pool:
-        return Pool(self.pool_PH.to(self.index_TK.device))
+    def pool(self) -> LayerSample:
+        return LayerSample(self.pool_PH.to(self.index_TK.device))
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Share:
     team: Team
     whole: Any
     experts: Any
-    site: Site
+    site: MoeBlock
     seen: Any
     spans: list[slice]
     own: slice
@@ -64,7 +64,7 @@ class Share:
                 self.team.fill(parameter, self.spans)
 
 
-def share(team: Team, experts: Any, site: Site, seen: Seen | None, first: int, tokens: int, *, divide: bool = True) -> Share:
+def share(team: Team, experts: Any, site: MoeBlock, seen: LayerInputs | None, first: int, tokens: int, *, divide: bool = True) -> Share:
     """`seen`: what the experts were given here, tokens `first` on of `tokens` in all. Not divided, each process has all the experts (and the
     main one's weights count)."""
     count = site.num_experts
@@ -89,7 +89,7 @@ def narrowed(experts: Any, span: slice, count: int) -> Any:
     return own
 
 
-def _routed(team: Team, seen: Seen, spans: Sequence[slice], first: int, tokens: int) -> PartSeen:
+def _routed(team: Team, seen: LayerInputs, spans: Sequence[slice], first: int, tokens: int) -> PartSeen:
     """Every token's input goes to the processes that own experts of its choice; every so-many-th goes to all, as the layer's pool."""
     goes = [((seen.index_TK >= span.start) & (seen.index_TK < span.stop)).any(1) for span in spans]
     x, index, weight = (

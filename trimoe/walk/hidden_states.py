@@ -67,7 +67,7 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, taken
         return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
-class Carried(MutableSequence[torch.Tensor]):
+class HiddenStates(MutableSequence[torch.Tensor]):
     """Hidden states, one tensor a batch. Those beyond the budget (BUDGET bytes, or those given) are copied out on every access, so that what
     was taken stays as it was."""
 

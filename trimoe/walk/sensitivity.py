@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from trimoe.model.decision import Decisions
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET, Reporter
 from trimoe.team import ALONE, Team
-from trimoe.walk.hidden_states import Carried
+from trimoe.walk.hidden_states import HiddenStates
 from trimoe.walk.versions import Change, budget_of, divergence
 
 SHRINK = 0.3  # share of the routed output taken away where no experts are to be masked
@@ -53,7 +53,7 @@ class Sensitivity:
 
 
 @contextmanager
-def shrunk(layer: nn.Module, site: Site) -> Iterator[None]:
+def shrunk(layer: nn.Module, site: MoeBlock) -> Iterator[None]:
     """The routed experts' output, scaled down by SHRINK."""
     handle = site.experts_of(layer).register_forward_hook(lambda module, args, output: output * (1 - SHRINK))
     try:
@@ -63,7 +63,7 @@ def shrunk(layer: nn.Module, site: Site) -> Iterator[None]:
 
 
 @contextmanager
-def nudged(layer: nn.Module, site: Site) -> Iterator[None]:
+def nudged(layer: nn.Module, site: MoeBlock) -> Iterator[None]:
     """The routed experts' output, every fourth channel rounded to the next number up or down: no change but another rounding."""
 
     def nudge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ def sensitivity(
     )  # fmt: skip
 
 
-def _nudged(layer: nn.Module, site: Site | None) -> AbstractContextManager[None]:
+def _nudged(layer: nn.Module, site: MoeBlock | None) -> AbstractContextManager[None]:
     assert site is not None
     return nudged(layer, site)
 
@@ -139,20 +139,20 @@ class _Probe:
     def __init__(self, change: Any, budget: int):
         self.change, self.budget = change, budget
         self.squares: list[torch.Tensor] = []  # of each batch: [||wrong - right||^2, ||right||^2]
-        self.outputs = Carried(budget)
+        self.outputs = HiddenStates(budget)
 
     @contextmanager
-    def right(self, layer: nn.Module, site: Site | None) -> Iterator[None]:
+    def right(self, layer: nn.Module, site: MoeBlock | None) -> Iterator[None]:
         assert site is not None
         with _output(layer, site, self.outputs.append):
             yield
 
     @contextmanager
-    def wrong(self, layer: nn.Module, site: Site | None) -> Iterator[None]:
+    def wrong(self, layer: nn.Module, site: MoeBlock | None) -> Iterator[None]:
         assert site is not None
         with self.change(layer, site), _output(layer, site, self._compare):
             yield
-        self.outputs = Carried(self.budget)
+        self.outputs = HiddenStates(self.budget)
 
     def _compare(self, wrong: torch.Tensor) -> None:
         right = self.outputs[len(self.squares)]
@@ -166,7 +166,7 @@ class _Probe:
 
 
 @contextmanager
-def _output(layer: nn.Module, site: Site, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+def _output(layer: nn.Module, site: MoeBlock, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Shows what the layer's experts give."""
     handle = site.experts_of(layer).register_forward_hook(lambda module, args, output: see(output))
     try:

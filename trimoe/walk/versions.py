@@ -14,25 +14,25 @@ import torch
 from torch import nn
 
 from trimoe.model.decision import Decisions, kept_layers
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET, Reporter
 from trimoe.team import ALONE, Team
 from trimoe.walk.decided import prune_layer
-from trimoe.walk.hidden_states import Carried, samples_for, streams_budget
+from trimoe.walk.hidden_states import HiddenStates, samples_for, streams_budget
 from trimoe.walk.walk import LayerWalk
 
-Change = Callable[[nn.Module, Site | None], AbstractContextManager[None]]  # holds while the layer runs
+Change = Callable[[nn.Module, MoeBlock | None], AbstractContextManager[None]]  # holds while the layer runs
 Name = TypeVar("Name", bound=Hashable)
 
 
-def skipped(layer: nn.Module, site: Site | None) -> AbstractContextManager[None]:
+def skipped(layer: nn.Module, site: MoeBlock | None) -> AbstractContextManager[None]:
     """The whole layer is left out; the walk knows this change by its identity."""
     return nullcontext()
 
 
 @contextmanager
-def without_moe(layer: nn.Module, site: Site | None) -> Iterator[None]:
+def without_moe(layer: nn.Module, site: MoeBlock | None) -> Iterator[None]:
     """The MoE sub-layer adds nothing to the residual stream."""
     assert site is not None
 
@@ -86,9 +86,9 @@ def budget_of(skeleton: Skeleton, streams: int, device: torch.device) -> int:
     return streams_budget(skeleton.largest_layer, device) // (streams + 2)
 
 
-def carried(hidden: Iterable[torch.Tensor], budget: int) -> Carried:
+def carried(hidden: Iterable[torch.Tensor], budget: int) -> HiddenStates:
     """The start of a stream."""
-    made = Carried(budget)
+    made = HiddenStates(budget)
     made.extend(hidden)
     return made
 
@@ -139,7 +139,7 @@ def divergence(
 
 
 def _step(
-    walk: LayerWalk, index: int, layer: nn.Module, site: Site | None, stream: _Stream, versions: Mapping[Name, Mapping[int, Change]], budget: int
+    walk: LayerWalk, index: int, layer: nn.Module, site: MoeBlock | None, stream: _Stream, versions: Mapping[Name, Mapping[int, Change]], budget: int
 ) -> list[_Stream]:  # fmt: skip
     groups: dict[int, tuple[Change | None, list[Hashable]]] = {}
     for name in stream.names:
@@ -148,7 +148,7 @@ def _step(
     out: list[_Stream] = []
     for change, names in groups.values():
         last = len(out) == len(groups) - 1
-        hidden: MutableSequence[torch.Tensor] = stream.hidden if last else Carried(budget)
+        hidden: MutableSequence[torch.Tensor] = stream.hidden if last else HiddenStates(budget)
         with change(layer, site) if change is not None else nullcontext():
             for batch, before in enumerate(stream.hidden):
                 after = before if change is skipped else walk.step(index, layer, before, batch)

@@ -27,7 +27,7 @@ from trimoe.progress import Reporter
 from trimoe.text.documents import unmarked
 from trimoe.walk.attention_mask import apart, narrowed
 from trimoe.walk.finite import Inside, NotFinite, Range
-from trimoe.walk.hidden_states import Carried, wider
+from trimoe.walk.hidden_states import HiddenStates, wider
 
 ROWS = 8192  # of the head's weights that are in float32 at once
 
@@ -78,7 +78,7 @@ class LayerWalk:
                 if buffer is not None and buffer.device != self.device and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
         self.calls: list[list[Call]] = []
-        self.hidden, self.range = Carried(), Range(skeleton.name, skeleton.dtype)
+        self.hidden, self.range = HiddenStates(), Range(skeleton.name, skeleton.dtype)
         with self._outer("head"), torch.no_grad():
             for batch, positions in unpacked:
                 first, calls = self._capture(batch, positions)

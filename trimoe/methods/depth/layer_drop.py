@@ -13,7 +13,7 @@ from trimoe.errors import UserError
 from trimoe.methods.depth import candidates as parts
 from trimoe.methods.method import DepthDrop
 from trimoe.model.decision import Decisions
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -34,7 +34,7 @@ class LayerDrop(DepthDrop):
     metric: Literal["residual", "output"] = "residual"
     blocks: bool = False
 
-    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+    def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         super().shape(sites, decisions)
         if any(site.factored for site in sites.values()):
             raise UserError("layer_drop: the model's experts are factored already; drop layers before low_rank, or use block_drop.")

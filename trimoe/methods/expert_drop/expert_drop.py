@@ -19,7 +19,7 @@ from trimoe.methods.expert_drop import search as find
 from trimoe.methods.expert_drop.subset import SubsetLoss
 from trimoe.methods.method import share_of
 from trimoe.model.decision import Decisions, LayerDecision
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 
 STRICT = ConfigDict(extra="forbid")
 Drop = tuple[int, ...]
@@ -140,7 +140,7 @@ class ExpertDrop:
         exact = self.search is not None or self.score == "leave_one_out" or self.counts in ("importance", "optimal")
         return frozenset({"search"} if exact else set())
 
-    def reach(self, sites: Mapping[int, Site]) -> int:
+    def reach(self, sites: Mapping[int, MoeBlock]) -> int:
         """Among how many of a token's best experts the Gram is wanted: k + the most that a layer may lose; 0 if none is."""
         if "search" not in self.needs:
             return 0
@@ -152,22 +152,22 @@ class ExpertDrop:
         )
         return max(site.rule.top_k for site in sites.values()) + max(1, widest)
 
-    def total(self, sites: Mapping[int, Site]) -> int:
+    def total(self, sites: Mapping[int, MoeBlock]) -> int:
         """How many experts go in all: the nearest count to the ratio that every layer's router groups allow."""
         step = max(site.rule.groups for site in sites.values())
         return round(self.share(sites) * sum(site.num_experts for site in sites.values()) / step) * step
 
-    def share(self, sites: Mapping[int, Site]) -> float:
+    def share(self, sites: Mapping[int, MoeBlock]) -> float:
         return share_of(self.ratio, self.count, "expert_drop", max(site.num_experts for site in sites.values()))
 
-    def floor(self, site: Site, share: float) -> int:
+    def floor(self, site: MoeBlock, share: float) -> int:
         """The fewest experts a layer may keep: what its router needs, and `layer_limit` times the average share may go."""
         if self.layer_limit is None:
             return site.rule.min_experts
         groups = site.rule.groups
         return max(site.rule.min_experts, site.num_experts - math.ceil(self.layer_limit * share * site.num_experts / groups) * groups)
 
-    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+    def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         """Raises if no choice can satisfy the routers' floors."""
         if any(site.factored or decisions[index].in_ranks for index, site in sites.items()):
             raise UserError("expert_drop: the experts are factored already; drop experts before low_rank.")
@@ -193,7 +193,7 @@ class ExpertDrop:
                 self.space(sites[index], dropped, ()).check()
                 self._refuse_too_many(index, self.space(sites[index], dropped, ()))
 
-    def uniform(self, sites: Mapping[int, Site]) -> dict[int, int]:
+    def uniform(self, sites: Mapping[int, MoeBlock]) -> dict[int, int]:
         """How many go in each layer if all lose alike; raises if the ratio cannot be had."""
         if self.count is not None:
             return dict.fromkeys(sites, self.count)
@@ -207,7 +207,7 @@ class ExpertDrop:
         sizes, floors, step = self._limits(sites)
         return dict(zip(sites, budget.uniform_counts(sizes, total, floors=floors, step=step), strict=True))
 
-    def _limits(self, sites: Mapping[int, Site]) -> tuple[list[int], list[int], list[int]]:
+    def _limits(self, sites: Mapping[int, MoeBlock]) -> tuple[list[int], list[int], list[int]]:
         return (
             [site.num_experts for site in sites.values()],
             [self.floor(site, self.share(sites)) for site in sites.values()],
@@ -215,7 +215,7 @@ class ExpertDrop:
         )
 
     @staticmethod
-    def _floor(index: int, site: Site, given: str) -> str:
+    def _floor(index: int, site: MoeBlock, given: str) -> str:
         groups = f" in {site.rule.groups} router groups, from which equal numbers must go" if site.rule.groups > 1 else ""
         return (
             f"expert_drop: {given} is not possible: layer {index} has {site.num_experts} experts{groups} and its router needs at "
@@ -241,7 +241,7 @@ class ExpertDrop:
 
     def layer_counts(
         self,
-        sites: Mapping[int, Site],
+        sites: Mapping[int, MoeBlock],
         stats: Mapping[int, LayerStats],
         seed: int,
         *,
@@ -262,7 +262,7 @@ class ExpertDrop:
             return dict(zip(sites, chosen, strict=True))
         return self._global_counts(sites, stats, total, seed)
 
-    def _global_counts(self, sites: Mapping[int, Site], stats: Mapping[int, LayerStats], total: int, seed: int) -> dict[int, int]:
+    def _global_counts(self, sites: Mapping[int, MoeBlock], stats: Mapping[int, LayerStats], total: int, seed: int) -> dict[int, int]:
         """The lowest scores over all layers go first, each layer down to its router's floor; grouped routers lose one per group a time."""
         left = dict.fromkeys(sites, 0)
         ranked = []
@@ -277,7 +277,7 @@ class ExpertDrop:
         return left
 
     @staticmethod
-    def space(site: Site, dropped: int, protected: Drop) -> find.Space:
+    def space(site: MoeBlock, dropped: int, protected: Drop) -> find.Space:
         """All sets of `dropped` experts; the protected ones are among them only if so many must go that there is no other way."""
         space = find.Space(site.num_experts, dropped, site.rule.groups, protected)
         try:
@@ -294,7 +294,7 @@ class ExpertDrop:
                 f"{self.search.limit:,}; use search: genetic, or raise the limit."
             )
 
-    def drop_sets(self, site: Site, stats: LayerStats, dropped: int, protected: Drop, seed: int, device: str = "cpu") -> find.Found:
+    def drop_sets(self, site: MoeBlock, stats: LayerStats, dropped: int, protected: Drop, seed: int, device: str = "cpu") -> find.Found:
         """The best sets of `dropped` experts of one layer, best first (k of them where a receptive field will choose)."""
         space = self.space(site, dropped, protected)
         keep = self.receptive_field.k if self.receptive_field else 1

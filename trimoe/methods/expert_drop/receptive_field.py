@@ -15,7 +15,7 @@ from torch import nn
 
 from trimoe.methods.expert_drop.expert_drop import Drop, ReceptiveField
 from trimoe.model.decision import Decisions, kept_layers
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET, Reporter
 from trimoe.team import ALONE, Team
@@ -98,7 +98,7 @@ def choose(
 
 
 def _grown(
-    walk: LayerWalk, index: int, layer: nn.Module, site: Site, branches: Sequence[_Branch], options: Sequence[Drop], budget: int
+    walk: LayerWalk, index: int, layer: nn.Module, site: MoeBlock, branches: Sequence[_Branch], options: Sequence[Drop], budget: int
 ) -> Iterator[_Branch]:
     """Every branch carried through the layer under each of its options, one after the other."""
     for branch in branches:

@@ -19,7 +19,7 @@ from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import scores, search
 from trimoe.methods.expert_drop.expert_drop import Drop
 from trimoe.methods.expert_drop.subset import SubsetLoss
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.walk.expert_inputs import FEW
 
 AGREED = 0.5  # of the way from chance to sameness, over all layers, below which kept sets are called unstable
@@ -47,7 +47,7 @@ class Halves:
 
 
 def halves(
-    step: ExpertDrop, site: Site, layer: LayerStats, dropped: int, protected: tuple[int, ...] = (), device: str = "cpu"
+    step: ExpertDrop, site: MoeBlock, layer: LayerStats, dropped: int, protected: tuple[int, ...] = (), device: str = "cpu"
 ) -> Halves | None:
     """Greedy sets where the step searches, else those of the lowest leave-one-out scores. None where there are no search tokens, or nothing
     can be dropped by them."""

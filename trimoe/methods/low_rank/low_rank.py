@@ -27,9 +27,9 @@ from trimoe.methods.expert_drop import scores
 from trimoe.methods.low_rank import knapsack
 from trimoe.model.decision import Decisions, LayerDecision
 from trimoe.model.expert import activate, matrices, run_expert
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.modeling_trimoe import DENSE, FactoredExperts, first_projection
-from trimoe.walk.expert_inputs import DAMP, Given, Seen, damped
+from trimoe.walk.expert_inputs import DAMP, ExpertInputs, LayerInputs, damped
 
 MULTIPLE = 8  # ranks: grouped matrix products want strides in multiples of 16 bytes
 RIDGE = 0.03  # of the mean diagonal, added to second moments where the last projection is refitted
@@ -75,11 +75,11 @@ class LowRank:
 
     # ---- on paper
 
-    def reach(self, sites: Mapping[int, Site]) -> int:
+    def reach(self, sites: Mapping[int, MoeBlock]) -> int:
         """Among how many of a token's best experts the Gram is wanted, 0 if none is."""
         return max(site.rule.top_k for site in sites.values()) + 1 if "search" in self.needs else 0
 
-    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+    def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         if any(site.factored or decisions[index].in_ranks for index, site in sites.items()):
             raise UserError("low_rank: the experts are factored already; it can be applied once.")
         for index, site in sites.items():
@@ -89,27 +89,27 @@ class LowRank:
                     f"at least {MULTIPLE} is needed, so ratio can be at most {1 - MULTIPLE / self._full_average(site):.2f}."
                 )
 
-    def parts(self, site: Site) -> int:
+    def parts(self, site: MoeBlock) -> int:
         """Of how many products an expert's first projection is made: 2 where gate and up are factored apart."""
         return site.first // site.width if self.factors == "separate" else 1
 
-    def average(self, site: Site) -> float:
+    def average(self, site: MoeBlock) -> float:
         """The rank R at which all factored matrices of an expert together hold (1 - ratio) of its weights."""
         return (1 - self.ratio) * self._full_average(site)
 
-    def _full_average(self, site: Site) -> float:
+    def _full_average(self, site: MoeBlock) -> float:
         """The rank at which factoring all matrices saves nothing."""
         weights = site.first * site.hidden + site.hidden * site.width
         return weights / (site.first + self.parts(site) * site.hidden + site.hidden + site.width)
 
-    def cap(self, site: Site) -> int:
+    def cap(self, site: MoeBlock) -> int:
         """The largest rank at which factors of any matrix still save."""
         one = site.first // self.parts(site)
         saving = min(one * site.hidden / (one + site.hidden), site.hidden * site.width / (site.hidden + site.width))
         largest = min(saving, site.hidden, site.width, one)
         return max(MULTIPLE, int(largest) // MULTIPLE * MULTIPLE)
 
-    def parameters(self, site: Site, count: int) -> int:
+    def parameters(self, site: MoeBlock, count: int) -> int:
         """Weights that `count` experts of this layer may keep."""
         return int((1 - self.ratio) * count * (site.first * site.hidden + site.hidden * site.width))
 
@@ -117,7 +117,7 @@ class LowRank:
 
     def decide(
         self,
-        sites: Mapping[int, Site],
+        sites: Mapping[int, MoeBlock],
         decisions: Decisions,
         stats: Mapping[int, LayerStats],
         *,
@@ -151,7 +151,7 @@ class LowRank:
         }
 
     def _optimal(
-        self, sites: Mapping[int, Site], stats: Mapping[int, LayerStats], sensitivity: Mapping[int, float]
+        self, sites: Mapping[int, MoeBlock], stats: Mapping[int, LayerStats], sensitivity: Mapping[int, float]
     ) -> dict[int, tuple[list[int], list[int]]]:
         """One menu per matrix: ranks in multiples of 8 (0 included) and dense, each with its weights and its loss.
 
@@ -182,7 +182,7 @@ class LowRank:
     # ---- tensors in, tensors out
 
     @torch.no_grad()
-    def transform(self, experts: Any, site: Site, decision: LayerDecision, seen: Seen | None) -> nn.Module:
+    def transform(self, experts: Any, site: MoeBlock, decision: LayerDecision, seen: LayerInputs | None) -> nn.Module:
         """The factored (or multiplied-out) experts. `site` and `experts` are those after dropping; `seen` is what the layer's block saw."""
         assert decision.in_ranks is not None and decision.out_ranks is not None
         factored = FactoredExperts(experts, list(decision.in_ranks), list(decision.out_ranks), decision.separate)
@@ -216,7 +216,7 @@ class LowRank:
         return experts
 
     @torch.no_grad()
-    def spectra(self, experts: Any, site: Site, seen: Seen, stats: LayerStats) -> None:
+    def spectra(self, experts: Any, site: MoeBlock, seen: LayerInputs, stats: LayerStats) -> None:
         """Adds in_spectrum_ER and out_spectrum_ER to `stats`: squared singular values of the whitened matrices, largest first; of gate and
         up apart, which have one rank, their sum."""
         inside, outside = [], []
@@ -314,7 +314,7 @@ def spectrum(w_mn: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
-def _refit(experts: Any, expert: int, given: Given, cut_in: Cut | Joined, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _refit(experts: Any, expert: int, given: ExpertInputs, cut_in: Cut | Joined, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The last projection that, on the factored first one's activations h', best gives back the original outputs W_out h (ridge least
     squares), and the second moment of h' to whiten it with: M = W_out (C_hh' + mu I)(C_h'h' + mu I)^-1."""
     old, new = [], []
@@ -328,7 +328,7 @@ def _refit(experts: Any, expert: int, given: Given, cut_in: Cut | Joined, w_out:
     return target.to(w_out.dtype), damped(moment, DAMP)
 
 
-def factor_share(decision: LayerDecision, site: Site) -> int:
+def factor_share(decision: LayerDecision, site: MoeBlock) -> int:
     """Weights stored for a layer's factored experts."""
     assert decision.in_ranks is not None and decision.out_ranks is not None
     parts = site.first // site.width if decision.separate else 1

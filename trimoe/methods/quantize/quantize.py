@@ -23,9 +23,9 @@ from trimoe.methods.method import Fitted
 from trimoe.methods.quantize.rounding import awq_scale, clipped, common_group, gptq, rounded
 from trimoe.model.decision import Decisions
 from trimoe.model.expert import activate, matrices
-from trimoe.model.moe_block import Site
+from trimoe.model.moe_block import MoeBlock
 from trimoe.modeling_trimoe import first_projection
-from trimoe.walk.expert_inputs import FEW, Given, Seen
+from trimoe.walk.expert_inputs import FEW, ExpertInputs, LayerInputs
 
 KERNEL_GROUPS = (32, 64, 128)  # inputs that share a scale in vLLM's and torch's kernels
 SMALLEST = 8  # inputs in a group: below, the scales weigh as much as the integers save
@@ -65,7 +65,7 @@ class Quantize(Fitted):
 
     # ---- on paper
 
-    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+    def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         self.refuse_factored(sites, decisions)
         if self.group_of(sites.values()) < SMALLEST:
             widths = sorted({width for site in sites.values() for width in (site.hidden, site.width)})
@@ -73,7 +73,7 @@ class Quantize(Fitted):
                 f"quantize: no group of {SMALLEST} to {self.group} inputs divides the experts' widths {widths}; leave quantize out."
             )
 
-    def group_of(self, sites: Iterable[Site]) -> int:
+    def group_of(self, sites: Iterable[MoeBlock]) -> int:
         """The one group size of the whole model, because checkpoints in this format are read with one: as asked for if it divides every width,
         else the largest smaller one that kernels know, else the largest that divides."""
         widths = [width for site in sites for width in (site.hidden, site.width)]
@@ -81,19 +81,19 @@ class Quantize(Fitted):
         known = [group for group in KERNEL_GROUPS if group <= self.group and common_group(widths, group) == group]
         return most if most == self.group or not known else max(known)
 
-    def decide(self, sites: Mapping[int, Site], decisions: Decisions) -> Decisions:
+    def decide(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> Decisions:
         """Bits and group of every layer that has experts left."""
         group = self.group_of(sites.values())
         return {index: replace(decisions[index], bits=self.bits, group=group) for index in sites}
 
-    def takes(self, sites: Iterable[Site], module: nn.Linear) -> bool:
+    def takes(self, sites: Iterable[MoeBlock], module: nn.Linear) -> bool:
         """Whether a matrix outside the experts can be in integers too."""
         return module.in_features % self.group_of(sites) == 0
 
     # ---- tensors in, tensors out
 
     @torch.no_grad()
-    def transform(self, experts: Any, site: Site, seen: Seen | None, group: int, dtype: torch.dtype) -> QuantizedLayer:
+    def transform(self, experts: Any, site: MoeBlock, seen: LayerInputs | None, group: int, dtype: torch.dtype) -> QuantizedLayer:
         """The integers and scales (in `dtype`) of one layer's experts, which stay as they are. `site` and `experts` are those after
         dropping; `seen` is what the layer's block saw; `round` does without."""
         layer = QuantizedLayer()
@@ -169,7 +169,7 @@ def linear_rows(experts: Any, first: int) -> slice | None:
     return rows if linear else None
 
 
-def _inner_moment(experts: Any, expert: int, given: Given, first: Packed) -> torch.Tensor:
+def _inner_moment(experts: Any, expert: int, given: ExpertInputs, first: Packed) -> torch.Tensor:
     """The second moment of what the last projection gets from the quantised first one."""
     h, pool_h = (activate(experts, expert, x @ first.dense(x.dtype).T) for x in (given.x_SH, given.pool_PH))
     return given.blended(h, h, pool_h, pool_h)

@@ -32,8 +32,8 @@ from trimoe.methods.weight_prune.masks import (
 )
 from trimoe.model.decision import Decisions
 from trimoe.model.expert import activate, matrices
-from trimoe.model.moe_block import Site
-from trimoe.walk.expert_inputs import FEW, Given, Pool, Seen
+from trimoe.model.moe_block import MoeBlock
+from trimoe.walk.expert_inputs import FEW, ExpertInputs, LayerInputs, LayerSample
 from trimoe.walk.finite import checked
 
 
@@ -76,7 +76,7 @@ class WeightPrune(Fitted):
 
     # ---- on paper
 
-    def shape(self, sites: Mapping[int, Site], decisions: Decisions) -> None:
+    def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         if (self.ratio is None) == (self.pattern is None):
             raise UserError(f"weight_prune: give ratio or pattern{'' if self.ratio is None else ', not both'}.")
         if self.compare == "layer" and (self.pattern is not None or self.score == "sparsegpt"):
@@ -97,13 +97,13 @@ class WeightPrune(Fitted):
     def n_of_m(self) -> Pattern | None:
         return None if self.pattern is None else Pattern.parse(self.pattern)
 
-    def decide(self, sites: Mapping[int, Site], decisions: Decisions) -> Decisions:
+    def decide(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> Decisions:
         """Sparsity and form of every layer that has experts left."""
         pattern = (self.n_of_m.keep, self.n_of_m.of) if self.n_of_m else None
         made = dict(sparsity=self.ratio, pattern=pattern, bitmask=self.form == "bitmask")
         return {index: replace(decisions[index], **made) for index in sites}  # type: ignore[arg-type]
 
-    def takes(self, sites: Iterable[Site], module: nn.Linear) -> bool:
+    def takes(self, sites: Iterable[MoeBlock], module: nn.Linear) -> bool:
         """Whether a matrix outside the experts can be pruned too."""
         of = self.n_of_m.of if self.n_of_m else 1
         return module.in_features % of == 0 and (self.form == "dense" or module.in_features % 8 == 0)
@@ -111,7 +111,7 @@ class WeightPrune(Fitted):
     # ---- tensors in, tensors out
 
     @torch.no_grad()
-    def transform(self, experts: Any, site: Site, seen: Seen | None) -> dict[str, Any]:
+    def transform(self, experts: Any, site: MoeBlock, seen: LayerInputs | None) -> dict[str, Any]:
         """Prune one layer's experts in place; `site` and `experts` are those after dropping, `seen` is what the layer's block saw
         (`magnitude` does without). Returns how many experts saw no token, and the share of zeros."""
         self._prune_layer(experts, site, seen) if self.compare == "layer" else self._prune_rows(experts, site, seen)
@@ -123,7 +123,7 @@ class WeightPrune(Fitted):
             "zeros": zeros / sum(tensor.numel() for tensor in whole),
         }
 
-    def _prune_rows(self, experts: Any, site: Site, seen: Seen | None) -> None:
+    def _prune_rows(self, experts: Any, site: MoeBlock, seen: LayerInputs | None) -> None:
         for expert in range(site.num_experts):
             given = _given(experts, expert, seen)  # before the first projection is changed: the papers' order
             for weight, inputs in zip(matrices(experts, expert), given, strict=True):
@@ -133,7 +133,7 @@ class WeightPrune(Fitted):
                 else:
                     _keep(weight, self._mask(self._score(weight, inputs)))
 
-    def _prune_layer(self, experts: Any, site: Site, seen: Seen | None) -> None:
+    def _prune_layer(self, experts: Any, site: MoeBlock, seen: LayerInputs | None) -> None:
         """First projections are compared with each other, and last ones."""
         assert self.ratio is not None
         scores: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
@@ -144,7 +144,7 @@ class WeightPrune(Fitted):
             for expert, mask in enumerate(keep_per_layer(kind, self.ratio)):
                 _keep(matrices(experts, expert)[place], mask)
 
-    def _score(self, w_OI: torch.Tensor, given: Given | None) -> torch.Tensor:
+    def _score(self, w_OI: torch.Tensor, given: ExpertInputs | None) -> torch.Tensor:
         if given is None or self.score == "magnitude":
             return magnitude(w_OI)
         norm_I = input_norms(given.x_SH, given.gate_S if self.score == "moe_pruner" else None)
@@ -171,16 +171,16 @@ def _keep(w_OI: torch.Tensor, mask_OI: torch.Tensor) -> None:
     w_OI.copy_(torch.where(mask_OI, w_OI, 0))
 
 
-def _given(experts: Any, expert: int, seen: Seen | None) -> tuple[Given | None, Given | None]:
+def _given(experts: Any, expert: int, seen: LayerInputs | None) -> tuple[ExpertInputs | None, ExpertInputs | None]:
     """What the expert's first projection was given, and its last."""
     if seen is None:
         return None, None
     given, (w_in, _) = seen.of(expert), matrices(experts, expert)
     h_SI, pool_PI = (activate(experts, expert, F.linear(x, w_in)) for x in (given.x_SH, given.pool_PH))
-    return given, Given(h_SI, given.gate_S, Pool(pool_PI))
+    return given, ExpertInputs(h_SI, given.gate_S, LayerSample(pool_PI))
 
 
-def _moment(given: Given) -> torch.Tensor:
+def _moment(given: ExpertInputs) -> torch.Tensor:
     """The mean of x x^T over the expert's tokens; few of them lean on the layer's."""
     x = given.x_SH.float()
     if len(x) >= FEW:
