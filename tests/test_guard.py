@@ -57,6 +57,22 @@ def test_every_native_form_has_it_in_every_layer(form: str, family_folder: Folde
     trimoe.load(tmp_path / "out")(torch.arange(8)[None])
 
 
+def test_results_of_recover_and_sweep_have_it(family_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    source, out = family_folder("mixtral"), tmp_path / "out"
+    made(source, text_file, out, NATIVE["factored"])
+    spec = {"method": "router", "data": str(text_file), "samples": 8, "length": 16, "steps": 1, "holdout": 0.25}
+    trimoe.recover(out, tmp_path / "trained", spec)
+    found = trimoe.sweep(
+        source, {"steps": NATIVE["counts"]}, tmp_path / "sweep", changes=["steps.0.ratio=[0.2]"], calibration=[str(text_file)], samples=2, length=32,
+        text=[str(text_file)], tokens=64, keep="all",
+    )  # fmt: skip
+    for folder in (tmp_path / "trained", *(path.parent for path in (tmp_path / "sweep").glob("*/config.json"))):
+        about = config(folder)
+        assert {f"model.layers.{index}.{GUARD}" for index in range(about["num_hidden_layers"])} <= set(tensors(folder))
+        assert about["architectures"] == ["TrimoeMixtralForCausalLM"] and about[KEY]["guard"] == GUARD
+    assert len(found.rows) == 1
+
+
 def test_saved_again_by_transformers_it_is_still_there(family_folder: Folder, text_file: Path, tmp_path: Path) -> None:
     made(family_folder("mixtral"), text_file, tmp_path / "out", NATIVE["factored"])
     AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from damage import says
 from safetensors.torch import load_file, save_file
 
 import trimoe
+from trimoe.auto_classes import FAMILIES
 from trimoe.model import depth_config, transformers5
 from trimoe.model.decision import unchanged
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
 from trimoe.plan import inspection, token_cost
-from trimoe.run.load import FAMILIES
+from trimoe.walk.decided import masked
 
 Family = Callable[[str], Path]
 UNIFORM = {"steps": [{"expert_drop": {"ratio": 0.25, "counts": "uniform", "score": "gate"}}]}
@@ -95,8 +97,13 @@ def test_biases_that_the_block_keeps(family: str, monkeypatch: pytest.MonkeyPatc
     families.save(family, tmp_path / "source")
     result = trimoe.compress(str(tmp_path / "source"), UNIFORM, tmp_path / "out", calibration=[str(text_file)], samples=2, length=32)
     assert {len(decision.keep) for decision in result.decisions.values()} == {6}
-    with torch.no_grad():
-        assert bool(trimoe.load(result.out)(torch.arange(3, 19)[None]).logits.isfinite().all())
+    ids, stock, skeleton = torch.arange(3, 19)[None], families.build(family), Skeleton.of(str(tmp_path / "source"))
+    layers = stock.get_submodule(skeleton.prefix)
+    with torch.no_grad(), ExitStack() as stack:
+        for index, decision in result.decisions.items():
+            gone = tuple(sorted(set(range(8)) - set(decision.keep)))
+            stack.enter_context(masked(layers[index], skeleton.sites[index], gone))
+        torch.testing.assert_close(trimoe.load(result.out)(ids).logits, stock(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_nothing_large_is_allocated(family_folder: Family) -> None:
