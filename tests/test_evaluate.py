@@ -21,7 +21,7 @@ import trimoe
 from trimoe import cli
 from trimoe.checkpoint.folder import Checkpoint
 from trimoe.evaluate import cache, generation, intervals
-from trimoe.evaluate.cache import Cache
+from trimoe.evaluate.cache import ResultCache
 from trimoe.evaluate.texts import windows
 from trimoe.model.skeleton import Skeleton
 from trimoe.show import results
@@ -225,19 +225,19 @@ def test_many_may_write_at_once_and_nothing_half_written_is_read(tmp_path: Path)
 
     def work(number: int) -> None:
         for _ in range(20):
-            Cache(tmp_path).put(depends, values[number])
-            assert Cache(tmp_path).get(depends) in values
+            ResultCache(tmp_path).put(depends, values[number])
+            assert ResultCache(tmp_path).get(depends) in values
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert len(list(tmp_path.iterdir())) == 1
-    assert Cache(tmp_path).get({"kind": "texts", "what": 2}) is None
-    assert Cache(None).get(depends) is None
+    assert ResultCache(tmp_path).get({"kind": "texts", "what": 2}) is None
+    assert ResultCache(None).get(depends) is None
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    cache = Cache(tmp_path / "file")
+    cache = ResultCache(tmp_path / "file")
     cache.put({"kind": "texts"}, 1)
     assert cache.get({"kind": "texts"}) is None
 
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache.json, "dump", full)
-    Cache(tmp_path / "kept").put({"kind": "texts"}, 1)
+    ResultCache(tmp_path / "kept").put({"kind": "texts"}, 1)
     assert list((tmp_path / "kept").iterdir()) == []
 
 
@@ -261,10 +261,10 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_results_of_other_libraries_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Cache(tmp_path).put({"kind": "texts"}, 1)
-    assert Cache(tmp_path).get({"kind": "texts"}) == 1
+    ResultCache(tmp_path).put({"kind": "texts"}, 1)
+    assert ResultCache(tmp_path).get({"kind": "texts"}) == 1
     monkeypatch.setattr(cache, "versions", lambda: {"torch": "another"})
-    assert Cache(tmp_path).get({"kind": "texts"}) is None
+    assert ResultCache(tmp_path).get({"kind": "texts"}) is None
 
 
 def test_a_shard_written_again_is_another_model_wherever_it_differs(tmp_path: Path) -> None:

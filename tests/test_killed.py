@@ -22,11 +22,11 @@ from refusals import FACTORED, UNIFORM, Line, snapshot
 from safetensors.torch import save_file
 
 import trimoe
+from trimoe.checkpoint import free_disk
 from trimoe.checkpoint.atomic import aside, disk_errors
 from trimoe.journal import FOLDER, Journal
 from trimoe.output.rewriter import Rewriter
 from trimoe.output.writer import Writer
-from trimoe.plan import disk
 from trimoe.progress import LOG
 
 Family = Callable[[str], Path]
@@ -201,7 +201,7 @@ def test_no_space_left(family_folder: Family, text_file: Path, tmp_path: Path, l
     with mounted(small, "-t", "tmpfs", "-o", "size=200k", "none"):
         line.monkeypatch.chdir(small)
         line.refused("of disk", *words)
-        monkeypatch.setattr(disk, "check", lambda out, wanted, spill: None)
+        monkeypatch.setattr(free_disk, "check", lambda out, wanted, spill: None)
         failed(line, words, "No space left on device")
         shutil.copytree(small / "out", tmp_path / "cut" / "out")
         line.monkeypatch.chdir(tmp_path)

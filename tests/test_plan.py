@@ -332,7 +332,7 @@ def test_a_statistics_file_is_planned_with_every_expert_in_reach(text_file: Path
     """Any recipe may start from it; with the usual limit of a layer, two of these sixteen experts would be out of reach."""
     families.save("mixtral", tmp_path / "wide", num_local_experts=16)
     asked: list[int] = []
-    monkeypatch.setattr(disk, "check", lambda out, wanted, spill=0, *, left=None: asked.append(wanted))
+    monkeypatch.setattr(free_disk, "check", lambda out, wanted, spill=0, *, left=None: asked.append(wanted))
     made = trimoe.gather_statistics(tmp_path / "wide", tmp_path / "file", calibration=str(text_file), samples=6, length=32)
     assert all(layer.search["order_TM"].shape == (192, 16) for layer in made.layers.values())
     size = (tmp_path / "file").stat().st_size
