@@ -84,7 +84,7 @@ def measured(root: Path) -> dict[str, int | float | str]:
     classes = Counter(node.name for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef))
     outside = {name: text for name, text in texts.items() if not name.startswith("trimoe.methods")}
     asked = re.compile(rf"isinstance\([^()]*\b({'|'.join(METHODS)})\b")
-    tests = [path for path in (root / "tests").rglob("*.py")]
+    tests = list((root / "tests").rglob("*.py"))
     return {
         "files": len(files), "lines": sum(lines), "files in the largest folder": max(folders.values()),
         "median file, lines": statistics.median(lines), "largest file, lines": max(lines),
