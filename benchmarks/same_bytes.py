@@ -99,9 +99,10 @@ def two(work: Callable[[], None], seconds: float) -> None:
 
 
 def hashed(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the log, by its path in the folder."""
+    """SHA-256 of every file but the log, by its path in the folder. The record names the model's folder, which another run has elsewhere."""
+    here = str(folder.parent).encode()
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "trimoe.log")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes().replace(here, b"")).hexdigest() for path in files}
 
 
 def sources(folder: Path) -> tuple[Path, Path]:

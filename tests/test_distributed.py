@@ -232,6 +232,7 @@ def test_lambda_of_a_recovery_is_the_same_in_any_number_of_processes(family_fold
 
 LEFT = """
 import os, sys
+sys.argv.append("compress")
 from trimoe import cli, team as teams
 def left(*_, **__):
     with teams.team() as team:

@@ -158,7 +158,7 @@ def test_the_original_is_walked_once_and_the_numbers_are_those_of_evaluate(
         kept = json.loads((folder / "trimoe.json").read_text())["evaluation"]
         assert {name: kept[name] for name in alone} == json.loads(json.dumps(alone))
     walked.clear()
-    monkeypatch.setattr(sys.modules["trimoe.sweep"], "HELD", 0)
+    monkeypatch.setattr(sys.modules["trimoe.sweep.sweep"], "HELD", 0)
     again = run(model, tmp_path / "again", text_file)
     assert walked.count(str(model)) == 4 and [row.kl for row in again.rows] == [row.kl for row in done.rows]
 
@@ -230,7 +230,7 @@ def test_what_is_kept_can_be_changed_afterwards(
 def test_a_variant_without_a_number_has_failed_every_time(
     ratios: list[float], family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, model, out = sys.modules["trimoe.sweep"], family_folder("mixtral"), tmp_path / "out"
+    module, model, out = sys.modules["trimoe.sweep.sweep"], family_folder("mixtral"), tmp_path / "out"
     real, nan = module.evaluate, float("nan")
 
     def broken(folder: Path, **options: Any) -> Any:
@@ -281,7 +281,7 @@ def test_every_impossible_variant_is_named_before_anything_is_written(family_fol
 def test_disk_is_checked_for_what_is_kept(
     family_folder: Families, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["trimoe.sweep"], "HELD", 0)
+    monkeypatch.setattr(sys.modules["trimoe.sweep.sweep"], "HELD", 0)
     plans = [trimoe.plan(family_folder("mixtral"), variant.recipe()) for variant in variants([DROP])]
     shared = max(plan.disk_split[disk.STATISTICS] for plan in plans)  # one file, for they are of the same text and search alike
     usage = type(shutil.disk_usage(tmp_path))(1 << 40, 0, max(plan.disk for plan in plans) + shared)

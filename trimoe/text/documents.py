@@ -75,7 +75,7 @@ def document(row: Any, column: str | None, where: str) -> Document:
     given = {str(name): value for name, value in row.items() if value is not None}
     if column is not None:
         if column not in row:
-            raise UserError(f"{where} has no field {column!r}; its fields are: {', '.join(map(str, row))}.")
+            raise UserError(f"{where} has no field {column!r}; its fields are: {_names(row)}.")
         value = given.get(column)
         found = value if isinstance(value, str) else _conversation(_messages(value), given)
         if found is None:
@@ -83,7 +83,7 @@ def document(row: Any, column: str | None, where: str) -> Document:
     else:
         found = _known(given)
     if found is None:
-        fields = f" (its fields: {', '.join(map(str, row))})" if row else ""
+        fields = f" (its fields: {_names(row)})" if row else ""
         raise UserError(
             f'{where} is not a JSON object with a "text" field that holds text{fields}; what is read is {KNOWN}, or a field by its name '
             "after a #, as in FILE.jsonl#content."
@@ -178,3 +178,8 @@ def unmarked(ids_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
     first_BL = torch.where(starts_BL, place_L, torch.zeros_like(place_L)).cummax(1)[0]
     return ids_BL % START, place_L - first_BL
+
+
+def _names(row: dict[str, Any]) -> str:
+    """The fields of a row for a sentence: what cannot be printed is escaped, as line ends are."""
+    return ", ".join(name if name.isprintable() else ascii(name) for name in map(str, row))
