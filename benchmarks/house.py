@@ -1,7 +1,7 @@
 """Measure how a checkout is built: sizes, rooms, levels of imports, long functions and lines. It works on any checkout of trimoe.
 
-    python benchmarks/house.py                        # this checkout
-    python benchmarks/house.py ../other ../third      # side by side
+python benchmarks/house.py                        # this checkout
+python benchmarks/house.py ../other ../third      # side by side
 """
 
 from __future__ import annotations

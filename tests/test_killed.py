@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 import trimoe
 from trimoe.checkpoint import free_disk
 from trimoe.checkpoint.atomic import aside, disk_errors
+from trimoe.errors import UserError
 from trimoe.journal import FOLDER, Journal
 from trimoe.output.rewriter import Rewriter
 from trimoe.output.writer import Writer
@@ -76,6 +77,21 @@ def test_a_damaged_journal_is_named(line: Line, text_file: Path, source: Path, t
     for name in ("decisions-0.json", "inputs.json"):
         (tmp_path / "out" / FOLDER / name).write_text("")
         line.refused(f"{name}, by which the run would go on, is damaged; delete out/{FOLDER} to begin it again", *words)
+
+
+def test_a_mistake_in_a_resumed_run_leaves_a_folder_that_can_be_used(
+    line: Line, text_file: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, then a mistake that leaves nothing to go on with, then the command that is right."""
+    words = compressing(source, text_file, tmp_path, UNIFORM)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "put_stats", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert line.run(*words)[0] == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "put_stats", lambda *_: (_ for _ in ()).throw(UserError("a mistake")))
+        line.refused("a mistake", *words)
+    assert line.run(*words)[0] == 0
 
 
 def test_told_twice_to_stop(source: Path, text_file: Path, tmp_path: Path) -> None:

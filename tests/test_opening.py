@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,6 +54,26 @@ def test_what_is_left_out_is_said(key: str, kind: str, source: Path) -> None:
     with_tensors(source, {key: torch.zeros(4)})
     (said,) = trimoe.inspect(str(source))["left_out"]
     assert said.startswith("left out: 1 ") and kind in said and key in said
+
+
+def test_the_order_of_keys_in_the_header_changes_nothing(family_folder: Family, tmp_path: Path) -> None:
+    """Matrix by matrix instead of expert by expert: what Mixtral's w1, w2 and w3 are is found all the same."""
+    shutil.copytree(family_folder("mixtral"), tmp_path / "other")
+    state = {key: tensor for path in (tmp_path / "other").glob("*.safetensors") for key, tensor in load_file(path).items()}
+    with_tensors(tmp_path / "other", {})
+    file = tmp_path / "other" / "model.safetensors"
+    names = sorted(state, key=lambda key: (key.split(".")[-2:], [int(part) if part.isdigit() else 0 for part in key.split(".")]))
+    place, head = 0, {}
+    for key in names:
+        head[key] = {"dtype": "F32", "shape": list(state[key].shape), "data_offsets": [place, place + state[key].nbytes]}
+        place += state[key].nbytes
+    text = json.dumps(head).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(state[key].contiguous().numpy().tobytes() for key in names))
+    one, other = (Skeleton.of(str(folder)) for folder in (family_folder("mixtral"), tmp_path / "other"))
+    assert {name: sorted(keys) for name, keys in one.conversion.source_of.items()} == {
+        name: sorted(keys) for name, keys in other.conversion.source_of.items()
+    }
+    assert one.conversion.stacked == other.conversion.stacked
 
 
 def test_no_spelling_counts_prediction_layers() -> None:

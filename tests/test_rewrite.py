@@ -13,9 +13,9 @@ from refusals import snapshot
 from safetensors.torch import load_file
 
 from trimoe.checkpoint.folder import Checkpoint
+from trimoe.errors import Diverged
 from trimoe.output import rewriter as rewrite
 from trimoe.output.rewriter import Rewriter
-from trimoe.recipe.recover import Diverged
 
 Family = Callable[[str], Path]
 

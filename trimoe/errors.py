@@ -16,6 +16,10 @@ class UserError(ValueError):
     """A mistake in the input: what was given, where, and what is allowed."""
 
 
+class Diverged(UserError):
+    """Training left the numbers: the rate is too high."""
+
+
 def stop_if_told(error: BaseException) -> None:
     """Re-raises Ctrl-C or SIGTERM where `error` came of it: a library's tidying up may fail while it is being stopped, and raise its own.
     Called wherever anything that foreign code raises is made a sentence."""

@@ -6,13 +6,13 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from trimoe.calibration.statistics import Stats, from_main
+from trimoe.calibration.statistics import OtherFormat, Stats, from_main
 from trimoe.checkpoint.atomic import refuse_odd, write_text
-from trimoe.errors import UserError
+from trimoe.errors import Diverged, UserError
 from trimoe.progress import LOG
 from trimoe.team import ALONE, Team
 
@@ -42,8 +42,8 @@ class Journal:
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         begun = self.folder / "inputs.json"
-        if not begun.is_file() and FOLDER in (names := {path.name for path in self.out.iterdir()}) and names <= {FOLDER, LOG}:
-            return  # killed before it had begun, or forgotten
+        if not begun.is_file() and {path.name for path in self.out.iterdir()} <= {FOLDER, LOG}:
+            return  # killed before it had begun, or a mistake left nothing to go on with
         if not begun.is_file():
             raise UserError(f"The output folder {self.out} is not empty; give one that is empty or does not exist.")
         before = self._read(begun)
@@ -78,18 +78,19 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
-            if error and isinstance(error[1], UserError):
-                self._vacate()
+            if error and isinstance(error[1], UserError) and not isinstance(error[1], Diverged):  # whose log is worth reading
+                with suppress(OSError):  # the mistake is what the user is to hear of
+                    self._vacate()
             self._lock.close()
 
     def _vacate(self) -> None:
         """Where a mistake leaves nothing to go on with, nothing stays of what this run made."""
         if {path.name for path in self.out.iterdir()} <= {FOLDER, LOG} and {path.name for path in self.folder.iterdir()} <= EMPTY:
+            if self.log in self._made:
+                self.log.unlink(missing_ok=True)
             shutil.rmtree(self.folder)
             for place in self._made:
-                if place == self.log:
-                    place.unlink(missing_ok=True)
-                elif place.is_dir() and not any(place.iterdir()):
+                if place.is_dir() and not any(place.iterdir()):
                     place.rmdir()
 
     def get(self, stage: str) -> dict[str, Any] | None:
@@ -109,7 +110,13 @@ class Journal:
 
     def get_stats(self, stage: str) -> Stats | None:
         path = self.folder / f"{stage}.safetensors"
-        return from_main(self.team, lambda: Stats.load(path) if path.is_file() else None)
+
+        def kept() -> Stats | None:
+            with suppress(OtherFormat):  # of another version's run: they are gathered anew
+                return Stats.load(path) if path.is_file() else None
+            return None
+
+        return from_main(self.team, kept)
 
     def put_stats(self, stage: str, stats: Stats) -> None:
         if self.team.main:

@@ -109,17 +109,23 @@ def team(device: str = "cpu") -> Iterator[Team]:
     one = _Processes(_group(device))
     try:
         yield one
+        one.everyone(None)  # nobody leaves before all is done; where something else was raised nobody waits
     except UserError as mistake:
         raise one.ended_by(mistake) from mistake
-    one.everyone(None)  # nobody leaves before all is done; where something else was raised nobody waits
 
 
 _groups: list[dist.Store] = []  # of this process so far; the last one may still be open
 
 
+_lent: list[dist.Store] = []  # one for each time that a group of somebody else's was used
+
+
 def _group(device: str) -> dist.Store:
     """What the current group has in common, beside its messages; there is one group until a mistake ends it. The next has keys of its own,
     for of the same name it would meet what the first left behind."""
+    if dist.is_initialized() and not _groups:  # somebody else's, accelerate's perhaps: it is used, and left open
+        _lent.append(dist.PrefixStore(f"trimoe-lent-{len(_lent)}", dist.distributed_c10d._get_default_store()))
+        return _lent[-1]
     if not dist.is_initialized():
         cuda = device.startswith("cuda") and torch.cuda.is_available()
         if cuda:
@@ -136,7 +142,7 @@ def _group(device: str) -> dist.Store:
 
 
 def _close() -> None:
-    if dist.is_initialized():
+    if dist.is_initialized() and _groups:
         dist.destroy_process_group()
 
 

@@ -36,6 +36,10 @@ def similarity(a_TH: torch.Tensor, b_TH: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a_TH.unsqueeze(1), b_TH.unsqueeze(2)).flatten() / norm_T.clamp_min(1e-16)
 
 
+class OtherFormat(UserError):
+    """The statistics were written by another version, or it is another file."""
+
+
 @dataclass(eq=False)
 class LayerStats:
     """Statistics of one MoE layer. `sums` holds float64 tensors by name:
@@ -169,7 +173,7 @@ class Stats:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is not a statistics file that can be read ({first_line(error)}).") from None
         if head.get("format") != FORMAT:
-            raise UserError(
+            raise OtherFormat(
                 f"{path} is not a statistics file of this version of trimoe (format {head.get('format')!r}, wanted {FORMAT!r})."
             )
         try:

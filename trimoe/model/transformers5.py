@@ -48,7 +48,7 @@ PREDICTION = r"(^|[._])(mtp|nextn)([._\d]|$)|(^|\.)(mtp\w*|eh_proj|enorm|hnorm|s
 BUFFERS = r"rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)$|(^|\.)(position_ids|masked_bias)$"
 PREDICTION_FIELD = re.compile(r"mtp|nextn|multi_token_pred")
 COUNTING_FIELD = re.compile(r"num|count|layers|modules|depth")
-LAST_NUMBER = re.compile(r"(.*\.\d+\..*\.)\d+(\.\D*)")  # in a key with another number before it, a layer's
+LAST_NUMBER = re.compile(r"(.*\.\d+\..*\.)\d+(\.\D.*)")  # in a key with another number before it, a layer's
 READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # where transformers is told not to
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
@@ -314,7 +314,7 @@ def _renamed(keys: Iterable[str], rename: Callable[[str], tuple[str, str]]) -> I
     first: dict[tuple[str, str], tuple[str, str]] = {}
     merged: dict[tuple[str, str], tuple[str, str] | None] = {}
     for key in keys:
-        if (at := LAST_NUMBER.match(key)) is None:
+        if (at := LAST_NUMBER.fullmatch(key)) is None:
             yield key, rename(key)
             continue
         around = at.groups()

@@ -56,9 +56,9 @@ class Layout:
 
     def examined(self) -> Layout:
         """This layout. Raises the UserError that working out any layer would raise, by one layer of each kind."""
-        seen: list[tuple[int, LayerDecision | None]] = []
+        seen: list[tuple[int, LayerDecision | None, bool]] = []
         for index, like in enumerate(self.skeleton.alike):
-            if (kind := (like, self.decisions.get(index))) not in seen:
+            if (kind := (like, self.decisions.get(index), self.place.get(index) == index)) not in seen:
                 seen.append(kind)
                 self._group(index)
         return self

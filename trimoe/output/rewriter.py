@@ -17,8 +17,8 @@ from trimoe.checkpoint.headers import DTYPES, TensorInfo
 from trimoe.checkpoint.shards import INDEX
 from trimoe.checkpoint.side_files import is_weights
 from trimoe.checkpoint.whole import PAGE
+from trimoe.errors import Diverged
 from trimoe.progress import LOG
-from trimoe.recipe.recover import Diverged
 
 CONFIG = "config.json"
 

@@ -14,10 +14,6 @@ RATES = {"lora": 5e-4, "router": 1e-3, "logits": 5e-4, "experts": 1e-3}  # peak 
 FULL_RATE = 2e-5  # where all weights train
 
 
-class Diverged(UserError):
-    """Training left the numbers: the rate is too high."""
-
-
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Recover:
     """Recovery training of a finished folder.

@@ -24,11 +24,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from trimoe.checkpoint.atomic import aside
-from trimoe.errors import UserError
+from trimoe.errors import Diverged, UserError
 from trimoe.model.skeleton import Skeleton
 from trimoe.plan.recovery_memory import samples_at_once
 from trimoe.progress import Reporter
-from trimoe.recipe.recover import Diverged, Recover, schedule
+from trimoe.recipe.recover import Recover, schedule
 from trimoe.recover.experts import expert_errors, expert_loss
 from trimoe.recover.head import Logits
 from trimoe.recover.layers import Again

@@ -18,7 +18,7 @@ from trimoe import team
 from trimoe.checkpoint.atomic import write_text
 from trimoe.checkpoint.headers import DTYPES
 from trimoe.checkpoint.whole import lost, lost_adapter, refuse_lost
-from trimoe.errors import UserError
+from trimoe.errors import Diverged, UserError
 from trimoe.journal import ANSWERS, FOLDER, Journal
 from trimoe.model import transformers5
 from trimoe.model.skeleton import Skeleton
@@ -26,7 +26,7 @@ from trimoe.output import card
 from trimoe.output.rewriter import Rewriter
 from trimoe.plan import memory, recovery_memory
 from trimoe.progress import LOG, QUIET, Reporter, logged
-from trimoe.recipe.recover import Diverged, Recover, parsed
+from trimoe.recipe.recover import Recover, parsed
 from trimoe.recover import adapters, apart, experts, layers
 from trimoe.recover.inputs import record_of, refuse_inside, refuse_packed, teacher_of, text_for, went_over, why_held
 from trimoe.recover.loop import Training, TrainingJob, WithExperts, distilled, launcher, numbers, text_loss

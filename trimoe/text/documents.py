@@ -180,6 +180,6 @@ def unmarked(ids_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     return ids_BL % START, place_L - first_BL
 
 
-def _names(row: dict[str, Any]) -> str:
+def _names(row: Mapping[Any, Any]) -> str:
     """The fields of a row for a sentence: what cannot be printed is escaped, as line ends are."""
     return ", ".join(name if name.isprintable() else ascii(name) for name in map(str, row))
