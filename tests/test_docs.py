@@ -16,7 +16,8 @@ from trimoe.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-QUOTING = [ROOT / "README.md", *sorted((DOCS / "methods").glob("*.md")), DOCS / "choose.md", DOCS / "faq.md", DOCS / "figure.json"]
+LOG = ROOT / "log"
+QUOTING = [ROOT / "README.md", *sorted((DOCS / "methods").glob("*.md")), DOCS / "choose.md", DOCS / "faq.md", DOCS / "papers.md"]
 NOT_MEASURED = {"0.5625"}  # a share that follows from the format
 
 
@@ -80,27 +81,49 @@ def test_every_verb_and_option_is_in_the_reference(reference: ModuleType) -> Non
 
 
 def test_numbers_come_from_the_log() -> None:
-    """Every number of four decimals that a page quotes stands in LOG.md."""
-    log = set(re.findall(r"\d+\.\d{4}\b", (ROOT / "LOG.md").read_text(encoding="utf-8")))
+    """Every number of four decimals that a page quotes stands in a page or a table of log/."""
+    log = set(re.findall(r"\d+\.\d{4}\b", "\n".join(path.read_text(encoding="utf-8") for path in LOG.rglob("*.*"))))
     assert len(log) > 200
     for page in QUOTING:
         quoted = set(re.findall(r"(?<![\d.])\d+\.\d{4}\b(?!\d)", page.read_text(encoding="utf-8")))
-        assert quoted - log <= NOT_MEASURED, f"{page.name} quotes what LOG.md does not say"
+        assert quoted - log <= NOT_MEASURED, f"{page.name} quotes what the log does not say"
+
+
+def test_the_log_has_a_verdict_for_every_entry() -> None:
+    """LOG.md lists the headings of all pages as they are, every page has its newest entry first, and every table is shown."""
+    verdicts = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    listed = []
+    for page in sorted(LOG.glob("*.md"), key=lambda page: verdicts.index(f"](log/{page.name})")):
+        text = page.read_text(encoding="utf-8")
+        entries = re.findall(r"(?m)^## (\d{4}-\d\d-\d\d · .+)$", text)
+        assert entries and len(entries) == text.count("\n## "), page.name
+        assert [entry[:10] for entry in entries] == sorted((entry[:10] for entry in entries), reverse=True), page.name
+        tables = {str(path.relative_to(LOG)) for path in (LOG / page.stem).glob("*.csv")}
+        assert tables == set(re.findall(r"\]\(([\w/-]+\.csv)\)", text)), page.name
+        listed += entries
+    assert re.findall(r"(?m)^- (.+)$", verdicts) == listed
 
 
 def test_the_figure_is_drawn_from_its_numbers() -> None:
     about = json.loads((DOCS / "figure.json").read_text(encoding="utf-8"))
-    log = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    log = "\n".join(path.read_text(encoding="utf-8") for path in LOG.rglob("*.*"))
     for point in about["points"]:
-        assert point["kl"] in log and f"{point['bytes']} %" in log, point["name"]
+        assert point["kl"] in log and str(point["bytes"]) in log, point["name"]
         for drawing in ("figure.svg", "figure-dark.svg"):
             assert point["name"] in (DOCS / drawing).read_text(encoding="utf-8"), "run: python docs/figure.py"
 
 
 def test_every_page_is_in_the_navigation() -> None:
     named = set(re.findall(r": ([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]))
-    written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} | {f"log/{path.name}" for path in LOG.glob("*.md")}
     assert named == written | {"changelog.md", "log.md", "security.md"}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*DOCS.rglob("*.md"), *LOG.glob("*.md"), *ROOT.glob("*.md")]
+    links = {(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+\.\w+)[^)]*\)", page.read_text(encoding="utf-8"))}
+    assert len(links) > 100
+    assert [pair for pair in links if not pair[1].startswith("http") and not (pair[0].parent / pair[1]).exists()] == []
 
 
 def test_links_from_the_readme_lead_somewhere() -> None:
