@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -89,6 +90,32 @@ def test_numbers_come_from_the_log() -> None:
         assert quoted - log <= NOT_MEASURED, f"{page.name} quotes what the log does not say"
 
 
+def numbers(cells: Iterable[str]) -> set[str]:
+    return set(re.findall(r"\d+(?:\.\d+)?", " ".join(cells)))
+
+
+def test_rows_of_tables_are_rows_of_the_log(reference: ModuleType) -> None:
+    """Below `<!-- log: TABLE.csv ... -->` all numbers of a row stand in one row of a table, or in one of each of several.
+
+    Tables of the same columns are one table for each model, so what is taken of them must be the row of the same name.
+    """
+    found = 0
+    for page in QUOTING:
+        for names, shown in re.findall(r"<!-- log: (\S.*) -->\n\n((?:\|.*\n)+)", page.read_text(encoding="utf-8")):
+            tables: dict[tuple[str, ...], dict[tuple[str, ...], set[str]]] = {}
+            for row in (row for name in names.split() for row in reference.rows(name)):
+                named = tuple(cell for cell in row.values() if not re.fullmatch(r"[-\d.]*", cell))
+                tables.setdefault(tuple(row), {}).setdefault(named, set()).update(numbers(row.values()))
+            for line in shown.splitlines()[2:]:
+                _, first, *others, _ = line.split("|")
+                left = [{*re.findall(r"\d+\.\d+", first), *numbers(others)}]
+                for table in tables.values():
+                    left += [rest - row for rest in left for row in table.values() if rest & row]
+                assert set() in left, f"{page.name}: no row of {names} has the numbers of {line}"
+                found += 1
+    assert found > 60 and sum(page.read_text(encoding="utf-8").count("<!-- log: ") for page in QUOTING) == 8
+
+
 def test_the_log_has_a_verdict_for_every_entry() -> None:
     """LOG.md lists the headings of all pages as they are, every page has its newest entry first, and every table is shown."""
     verdicts = (ROOT / "LOG.md").read_text(encoding="utf-8")
@@ -104,13 +131,14 @@ def test_the_log_has_a_verdict_for_every_entry() -> None:
     assert re.findall(r"(?m)^- (.+)$", verdicts) == listed
 
 
-def test_the_figure_is_drawn_from_its_numbers() -> None:
-    about = json.loads((DOCS / "figure.json").read_text(encoding="utf-8"))
-    log = "\n".join(path.read_text(encoding="utf-8") for path in LOG.rglob("*.*"))
-    for point in about["points"]:
-        assert point["kl"] in log and str(point["bytes"]) in log, point["name"]
-        for drawing in ("figure.svg", "figure-dark.svg"):
-            assert point["name"] in (DOCS / drawing).read_text(encoding="utf-8"), "run: python docs/figure.py"
+def test_the_figure_is_drawn_from_the_log(reference: ModuleType) -> None:
+    points = json.loads((DOCS / "figure.json").read_text(encoding="utf-8"))["points"]
+    wanted = sorted((point["name"], *(float(reference.cell(point[axis])) for axis in ("bytes", "kl"))) for point in points)
+    for drawing in ("figure.svg", "figure-dark.svg"):
+        labels = re.findall(
+            r'% of the original: ([\d.]+); [^"]*: ([\d.]+); method: [^";]+; name: ([^"]+)"', (DOCS / drawing).read_text("utf-8")
+        )
+        assert sorted((name, float(share), float(kl)) for share, kl, name in labels) == wanted, "run: python docs/figure.py"
 
 
 def test_every_page_is_in_the_navigation() -> None:
