@@ -86,7 +86,8 @@ def test_numbers_come_from_the_log() -> None:
     log = set(re.findall(r"\d+\.\d{4}\b", "\n".join(path.read_text(encoding="utf-8") for path in LOG.rglob("*.*"))))
     assert len(log) > 200
     for page in QUOTING:
-        quoted = set(re.findall(r"(?<![\d.])\d+\.\d{4}\b(?!\d)", page.read_text(encoding="utf-8")))
+        text = re.sub(r"```console\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)  # held by docs/readme.py
+        quoted = set(re.findall(r"(?<![\d.])\d+\.\d{4}\b(?!\d)", text))
         assert quoted - log <= NOT_MEASURED, f"{page.name} quotes what the log does not say"
 
 
