@@ -1,4 +1,7 @@
-"""Draws figure.svg and figure-dark.svg from the cells of log/ that figure.json names (needs altair and vl-convert-python)."""
+"""Draw figure.svg and figure-dark.svg from the cells of log/ that figure.json names.
+
+It needs altair and vl-convert-python.
+"""
 
 from __future__ import annotations
 

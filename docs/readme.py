@@ -1,6 +1,6 @@
-"""Run the commands of README.md and compare what they print with what it shows, where `...` stands for anything.
+"""Run the commands of README.md and compare what they print with what it shows; `...` stands for anything.
 
-It takes some minutes in a folder of its own. Another processor may choose other ranks and differ in the last digits.
+It takes some minutes in a folder of its own. Another processor may choose other ranks and other last digits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    (shown,) = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```console\n(.*?)```", readme, re.DOTALL)
     with tempfile.TemporaryDirectory() as folder:
         for part in shown.split("$ trimoe ")[1:]:
             command, _, wanted = part.partition("\n")

@@ -261,16 +261,18 @@ def on_files(files: Any, config: Any) -> Any:
     """Take pages and tables from the root of the repository."""
     from mkdocs.structure.files import File
 
-    named = {name: name.lower() for name in BORROWED} | {str(path.relative_to(LOG.parent)): None for path in sorted(LOG.rglob("*.*"))}
-    for source, target in named.items():
-        text = (LOG.parent / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, target or source, content=text))
+    root = HERE.parent
+    taken = {name.lower(): root / name for name in BORROWED}
+    taken |= {str(path.relative_to(root)): path for path in sorted(LOG.rglob("*.*"))}
+    for target, source in taken.items():
+        files.append(File.generated(config, target, content=source.read_text(encoding="utf-8")))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill the markers, show the log's tables, and let links to the repository's root lead to the pages taken from there."""
-    page = re.sub(r"(?<=\]\()(?P<up>(\.\./)*)\.\./(log/|LOG\.md)", lambda link: link["up"] + link[3].lower(), filled(markdown))
+    """Fill the markers, show the log's tables, and turn links to log/ and LOG.md into those of the site."""
+    outward = r"(?<=\]\()(?P<up>(\.\./)*)\.\./(?P<page>log/|LOG\.md)"
+    page = re.sub(outward, lambda link: link["up"] + link["page"].lower(), filled(markdown))
     return re.sub(r"^\[(?P<table>[\w/-]+\.csv)\]\((?P=table)\)$", _shown, page, flags=re.MULTILINE)
 
 

@@ -83,10 +83,12 @@ def test_every_verb_and_option_is_in_the_reference(reference: ModuleType) -> Non
 
 def test_numbers_come_from_the_log() -> None:
     """Every number of four decimals that a page quotes stands in a page or a table of log/."""
-    log = set(re.findall(r"\d+\.\d{4}\b", "\n".join(path.read_text(encoding="utf-8") for path in LOG.rglob("*.*"))))
+    pages = [path.read_text(encoding="utf-8") for path in LOG.rglob("*.*")]
+    log = {number for page in pages for number in re.findall(r"\d+\.\d{4}\b", page)}
     assert len(log) > 200
     for page in QUOTING:
-        text = re.sub(r"```console\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)  # held by docs/readme.py
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"```console\n.*?```", "", text, flags=re.DOTALL)  # docs/readme.py holds these
         quoted = set(re.findall(r"(?<![\d.])\d+\.\d{4}\b(?!\d)", text))
         assert quoted - log <= NOT_MEASURED, f"{page.name} quotes what the log does not say"
 
@@ -96,9 +98,9 @@ def numbers(cells: Iterable[str]) -> set[str]:
 
 
 def test_rows_of_tables_are_rows_of_the_log(reference: ModuleType) -> None:
-    """Below `<!-- log: TABLE.csv ... -->` all numbers of a row stand in one row of a table, or in one of each of several.
+    """Below `<!-- log: TABLE.csv ... -->` all numbers of a row stand in one row of each table, or of some.
 
-    Tables of the same columns are one table for each model, so what is taken of them must be the row of the same name.
+    Tables of the same columns are one for each model, so the row taken of them must be that of the same name.
     """
     found = 0
     for page in QUOTING:
@@ -118,7 +120,7 @@ def test_rows_of_tables_are_rows_of_the_log(reference: ModuleType) -> None:
 
 
 def test_the_log_has_a_verdict_for_every_entry() -> None:
-    """LOG.md lists the headings of all pages as they are, every page has its newest entry first, and every table is shown."""
+    """LOG.md lists the headings of all pages; every page begins with its newest entry and links its tables."""
     verdicts = (ROOT / "LOG.md").read_text(encoding="utf-8")
     listed = []
     for page in sorted(LOG.glob("*.md"), key=lambda page: verdicts.index(f"](log/{page.name})")):
@@ -150,9 +152,10 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_links_between_pages_lead_somewhere() -> None:
     pages = [*DOCS.rglob("*.md"), *LOG.glob("*.md"), *ROOT.glob("*.md")]
-    links = {(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+\.\w+)[^)]*\)", page.read_text(encoding="utf-8"))}
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    links = {(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+\.\w+)[^)]*\)", texts[page])}
     assert len(links) > 100
-    assert [pair for pair in links if not pair[1].startswith("http") and not (pair[0].parent / pair[1]).exists()] == []
+    assert {link for page, link in links if "://" not in link and not (page.parent / link).exists()} == set()
 
 
 def test_links_from_the_readme_lead_somewhere() -> None:
