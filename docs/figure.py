@@ -1,4 +1,7 @@
-"""Draws figure.svg and figure-dark.svg from figure.json (needs altair and vl-convert-python; run by hand when the numbers change)."""
+"""Draw figure.svg and figure-dark.svg from the cells of log/ that figure.json names.
+
+It needs altair and vl-convert-python.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+from reference import cell
 
 HERE = Path(__file__).resolve().parent
 COLOURS = {  # by method: in light, in dark
@@ -21,7 +25,7 @@ LABELS = {"right": dict(align="left", dx=9, dy=0), "left": dict(align="right", d
 
 def chart(about: dict[str, Any], *, dark: bool) -> alt.LayerChart:
     ink, faint = ("#e6edf3", "#30363d") if dark else ("#1f2328", "#d8dee4")
-    rows = [{**point, "kl": float(point["kl"])} for point in about["points"]]
+    rows = [{**point, "bytes": float(cell(point["bytes"])), "kl": float(cell(point["kl"]))} for point in about["points"]]
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X(
             "bytes:Q",

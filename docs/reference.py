@@ -2,11 +2,13 @@
 
 As a program (`python docs/reference.py`) it rewrites what stands between the markers `<!-- reference: KIND NAME -->` and `<!-- end -->` in
 docs/*.md, so that the pages can be read without a build; as a hook of mkdocs it does the same to the pages that are built, and puts
-CHANGELOG.md, LOG.md and SECURITY.md among them. tests/test_docs.py holds that the pages are up to date and that no field is undocumented.
+CHANGELOG.md, LOG.md, SECURITY.md and log/ among them, with the CSV files of log/ shown as tables. `cell` is how the figure and tests
+read a number of the log. tests/test_docs.py holds that the pages are up to date and that no field is undocumented.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import inspect
 import re
@@ -22,6 +24,7 @@ import trimoe  # noqa: E402
 
 MARKED = re.compile(r"(?P<start><!-- reference: (?P<kind>\w+) (?P<name>[\w.-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 FIELD = re.compile(r"^ {4}(?P<names>\w+(?:, \w+)*) +(?P<text>\S.*)$")
+LOG = HERE.parent / "log"
 BORROWED = ("CHANGELOG.md", "LOG.md", "SECURITY.md")  # pages that lie in the root
 SECTIONS = {"CalibrationSpec": "calibration"}  # where a class is described under another heading than its own name
 BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
@@ -228,19 +231,49 @@ def pages() -> list[Path]:
     return sorted(path for path in HERE.rglob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
 
 
+# ---- the log's tables
+
+
+def rows(table: str) -> list[dict[str, str]]:
+    """The rows of a CSV file of log/, each a mapping from column to cell."""
+    with (LOG / table).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cell(reference: str) -> str:
+    """The cell that `TABLE.csv | ROW | COLUMN` names, where ROW is the text of the row's first column."""
+    table, name, column = reference.split(" | ")
+    (row,) = [row for row in rows(table) if next(iter(row.values())) == name]
+    return row[column]
+
+
+def _shown(link: re.Match[str]) -> str:
+    """The table of a CSV file, below the link to it."""
+    named = rows(link["table"])
+    lines = [list(named[0]), ["---"] * len(named[0]), *(list(row.values()) for row in named)]
+    return "\n".join([link[0], "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+# ---- hooks of mkdocs
+
+
 def on_files(files: Any, config: Any) -> Any:
-    """mkdocs: pages from the root of the repository."""
+    """Take pages and tables from the root of the repository."""
     from mkdocs.structure.files import File
 
-    for name in BORROWED:
-        text = (HERE.parent / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, name.lower(), content=text))
+    root = HERE.parent
+    taken = {name.lower(): root / name for name in BORROWED}
+    taken |= {str(path.relative_to(root)): path for path in sorted(LOG.rglob("*.*"))}
+    for target, source in taken.items():
+        files.append(File.generated(config, target, content=source.read_text(encoding="utf-8")))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs: the same, on the pages that are built."""
-    return filled(markdown)
+    """Fill the markers, show the log's tables, and turn links to log/ and LOG.md into those of the site."""
+    outward = r"(?<=\]\()(?P<up>(\.\./)*)\.\./(?P<page>log/|LOG\.md)"
+    page = re.sub(outward, lambda link: link["up"] + link["page"].lower(), filled(markdown))
+    return re.sub(r"^\[(?P<table>[\w/-]+\.csv)\]\((?P=table)\)$", _shown, page, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,8 @@ from trimoe.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-QUOTING = [ROOT / "README.md", *sorted((DOCS / "methods").glob("*.md")), DOCS / "choose.md", DOCS / "faq.md", DOCS / "figure.json"]
+LOG = ROOT / "log"
+QUOTING = [ROOT / "README.md", *sorted((DOCS / "methods").glob("*.md")), DOCS / "choose.md", DOCS / "faq.md", DOCS / "papers.md"]
 NOT_MEASURED = {"0.5625"}  # a share that follows from the format
 
 
@@ -80,27 +82,80 @@ def test_every_verb_and_option_is_in_the_reference(reference: ModuleType) -> Non
 
 
 def test_numbers_come_from_the_log() -> None:
-    """Every number of four decimals that a page quotes stands in LOG.md."""
-    log = set(re.findall(r"\d+\.\d{4}\b", (ROOT / "LOG.md").read_text(encoding="utf-8")))
+    """Every number of four decimals that a page quotes stands in a page or a table of log/."""
+    pages = [path.read_text(encoding="utf-8") for path in LOG.rglob("*.*")]
+    log = {number for page in pages for number in re.findall(r"\d+\.\d{4}\b", page)}
     assert len(log) > 200
     for page in QUOTING:
-        quoted = set(re.findall(r"(?<![\d.])\d+\.\d{4}\b(?!\d)", page.read_text(encoding="utf-8")))
-        assert quoted - log <= NOT_MEASURED, f"{page.name} quotes what LOG.md does not say"
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"```console\n.*?```", "", text, flags=re.DOTALL)  # docs/readme.py holds these
+        quoted = set(re.findall(r"(?<![\d.])\d+\.\d{4}\b(?!\d)", text))
+        assert quoted - log <= NOT_MEASURED, f"{page.name} quotes what the log does not say"
 
 
-def test_the_figure_is_drawn_from_its_numbers() -> None:
-    about = json.loads((DOCS / "figure.json").read_text(encoding="utf-8"))
-    log = (ROOT / "LOG.md").read_text(encoding="utf-8")
-    for point in about["points"]:
-        assert point["kl"] in log and f"{point['bytes']} %" in log, point["name"]
-        for drawing in ("figure.svg", "figure-dark.svg"):
-            assert point["name"] in (DOCS / drawing).read_text(encoding="utf-8"), "run: python docs/figure.py"
+def numbers(cells: Iterable[str]) -> set[str]:
+    return set(re.findall(r"\d+(?:\.\d+)?", " ".join(cells)))
+
+
+def test_rows_of_tables_are_rows_of_the_log(reference: ModuleType) -> None:
+    """Below `<!-- log: TABLE.csv ... -->` all numbers of a row stand in one row of each table, or of some.
+
+    Tables of the same columns are one for each model, so the row taken of them must be that of the same name.
+    """
+    found = 0
+    for page in QUOTING:
+        for names, shown in re.findall(r"<!-- log: (\S.*) -->\n\n((?:\|.*\n)+)", page.read_text(encoding="utf-8")):
+            tables: dict[tuple[str, ...], dict[tuple[str, ...], set[str]]] = {}
+            for row in (row for name in names.split() for row in reference.rows(name)):
+                named = tuple(cell for cell in row.values() if not re.fullmatch(r"[-\d.]*", cell))
+                tables.setdefault(tuple(row), {}).setdefault(named, set()).update(numbers(row.values()))
+            for line in shown.splitlines()[2:]:
+                _, first, *others, _ = line.split("|")
+                left = [{*re.findall(r"\d+\.\d+", first), *numbers(others)}]
+                for table in tables.values():
+                    left += [rest - row for rest in left for row in table.values() if rest & row]
+                assert set() in left, f"{page.name}: no row of {names} has the numbers of {line}"
+                found += 1
+    assert found > 60 and sum(page.read_text(encoding="utf-8").count("<!-- log: ") for page in QUOTING) == 8
+
+
+def test_the_log_has_a_verdict_for_every_entry() -> None:
+    """LOG.md lists the headings of all pages; every page begins with its newest entry and links its tables."""
+    verdicts = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    listed = []
+    for page in sorted(LOG.glob("*.md"), key=lambda page: verdicts.index(f"](log/{page.name})")):
+        text = page.read_text(encoding="utf-8")
+        entries = re.findall(r"(?m)^## (\d{4}-\d\d-\d\d · .+)$", text)
+        assert entries and len(entries) == text.count("\n## "), page.name
+        assert [entry[:10] for entry in entries] == sorted((entry[:10] for entry in entries), reverse=True), page.name
+        tables = {str(path.relative_to(LOG)) for path in (LOG / page.stem).glob("*.csv")}
+        assert tables == set(re.findall(r"\]\(([\w/-]+\.csv)\)", text)), page.name
+        listed += entries
+    assert re.findall(r"(?m)^- (.+)$", verdicts) == listed
+
+
+def test_the_figure_is_drawn_from_the_log(reference: ModuleType) -> None:
+    points = json.loads((DOCS / "figure.json").read_text(encoding="utf-8"))["points"]
+    wanted = sorted((point["name"], *(float(reference.cell(point[axis])) for axis in ("bytes", "kl"))) for point in points)
+    for drawing in ("figure.svg", "figure-dark.svg"):
+        labels = re.findall(
+            r'% of the original: ([\d.]+); [^"]*: ([\d.]+); method: [^";]+; name: ([^"]+)"', (DOCS / drawing).read_text("utf-8")
+        )
+        assert sorted((name, float(share), float(kl)) for share, kl, name in labels) == wanted, "run: python docs/figure.py"
 
 
 def test_every_page_is_in_the_navigation() -> None:
     named = set(re.findall(r": ([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]))
-    written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} | {f"log/{path.name}" for path in LOG.glob("*.md")}
     assert named == written | {"changelog.md", "log.md", "security.md"}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*DOCS.rglob("*.md"), *LOG.glob("*.md"), *ROOT.glob("*.md")]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    links = {(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+\.\w+)[^)]*\)", texts[page])}
+    assert len(links) > 100
+    assert {link for page, link in links if "://" not in link and not (page.parent / link).exists()} == set()
 
 
 def test_links_from_the_readme_lead_somewhere() -> None:

@@ -1,6 +1,6 @@
 """Which engines load a result, why the others do not, and over how many devices its heads and experts divide.
 
-Our tests run transformers only. What is said to be "tried" ran on a CPU, on tiny models, beside transformers (LOG.md, "Engines"); everything
+Our tests run transformers only. What is said to be "tried" ran on a CPU, on tiny models, beside transformers (log/engines.md); everything
 else is what engines' lists of architectures and loaders say: vLLM 0.32.0 (vllm/model_executor/models), SGLang 0.5.23
 (python/sglang/srt/models), llama.cpp of November 2026 (conversion/, src/models).
 """
