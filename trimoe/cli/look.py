@@ -93,13 +93,15 @@ def bench(
     import trimoe
     from trimoe import team
     from trimoe.output import card
+    from trimoe.output.record import Record
     from trimoe.progress import LOG, logged
     from trimoe.show import results
 
     check_writable(json_file)
-    kept = team.speaks() and card.is_original(Path(folder), against)
+    made = Record.beside(Path(folder))
+    kept = team.speaks() and made is not None and made.made_from(against)
     if kept:
-        card.check(Path(folder))
+        card.check(Record.read(Path(folder)))
     reporter = reporter_of(quiet)
     with logged(reporter, Path(folder) / LOG, command_line(), main=kept):
         report = trimoe.bench(
@@ -108,7 +110,7 @@ def bench(
         )  # fmt: skip
     write_json(json_file, report)
     if kept:
-        card.add_bench(Path(folder), report, command_line())
+        card.keep(Record.read(Path(folder)).with_bench(report, command_line()))
     results.bench(report)
 
 

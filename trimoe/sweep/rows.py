@@ -14,6 +14,7 @@ from typing import Any
 
 from trimoe.checkpoint.atomic import write_text
 from trimoe.errors import UserError
+from trimoe.output.record import Record
 from trimoe.progress import Reporter
 from trimoe.show.frontier import of_mean_kl, unbeaten
 from trimoe.sweep.grid import Variant
@@ -46,19 +47,17 @@ class Row:
     accuracy_before: float | None = None
 
     @classmethod
-    def of(cls, variant: Variant, record: dict[str, Any], *, kept: bool) -> Row:
-        """From a finished folder's trimoe.json with its evaluation."""
-        before, after, report = record["plan"]["before"], record["plan"]["after"], record["evaluation"]
-        texts = report["texts"]
-        steps = [next(iter(step)) for step in record["recipe"]["steps"]]
-        trained = [entry["method"] for entry in record.get("recovered", ())]
-        low, high = of_mean_kl(report["texts"])
+    def of(cls, variant: Variant, record: Record, *, kept: bool) -> Row:
+        """From a finished folder's record with its evaluation."""
+        before, after, report, texts = record.before, record.after, record.evaluation, record.texts
+        steps, trained = [step.name for step in record.steps], [entry["method"] for entry in record.recovered]
+        low, high = of_mean_kl(texts)
         asked = [row for row in report.get("tasks") or () if row["part_of"] is None]
         shown = [row for row in report.get("tasks") or () if row["part_of"] in (None, *(row["task"] for row in asked))]
         accuracies = [row for row in asked if row["metric"] == "acc"]
         return cls(
             name=variant.name, varied=variant.varied, method=" + ".join([*steps, *trained]), bytes=after["file_bytes"],
-            share=after["file_bytes"] / before["file_bytes"], experts=after["experts"] / before["experts"],
+            share=record.share, experts=after["experts"] / before["experts"],
             active=after["active"] / before["active"], kl=report["mean_kl"], kl_low=low, kl_high=high,
             agreement=sum(text["agreement"] for text in texts) / len(texts),
             perplexity=_geometric([text["perplexity"] for text in texts]),
