@@ -1,4 +1,4 @@
-"""What plan and inspect show: tables, JSON, which engines, over how many devices, warnings, disk."""
+"""What plan and inspect show: tables, JSON, which engines, warnings, disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -165,34 +164,6 @@ def test_packed_results_suit_every_target(family_folder: Family) -> None:
 def test_what_kernels_take(hidden: int, width: int, group: int, word: str | None) -> None:
     found = engines.kernels_lack(hidden, width, group)
     assert found is None if word is None else found is not None and word in found
-
-
-def test_over_how_many_devices(tmp_path: Path) -> None:
-    """4 heads, 2 key-value heads, experts of width 24, 8 experts."""
-    families.save("mixtral", tmp_path / "a")
-    made = trimoe.plan(str(tmp_path / "a"), {"steps": [DROP]})
-    assert made.parallel == {"tensor": [1, 2, 4], "expert": [1, 2, 3, 6]}  # over 4, each of the 2 key-value heads lies on 2
-    grouped = trimoe.plan(str(tmp_path / "a"), {"steps": [{"quantize": {"group": 8}}]})
-    assert grouped.parallel == {"tensor": [1], "expert": [1, 2, 4, 8]}  # 24 = 3 groups of 8, and 3 does not divide 4 heads
-    families.save("mixtral", tmp_path / "b", num_key_value_heads=4, num_attention_heads=12, hidden_size=48, head_dim=4)
-    assert trimoe.plan(str(tmp_path / "b"), {"steps": [DROP]}).parallel["tensor"] == [1, 2, 4, 12]
-    assert trimoe.plan(str(tmp_path / "a"), {"steps": [{"expert_drop": {"ratio": 0.25}}]}).parallel == {"tensor": [], "expert": []}
-    families.save("qwen2_moe", tmp_path / "c", shared_expert_intermediate_size=26)  # the shared expert's width divides by 2 alone
-    assert trimoe.plan(str(tmp_path / "c"), {"steps": [DROP]}).parallel["tensor"] == [1, 2]
-
-
-def test_mamba_layers_divide_as_well() -> None:
-    """Nemotron-H: heads and groups; granite: one group is on every device; jamba: inner channels."""
-
-    def over(**fields: Any) -> list[int]:
-        config = SimpleNamespace(hidden_size=96, num_attention_heads=24, **fields)
-        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), sites={}, layers=[])
-        return engines.tensor_parallel(model, {})  # type: ignore[arg-type]
-
-    assert over() == [1, 2, 3, 4, 6, 8, 12, 24]
-    assert over(expand=2, mamba_num_heads=16, n_groups=4) == [1, 2, 4]
-    assert over(mamba_expand=2, mamba_n_heads=16, mamba_n_groups=1) == [1, 2, 4, 8]
-    assert over(mamba_expand=1.25) == [1, 2, 3, 4, 6, 8, 12, 24] and over(mamba_expand=1.0625) == [1, 2, 3, 6]
 
 
 # ---- warnings

@@ -1,4 +1,4 @@
-"""Which engines load a result, why the others do not, and over how many devices its heads and experts divide.
+"""Which engines load a result, and why the others do not.
 
 Our tests run transformers only. What is said to be "tried" ran on a CPU, on tiny models, beside transformers (LOG.md, "Engines"); everything
 else is what engines' lists of architectures and loaders say: vLLM 0.32.0 (vllm/model_executor/models), SGLang 0.5.23
@@ -6,11 +6,6 @@ else is what engines' lists of architectures and loaders say: vLLM 0.32.0 (vllm/
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from trimoe.errors import UserError
 from trimoe.model import depth_config
@@ -38,30 +33,16 @@ KERNEL_GROUPS, KERNEL_HIDDEN = (
     (32, 64, 128),
     128,
 )  # what vLLM's Marlin kernels take: inputs a scale (or one a row), and multiples of the hidden size
-MOST = 64  # devices
-HEADS = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads", "mamba_n_heads")  # each must divide
-GROUPS = ("n_groups", "mamba_n_groups")  # of a mamba layer with heads: divide, or there is one, which every device has
 
 
-@dataclass(frozen=True)
-class Loading:
-    """Engine -> "yes ...", "no (why)" or "not known ...", and the numbers of devices that divide the model where engines other than
-    transformers load it."""
-
-    loads_in: dict[str, str]
-    tensor_parallel: list[int]
-    expert_parallel: list[int]
-
-
-def loading(skeleton: Skeleton, layout: Layout, *, native: bool) -> Loading:
-    """`native`: the result has, or will have once all is decided, a form that stock code cannot express."""
+def loading(skeleton: Skeleton, layout: Layout, *, native: bool) -> dict[str, str]:
+    """Return the answer of each engine. `native`: the result has, or will have once all is decided, a form that stock code cannot express."""
     decisions = layout.decisions
     packed = skeleton.checkpoint.scheme is not None or any(decision.bits for decision in decisions.values())
     loads = {engine: answer(engine, skeleton, decisions, native=native) for engine in ENGINES[1:]}
     own = ["import trimoe or trust_remote_code=True"] if native else []
     own += ["compressed-tensors installed"] if packed else []
-    loads = {"transformers": "yes" + (f", with {' and '.join(own)}" if own else ""), **loads}
-    return Loading(loads, [] if native else tensor_parallel(skeleton, decisions), [] if native else expert_parallel(skeleton, decisions))
+    return {"transformers": "yes" + (f", with {' and '.join(own)}" if own else ""), **loads}
 
 
 def answer(engine: str, skeleton: Skeleton, decisions: Decisions, *, native: bool) -> str:
@@ -131,45 +112,6 @@ def why_native(skeleton: Skeleton, decisions: Decisions) -> str:
     return "expert counts differ from layer to layer"
 
 
-def tensor_parallel(skeleton: Skeleton, decisions: Decisions) -> list[int]:
-    """Over how many devices every layer's matrices divide evenly: attention heads, key and value heads (or these are repeated evenly), mamba
-    channels, heads and groups, expert and MLP widths, and whole groups of them where weights are integers."""
-    text = skeleton.config.get_text_config()
-    heads = [value for name in HEADS if isinstance(value := getattr(text, name, None), int) and value]
-    heads += _mamba_widths(text)
-    shared = 0 if getattr(text, "kv_lora_rank", None) else getattr(text, "num_key_value_heads", None) or 0  # a latent cache is not split
-    group = next((decision.group for decision in decisions.values() if decision.group), 1)
-    widths = {site.width // group if site.width % group == 0 else 1 for i, site in skeleton.sites.items() if decisions[i].gone is None}
-    inner = _mlp_widths(skeleton)
-    return [
-        ways for ways in range(1, MOST + 1)
-        if all(value % ways == 0 for value in (*heads, *widths, *inner)) and (not shared or shared % ways == 0 or ways % shared == 0)
-    ]  # fmt: skip
-
-
-def _mamba_widths(text: Any) -> list[int]:
-    """Inner channels and groups of a family's mamba layers: each must divide."""
-    expand = getattr(text, "mamba_expand", None) or getattr(text, "expand", None)
-    inner = [int(expand * text.hidden_size)] if isinstance(expand, (int, float)) else []
-    if not any(getattr(text, name, None) for name in ("mamba_num_heads", "mamba_n_heads")):
-        return inner
-    return inner + [value for name in GROUPS if isinstance(value := getattr(text, name, None), int) and value > 1]
-
-
-def _mlp_widths(skeleton: Skeleton) -> set[int]:
-    """Inner widths of dense MLPs and shared experts."""
-    return {
-        module.in_features for layer in skeleton.layers for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(("down_proj", "w2"))
-    }  # fmt: skip
-
-
-def expert_parallel(skeleton: Skeleton, decisions: Decisions) -> list[int]:
-    """Over how many devices the experts of every layer divide evenly."""
-    counts = {len(decisions[index].keep) for index in skeleton.sites if decisions[index].gone is None}
-    return [ways for ways in range(1, MOST + 1) if counts and all(count % ways == 0 for count in counts)]
-
-
 def by_number(skeleton: Skeleton, decisions: Decisions) -> bool:
     """Whether the result has layers of several kinds, or dense ones of zeros, in other places than its family has them: transformers
     reads that from config.json, other engines may go by the layer's number."""
@@ -201,12 +143,3 @@ def check_target(recipe: Recipe, native: bool, skeleton: Skeleton, decisions: De
             raise UserError(
                 f"The recipe's target is {recipe.target}, and {engine} does not load the result: {found[3:].strip('()')}; use another target."
             )
-
-
-def sizes(ways: list[int]) -> str:
-    """Numbers of devices for people."""
-    return ", ".join(map(str, ways)) if ways else "none"
-
-
-def as_json(found: Loading) -> dict[str, Any]:
-    return {"tensor": found.tensor_parallel, "expert": found.expert_parallel}

@@ -20,7 +20,7 @@ from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
 from trimoe.plan import measurements, memory, recovery_memory
 from trimoe.plan.disk import output_need, spilled
-from trimoe.plan.engines import as_json, check_target, loading
+from trimoe.plan.engines import check_target, loading
 from trimoe.plan.outline import WIDEST, Outline
 from trimoe.plan.token_cost import LayerCosts, context_of, head_matrix, of_layers
 from trimoe.plan.warnings import advice
@@ -70,7 +70,6 @@ class Plan:
     context: int
     disk_split: dict[str, int]
     spill: int
-    parallel: dict[str, list[int]]
     memory_split: dict[str, int]
     depth: dict[str, list[int]]
     device_split: dict[str, int] = field(default_factory=dict)
@@ -282,14 +281,14 @@ def describe(
         name: [sum(getattr(one[i], what) for i in range(len(skeleton.layers)) if i not in moe) for one in (then, now)]
         for name, what in (("bytes", "nbytes"), ("parameters", "parameters"), ("flops", "flops"))
     }  # fmt: skip
-    found = loading(skeleton, layout, native=native)
     held = memory.of_stages(skeleton, recipe, layout.decisions, tokens, after.parameters, device)
     disk = output_need(skeleton, recipe, after.file_bytes, tokens)
     return Plan(
-        skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", found.loads_in,
+        skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock",
+        loading(skeleton, layout, native=native),
         max(held.host.values()), sum(disk.values()), advice(skeleton, recipe, after.experts / before.experts, tokens=tokens, native=native),
         dense_layers={"count": len(skeleton.layers) - len(moe), **rest}, context=context_of(skeleton), disk_split=disk,
-        spill=spilled(skeleton, recipe, tokens), parallel=as_json(found), memory_split=held.host, depth=_depth(skeleton, open_),
+        spill=spilled(skeleton, recipe, tokens), memory_split=held.host, depth=_depth(skeleton, open_),
         device_split=held.device, measured_on=measurements.on_paper(skeleton, recipe, tokens),
     )  # fmt: skip
 

@@ -226,10 +226,6 @@ def _engines(plan: dict[str, Any]) -> Iterable[RenderableType]:
     for engine, answer in plan["loads_in"].items():
         style = "green" if answer.startswith("yes") else "red" if answer.startswith("no (") else "yellow"
         made.add_row(engine, Text(answer, style))
-    ways = plan["parallel"]
-    if ways["expert"]:
-        made.add_row("tensor parallel", "over " + ", ".join(map(str, ways["tensor"])))
-        made.add_row("expert parallel", "over " + ", ".join(map(str, ways["expert"])))
     yield made
 
 
