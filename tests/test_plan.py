@@ -27,6 +27,7 @@ from trimoe.plan.limits import IMPORTS
 from trimoe.plan.plan import Plan
 from trimoe.recipe.recipe import load
 from trimoe.show import plan as plan_table
+from trimoe.show.answer import Answer
 from trimoe.walk import hidden_states
 
 Family = Callable[[str], Path]
@@ -116,30 +117,35 @@ def test_inspect(family_folder: Family) -> None:
 
 
 def test_why_an_engine_does_not_load_it(family_folder: Family, tmp_path: Path) -> None:
-    def answers(*steps: dict[str, Any], family: str = "mixtral") -> dict[str, str]:
+    def answers(*steps: dict[str, Any], family: str = "mixtral") -> dict[str, Answer]:
         return trimoe.plan(str(family_folder(family)), {"steps": list(steps)}).loads_in
 
-    assert answers(DROP)["vllm"] == "yes, as mixtral (0.32.0, tried)" and answers(DROP)["sglang"].endswith("(0.5.23, not tried)")
-    assert answers(DROP, family="hunyuan_v1_moe")["vllm"] == "yes, by transformers' own code (0.32.0, tried)"
-    assert answers({"expert_drop": {"ratio": 0.25}})["vllm"] == "no (expert counts differ from layer to layer)"
-    assert answers({"low_rank": {"ratio": 0.1, "rank": "uniform"}})["sglang"] == "no (experts are factored)"
-    assert answers({"weight_prune": {"ratio": 0.5, "form": "bitmask"}})["llama.cpp"] == "no (zeros are left out of the files)"
-    assert answers({"layer_drop": {"count": 1}})["vllm"].startswith("no (MoE sub-layers are dropped")
+    known, by_transformers = answers(DROP), answers(DROP, family="hunyuan_v1_moe")["vllm"]
+    assert known["vllm"].words == "yes, as mixtral (0.32.0, tried)" and known["vllm"].tried
+    assert known["sglang"].words == "yes, as mixtral (0.5.23, not tried)" and not known["sglang"].tried
+    assert by_transformers.words == "yes, by transformers' own code (0.32.0, tried)"
+    assert answers({"expert_drop": {"ratio": 0.25}})["vllm"] == Answer("no", "expert counts differ from layer to layer")
+    assert answers({"low_rank": {"ratio": 0.1, "rank": "uniform"}})["sglang"] == Answer("no", "experts are factored")
+    assert answers({"weight_prune": {"ratio": 0.5, "form": "bitmask"}})["llama.cpp"] == Answer("no", "zeros are left out of the files")
+    dropped = answers({"layer_drop": {"count": 1}})["vllm"]
+    assert dropped.loads == "no" and dropped.why.startswith("MoE sub-layers are dropped")
     packed = answers({"quantize": {"group": 8}})
-    assert packed["vllm"] == "made for it, but without a kernel: its kernels take groups of 32, 64 and 128 inputs, not 8"
-    assert packed["llama.cpp"].startswith("yes, converted")
+    lacking = "made for it, but without a kernel: its kernels take groups of 32, 64 and 128 inputs, not 8"
+    assert packed["vllm"].loads == "files" and packed["vllm"].words == lacking and packed["llama.cpp"].loads == "yes"
     for engine in ("vllm", "sglang", "llama.cpp"):  # vLLM removed it in 0.23; the others never had it
-        assert answers(DROP, family="minimax")[engine].startswith("not known: minimax is not in its list")
-    assert answers(DROP, family="jamba")["sglang"].startswith("not known: jamba is not in its list")
+        assert answers(DROP, family="minimax")[engine].words.startswith("not known: minimax is not in its list")
+    assert answers(DROP, family="jamba")["sglang"].loads == "unknown"
     emptied = answers({"layer_drop": {"count": 1}}, family="qwen2_moe")
-    assert emptied["vllm"] == "yes, as qwen2_moe (0.32.0, tried)" and "router in every layer" in emptied["llama.cpp"]
+    assert emptied["vllm"].words == "yes, as qwen2_moe (0.32.0, tried)" and "router in every layer" in emptied["llama.cpp"].why
+    for said in (known, packed, emptied):
+        assert {engine: Answer.from_json(one.words) for engine, one in said.items()} == said
 
 
 def test_a_tied_head_is_not_promised_to_loaders_that_want_one(tmp_path: Path) -> None:
     for tied in (True, False):
         families.save("qwen2_moe", tmp_path / str(tied), tie_word_embeddings=tied)
         said = trimoe.plan(str(tmp_path / str(tied)), {"steps": [DROP]}).loads_in["llama.cpp"]
-        assert said.startswith("no (its loader of qwen2_moe wants a head") == tied and said.startswith("yes") != tied
+        assert said.loads == ("no" if tied else "yes") and ("wants a head" in said.why) == tied
     with pytest.raises(UserError, match=r"target is llama.cpp, and llama.cpp does not load the result: its loader of qwen2_moe"):
         trimoe.plan(str(tmp_path / "True"), {"steps": [DROP], "target": "llama.cpp"})
 

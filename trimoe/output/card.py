@@ -14,6 +14,7 @@ from trimoe.methods import evidence
 from trimoe.output.card_metadata import metadata
 from trimoe.output.record import Record
 from trimoe.show import form as forms
+from trimoe.show.answer import Answer
 from trimoe.show.format import GONE, runs, three
 from trimoe.show.results import shown_tasks, traffic_cells
 
@@ -70,7 +71,7 @@ def _loading(plan: dict[str, Any]) -> str:
     if forms.PACKED not in form:
         return NATIVE if form == forms.NATIVE else STOCK
     bits = " or ".join(str(number) for number in sorted({row["bits"] for row in plan["layers"] if row.get("bits")}))
-    made_for = form == forms.PACKED and str((plan.get("loads_in") or {}).get("vllm")).startswith("made for it")
+    made_for = form == forms.PACKED and Answer.from_json(str((plan.get("loads_in") or {}).get("vllm"))).loads == "files"
     return (PACKED if form == forms.PACKED else NATIVE) + BITS.format(bits=bits) + (TRIED if made_for else "")
 
 

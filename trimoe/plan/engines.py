@@ -13,6 +13,7 @@ from trimoe.model.decision import Decisions
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
 from trimoe.recipe.recipe import Recipe
+from trimoe.show.answer import Answer
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 COMMON = frozenset({
@@ -35,41 +36,41 @@ KERNEL_GROUPS, KERNEL_HIDDEN = (
 )  # what vLLM's Marlin kernels take: inputs a scale (or one a row), and multiples of the hidden size
 
 
-def loading(skeleton: Skeleton, layout: Layout, *, native: bool) -> dict[str, str]:
+def loading(skeleton: Skeleton, layout: Layout, *, native: bool) -> dict[str, Answer]:
     """Return the answer of each engine. `native`: the result has, or will have once all is decided, a form that stock code cannot express."""
     decisions = layout.decisions
     packed = skeleton.checkpoint.scheme is not None or any(decision.bits for decision in decisions.values())
     loads = {engine: answer(engine, skeleton, decisions, native=native) for engine in ENGINES[1:]}
     own = ["import trimoe or trust_remote_code=True"] if native else []
     own += ["compressed-tensors installed"] if packed else []
-    return {"transformers": "yes" + (f", with {' and '.join(own)}" if own else ""), **loads}
+    return {"transformers": Answer("yes", f", with {' and '.join(own)}" if own else "", tried=True), **loads}
 
 
-def answer(engine: str, skeleton: Skeleton, decisions: Decisions, *, native: bool) -> str:
-    """Whether an engine other than transformers loads a result: "yes ...", "made for it ...", "no (why)" or "not known ..."."""
+def answer(engine: str, skeleton: Skeleton, decisions: Decisions, *, native: bool) -> Answer:
+    """Return whether an engine other than transformers loads a result."""
     kind, release = skeleton.config.model_type, f"{'of ' if engine == 'llama.cpp' else ''}{RELEASE[engine]}"
     tied = bool(getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False))
     if native:
-        return f"no ({why_native(skeleton, decisions)})"
+        return Answer("no", why_native(skeleton, decisions))
     if kind not in KNOWS[engine]:
-        return f"not known: {kind} is not in its list ({release})"
+        return Answer("unknown", f"{kind} is not in its list ({release})")
     if engine == "llama.cpp" and tied and kind in UNTIED:
-        return f"no (its loader of {kind} wants a head of its own, and this model's is its embedding)"
+        return Answer("no", f"its loader of {kind} wants a head of its own, and this model's is its embedding")
     if any(decision.gone == "moe" for decision in decisions.values()):
         if engine == "llama.cpp":
-            return f"no (its loader of {kind} wants a router in every layer)"
+            return Answer("no", f"its loader of {kind} wants a router in every layer")
         if engine != "vllm":
-            return "not known: whether it reads mlp_only_layers"
-        tried = "tried" if kind == "qwen2_moe" else "not tried"
+            return Answer("unknown", "whether it reads mlp_only_layers")
+        tried = kind == "qwen2_moe"
     elif by_number(skeleton, decisions):
-        return "not known: it may take a layer's kind from its number"
+        return Answer("unknown", "it may take a layer's kind from its number")
     else:
-        tried = "tried" if kind in TRIED[engine] else "not tried"
+        tried = kind in TRIED[engine]
     scheme = _scheme(skeleton, decisions)
     if scheme is not None:
         return _packed(engine, skeleton, scheme[1], tried)
     how = ", by transformers' own code" if engine == "vllm" and kind in BACKEND else f", as {kind}"
-    return f"yes{how} ({release}, {tried})"
+    return Answer("yes", f"{how} ({release}, {_run(tried)})", tried)
 
 
 def _scheme(skeleton: Skeleton, decisions: Decisions) -> tuple[int, int] | None:
@@ -78,17 +79,22 @@ def _scheme(skeleton: Skeleton, decisions: Decisions) -> tuple[int, int] | None:
     return next(iter(found), None) or skeleton.checkpoint.scheme  # type: ignore[return-value]
 
 
-def _packed(engine: str, skeleton: Skeleton, group: int, tried: str) -> str:
+def _run(tried: bool) -> str:
+    return "tried" if tried else "not tried"
+
+
+def _packed(engine: str, skeleton: Skeleton, group: int, tried: bool) -> Answer:
     """Of a result whose experts are compressed-tensors: reading the files is one thing, a kernel for them another."""
     if engine == "llama.cpp":
-        return f"yes, converted: its converter unpacks the integers ({tried})"
+        return Answer("yes", f", converted: its converter unpacks the integers ({_run(tried)})", tried)
     if engine == "sglang":
-        return f"made for it, not tried (compressed-tensors, {RELEASE[engine]})"
+        return Answer("files", f", not tried (compressed-tensors, {RELEASE[engine]})")
     site = next(iter(skeleton.sites.values()))
     unknown = kernels_lack(site.hidden, site.width, group)
     if unknown:
-        return f"made for it, but without a kernel: {unknown}"
-    return f"made for it: its loader reads the files ({RELEASE[engine]}, {tried}), kernels on a GPU not tried; on CPUs 4 bits want AMX, 8 have none"
+        return Answer("files", f", but without a kernel: {unknown}")
+    read = f": its loader reads the files ({RELEASE[engine]}, {_run(tried)})"
+    return Answer("files", f"{read}, kernels on a GPU not tried; on CPUs 4 bits want AMX, 8 have none", tried)
 
 
 def kernels_lack(hidden: int, width: int, group: int) -> str | None:
@@ -134,12 +140,12 @@ def check_target(recipe: Recipe, native: bool, skeleton: Skeleton, decisions: De
     asked = [engine for engine in ENGINES[1:] if kind in KNOWS[engine]] if recipe.target == "any" else [recipe.target]
     for engine in asked:
         found = answer(engine, skeleton, decisions, native=False)
-        if by_number(skeleton, decisions) and found.startswith("not known") and kind in KNOWS[engine]:
+        if by_number(skeleton, decisions) and found.loads == "unknown" and kind in KNOWS[engine]:
             raise UserError(
                 f"The recipe's target is {recipe.target}, and {engine} may take a layer's kind from its number, which the dropped layers "
                 "change; use expert_drop, or target: transformers."
             )
-        if found.startswith("no "):
+        if found.loads == "no":
             raise UserError(
-                f"The recipe's target is {recipe.target}, and {engine} does not load the result: {found[3:].strip('()')}; use another target."
+                f"The recipe's target is {recipe.target}, and {engine} does not load the result: {found.why}; use another target."
             )

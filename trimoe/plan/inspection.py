@@ -78,7 +78,8 @@ def _costs(skeleton: Skeleton) -> dict[str, Any]:
     ]
     return {
         "size": sizes(skeleton, layout, layers).__dict__, "flops_context": context_of(skeleton), "cache": cached or None,
-        "costs": {str(index): layer.to_json() for index, layer in enumerate(layers)}, "loads_in": loads_in,
+        "costs": {str(index): layer.to_json() for index, layer in enumerate(layers)},
+        "loads_in": {engine: answer.words for engine, answer in loads_in.items()},
     }  # fmt: skip
 
 

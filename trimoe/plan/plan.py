@@ -26,6 +26,7 @@ from trimoe.plan.token_cost import LayerCosts, context_of, head_matrix, of_layer
 from trimoe.plan.warnings import advice
 from trimoe.recipe.recipe import Recipe, with_calibration
 from trimoe.recipe.recipe import load as load_recipe
+from trimoe.show.answer import Answer
 from trimoe.show.format import PER
 from trimoe.text.samples import most_tokens
 
@@ -62,7 +63,7 @@ class Plan:
     after: Sizes
     layers: list[dict[str, Any]]
     form: str
-    loads_in: dict[str, str]
+    loads_in: dict[str, Answer]
     peak_memory: int
     disk: int
     warnings: list[str]
@@ -85,12 +86,16 @@ class Plan:
         return memory.PeakMemory(self.memory_split, self.device_split)
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "before": self.before.__dict__, "after": self.after.__dict__, "bytes": self.bytes}
+        loads_in = {engine: answer.words for engine, answer in self.loads_in.items()}
+        return {
+            **self.__dict__, "before": self.before.__dict__, "after": self.after.__dict__, "loads_in": loads_in, "bytes": self.bytes
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
         body = {key: entry for key, entry in value.items() if key != "bytes"}
-        return cls(**{**body, "before": Sizes(**value["before"]), "after": Sizes(**value["after"])})
+        loads_in = {engine: Answer.from_json(words) for engine, words in value["loads_in"].items()}
+        return cls(**{**body, "before": Sizes(**value["before"]), "after": Sizes(**value["after"]), "loads_in": loads_in})
 
     def __str__(self) -> str:
         from trimoe.show.plan import plain

@@ -15,6 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from trimoe.show.answer import Answer
 from trimoe.show.form import form_of
 from trimoe.show.format import COUNTS, GONE, PER, bounds, human, runs, short
 
@@ -223,9 +224,8 @@ def _form(row: dict[str, Any]) -> str:
 
 def _engines(plan: dict[str, Any]) -> Iterable[RenderableType]:
     made = table("loads in", "", left=2)
-    for engine, answer in plan["loads_in"].items():
-        style = "green" if answer.startswith("yes") else "red" if answer.startswith("no (") else "yellow"
-        made.add_row(engine, Text(answer, style))
+    for engine, words in plan["loads_in"].items():
+        made.add_row(engine, Text(words, {"yes": "green", "no": "red"}.get(Answer.from_json(words).loads, "yellow")))
     yield made
 
 
