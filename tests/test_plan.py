@@ -28,6 +28,7 @@ from trimoe.plan.plan import Plan
 from trimoe.recipe.recipe import load
 from trimoe.show import plan as plan_table
 from trimoe.show.answer import Answer
+from trimoe.show.table import console
 from trimoe.walk import hidden_states
 
 Family = Callable[[str], Path]
@@ -67,7 +68,7 @@ def test_table_and_json_say_the_same(family_folder: Family, line: Line) -> None:
 def test_numbers_are_whole_where_there_is_little_room(width: int) -> None:
     plan = trimoe.plan("builtin:mini-mixtral", "moe-i2").to_json()
     file = io.StringIO()
-    plan_table.console(file, width=width).print(plan_table.of_plan(plan))
+    console(file, width=width).print(plan_table.of_plan(plan))
     shown, (low, high) = file.getvalue(), (f"{plan['after'][key]:,}" for key in ("least_bytes", "file_bytes"))
     assert f"{low} to {high}" in shown and "tensor bytes" in " ".join(shown.split())
     assert (f"{plan['before']['file_bytes']:,}" in shown) == (width > 40)

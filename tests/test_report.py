@@ -27,8 +27,9 @@ from trimoe.output.layout import Layout
 from trimoe.output.record import Record
 from trimoe.plan import size_by_part
 from trimoe.report import build, charts, chosen, page, size
-from trimoe.report.section import Code, Figure, Section, Table
+from trimoe.report.section import Code, Figure, Section
 from trimoe.show import format
+from trimoe.show.table import Table
 
 Family = Callable[[str], Path]
 ALWAYS = {"summary", "quality", "traffic", "size", "decisions", "origin"}

@@ -32,13 +32,14 @@ def inspect(model: Model, as_json: JsonFlag = False) -> None:
     """Structure, bytes by part and what can be done, from configuration and headers alone."""
     from trimoe.plan import inspection
     from trimoe.show import plan as plan_table
+    from trimoe.show import table
 
     with uncollected():
         about = inspection.inspect(model)
     if as_json:
         print(json.dumps(about, indent=1))
     else:
-        plan_table.show(plan_table.of_model(about))
+        table.show(plan_table.of_model(about))
 
 
 def plan(
@@ -55,6 +56,7 @@ def plan(
     from trimoe.plan.plan import skeleton_for
     from trimoe.recipe.recipe import load, with_calibration
     from trimoe.show import plan as plan_table
+    from trimoe.show import table
     from trimoe.text.samples import check_here, most_tokens
     from trimoe.walk.walk import check_device
 
@@ -74,7 +76,7 @@ def plan(
     if as_json:
         print(json.dumps(body, indent=1))
     else:
-        plan_table.show(plan_table.of_plan(body))
+        table.show(plan_table.of_plan(body))
 
 
 def bench(

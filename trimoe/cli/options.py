@@ -102,6 +102,6 @@ def write_json(path: Path | None, value: dict[str, Any]) -> None:
 
 def print_plan(made: Any) -> None:
     """A plan on standard output."""
-    from trimoe.show import plan
+    from trimoe.show import plan, table
 
-    plan.show(plan.of_plan(made.to_json()))
+    table.show(plan.of_plan(made.to_json()))

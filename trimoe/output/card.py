@@ -17,6 +17,7 @@ from trimoe.show import form as forms
 from trimoe.show.answer import Answer
 from trimoe.show.format import GONE, runs, three
 from trimoe.show.results import shown_tasks, traffic_cells
+from trimoe.show.table import markdown
 
 NATIVE = """Stock code does not know the form of this checkpoint. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
 `trimoe.load(folder)`); without trimoe by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs
@@ -50,7 +51,7 @@ def text(record: Record) -> str:
         *_evidence(record.metrics),
         _layers(record.layers),
         "## Size",
-        _table(
+        markdown(
             ("", "before", "after", "share"),
             [(name, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}") for name, key in sizes],
         ),
@@ -96,7 +97,7 @@ def _layers(rows: list[dict[str, Any]]) -> str:
     for key, (title, shown) in used.items():
         if any(row.get(key) for row in rows):
             columns.append((title, lambda row, key=key, shown=shown: shown(row[key]) if row.get(key) else "-"))  # type: ignore[misc]
-    return _table(tuple(title for title, _ in columns), [tuple(cell(row) for _, cell in columns) for row in rows])
+    return markdown(tuple(title for title, _ in columns), [tuple(cell(row) for _, cell in columns) for row in rows])
 
 
 def _left(row: dict[str, Any]) -> Any:
@@ -107,14 +108,12 @@ def _left(row: dict[str, Any]) -> Any:
 def recovered(entry: dict[str, Any]) -> str:
     """For the model card: one recovery, and what held-out text said before and after."""
     metrics, data = entry["metrics"], entry["data"]
-    names = list(metrics["before"])
-    lines = ["| held-out text | before | after |", "| --- | --- | --- |"]
-    lines += [f"| {name.replace('_', ' ')} | {metrics['before'][name]:.4g} | {metrics['after'][name]:.4g} |" for name in names]
+    rows = [(name.replace("_", " "), f"{metrics['before'][name]:.4g}", f"{metrics['after'][name]:.4g}") for name in metrics["before"]]
     text = f"{data['samples']} samples of {data['length']} tokens ({_escaped(', '.join(data['domains']))}), {data['held']} more held out"
     what = f"Trained by `{entry['method']}`" + (f" from {_code(entry['teacher'])}" if entry["teacher"] else "") + f" on {text}."
     if (kept := unimproved(metrics)) is not None:
         what += f" {kept}"
-    return "## Recovered\n\n" + what + "\n\n" + "\n".join(lines) + f"\n\n{_fenced(entry['command'])}\n"
+    return "## Recovered\n\n" + what + "\n\n" + markdown(("held-out text", "before", "after"), rows) + f"\n\n{_fenced(entry['command'])}\n"
 
 
 def unimproved(metrics: dict[str, Any]) -> str | None:
@@ -173,11 +172,6 @@ def _fenced(given: str) -> str:
     return f"{_ticks(given, 3)}\n{given}\n{_ticks(given, 3)}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def _fields(step: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in step.items() if value is not None)
 
@@ -188,7 +182,7 @@ def _traffic(report: dict[str, Any]) -> list[str]:
         return []
     head = ("ranks", "bytes per token before", "after", "saving", "imbalance before (mean / worst layer)", "after")
     found = [(number, [seen["against"], seen["model"]]) for number, seen in report["traffic"]["ways"].items()]
-    table = _table(head, [(number, *traffic_cells(models)) for number, models in found if any(models)])
+    table = markdown(head, [(number, *traffic_cells(models)) for number, models in found if any(models)])
     return [f"What all-to-all dispatch and combine would send under expert parallelism (hidden states in bf16, all MoE layers):\n\n{table}"]
 
 
@@ -207,7 +201,7 @@ def _quality(report: dict[str, Any]) -> str:
         for row, kl in zip(report["texts"], sure, strict=True)
     ]
     unit = "KL, nats/token" + (" (95 %)" if any(sure) else "")
-    table = _table(("text", "perplexity before", "after", unit, "top-1 agreement"), rows)
+    table = markdown(("text", "perplexity before", "after", unit, "top-1 agreement"), rows)
     dtype = report.get("dtype", "float32")
     rounded = f" Both models ran in {dtype}, whose roundings are in these numbers." if dtype != "float32" else ""
     return f"{table}\n\nWindows of {report['length']} tokens, stride {report['stride']}.{rounded} Perplexity flatters compressed models; look at the KL."
@@ -233,7 +227,7 @@ def _tasks(report: dict[str, Any]) -> list[str]:
     version = f"lm-eval {settings['lm_eval']}, value ± standard error.{cut}" if settings.get("lm_eval") else cut
     return [
         "## Tasks",
-        _table(("task", "metric", "documents", "before", "after", "difference (paired)"), rows),
+        markdown(("task", "metric", "documents", "before", "after", "difference (paired)"), rows),
         *([version] if version else []),
     ]
 
@@ -250,4 +244,4 @@ def _speed(report: dict[str, Any]) -> list[str]:
     how = (
         f"{report['batch']} x {report['prompt']} tokens, {report['generate']} new, {report['rounds']} rounds in turns; {report['machine']}."
     )
-    return ["## Speed", _table(("median", "before", "after", "ratio"), rows), _escaped(how)]
+    return ["## Speed", markdown(("median", "before", "after", "ratio"), rows), _escaped(how)]

@@ -105,6 +105,7 @@ def _methods(skeleton: Skeleton) -> dict[str, str]:
 
 def table(about: dict[str, Any]) -> str:
     """The same for people, without colours."""
-    from trimoe.show import plan
+    from trimoe.show.plan import of_model
+    from trimoe.show.table import rendered
 
-    return plan.rendered(plan.of_model(about))
+    return rendered(of_model(about))

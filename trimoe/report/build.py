@@ -14,8 +14,9 @@ from trimoe.progress import QUIET, Reporter
 from trimoe.report import charts, chosen, measured, size
 from trimoe.report.measured import interval
 from trimoe.report.page import charts_page, check_figures, is_ours, write_figures
-from trimoe.report.section import Code, Figure, Section, Table
+from trimoe.report.section import Code, Figure, Section
 from trimoe.show.frontier import of_mean_kl
+from trimoe.show.table import Table
 
 
 def report(

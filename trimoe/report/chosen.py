@@ -10,8 +10,9 @@ from trimoe.model.decision import LayerDecision
 from trimoe.output.record import Record, Step
 from trimoe.report import charts, experts, searched
 from trimoe.report.experts import DENSE_CELLS, by_layer
-from trimoe.report.section import Figure, Section, Table
+from trimoe.report.section import Figure, Section
 from trimoe.show.format import GONE
+from trimoe.show.table import Table
 
 DENSE = -1  # the rank of a matrix that was left whole
 
@@ -69,7 +70,7 @@ def _rank_map(record: Record, key: str, what: str) -> Figure | None:
         note="Empty cells are experts that were dropped." + (" A cross marks matrices that were left whole." if some else ""),
         wide=90 + 22 * width if width > 10 else 0, dense=len(rows) > DENSE_CELLS,
         table=Table(
-            caption=f"Ranks, {what}", head=("layer", "rank by expert"), prose=True,
+            caption=f"Ranks, {what}", head=("layer", "rank by expert"), words=range(2),
             rows=[
                 (str(index), ", ".join(f"{row['expert']}: {'whole' if row['whole'] else row['rank']}" for row in rows if row["layer"] == index))
                 for index in found
@@ -200,7 +201,10 @@ def _decisions(record: Record) -> Section:
     return Section(
         name="decisions", title="The decisions",
         text="Everything that was decided, layer by layer; trimoe.json holds the same, and a checkpoint is the source plus these.",
-        blocks=[*_evidence(record), Table(caption="Decisions by layer", head=("layer", "experts before", "after", "dropped", "and"), rows=rows, prose=True)],
+        blocks=[
+            *_evidence(record),
+            Table(caption="Decisions by layer", head=("layer", "experts before", "after", "dropped", "and"), rows=rows, words=range(5)),
+        ],
     )  # fmt: skip
 
 
@@ -211,4 +215,8 @@ def _evidence(record: Record) -> list[Table]:
         for number, step in enumerate(record.steps, 1)
         for name, *cells in evidence.rows(step.metrics.get("measured_on") or {})
     ]
-    return [Table(caption="On how much text it was decided", head=("step", *evidence.HEAD[1:]), rows=rows, prose=True)] if rows else []
+    return (
+        [Table(caption="On how much text it was decided", head=("step", *evidence.HEAD[1:]), rows=rows, words=range(len(evidence.HEAD)))]
+        if rows
+        else []
+    )

@@ -7,7 +7,8 @@ from typing import Any
 from trimoe.output.record import Record
 from trimoe.report import charts
 from trimoe.report.charts import alt
-from trimoe.report.section import Figure, Section, Table
+from trimoe.report.section import Figure, Section
+from trimoe.show.table import Table
 
 DENSE_CELLS = 3000  # cells from which a heat map is painted, not drawn
 
@@ -73,7 +74,7 @@ def _importance(record: Record) -> Figure | None:
                  ", ".join(f"[{row['score']:.3g}]" if row["dropped"] else f"{row['score']:.3g}" for row in rows if row["layer"] == index))
                 for index in sorted(scores)
             ],
-            prose=True,
+            words=range(4),
         ),
     )  # fmt: skip
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from trimoe.output.record import Record
 from trimoe.report import charts
-from trimoe.report.section import Figure, Section, Table
+from trimoe.report.section import Figure, Section
+from trimoe.show.table import Table
 
 BEFORE, AFTER = "original", "compressed"
 SIDES = [BEFORE, AFTER]
@@ -183,7 +184,7 @@ def _generation(record: Record) -> Section | None:
         if how in sample
     ]
     if samples:
-        blocks.append(Table(caption="Samples", head=("model", "decoding", "prompt", "continuation"), rows=samples, prose=True))
+        blocks.append(Table(caption="Samples", head=("model", "decoding", "prompt", "continuation"), rows=samples, words=range(4)))
     count = f"{found['prompts']} prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones. " if "prompts" in found else ""
     return Section(
         name="generation", title="Generation",

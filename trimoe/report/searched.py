@@ -8,8 +8,9 @@ from typing import Any
 
 from trimoe.output.record import Step
 from trimoe.report import charts
-from trimoe.report.section import Figure, Section, Table
+from trimoe.report.section import Figure, Section
 from trimoe.show.format import runs
+from trimoe.show.table import Table
 
 OPTIMUM = "all sets (optimum)"
 STEPS = 40  # points of an averaged trace

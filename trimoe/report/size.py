@@ -10,9 +10,10 @@ from trimoe.output.card import SPEEDS
 from trimoe.output.record import Record
 from trimoe.report import charts
 from trimoe.report.measured import AFTER, BEFORE, SIDES
-from trimoe.report.section import Code, Figure, Section, Table, Tile
+from trimoe.report.section import Code, Figure, Section, Tile
 from trimoe.show.form import form_of
 from trimoe.show.format import COUNTS, PARTS, human, short, three
+from trimoe.show.table import Table
 
 OUTSIDE = "outside the layers"
 SIZES = {
@@ -70,7 +71,7 @@ def size(record: Record) -> Section:
             caption="What loads it",
             head=("engine", "loads it"),
             rows=[(str(name), str(answer)) for name, answer in loads.items()],
-            prose=True,
+            words=range(2),
         )
     )
     return Section(
@@ -165,7 +166,7 @@ def origin(record: Record) -> Section:
         *(Code(title=f"Then, to recover ({entry['method']})", text=str(entry["command"])) for entry in record.recovered),
         *(Code(title=f"To measure {' and '.join(names)}", text=command) for command, names in _measured(record).items()),
         Code(title="Recipe", text=yaml.safe_dump(_said(record.recipe), sort_keys=False, allow_unicode=True).strip()),
-        Table(caption="Seeds, versions, inputs", head=("what", "value"), rows=facts, prose=True),
+        Table(caption="Seeds, versions, inputs", head=("what", "value"), rows=facts, words=range(2)),
     ]
     return Section(name="origin", title="How it was made", text="With these the same bytes come out again.", blocks=blocks)
 

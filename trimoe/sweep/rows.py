@@ -6,9 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,27 +124,21 @@ def _finite(value: Any) -> Any:
 def table(rows: Sequence[Row]) -> None:
     """The rows on standard output, the smallest first; a star is on the frontier. Where there is little room, without the columns that
     matter least."""
-    from trimoe.show.plan import fitting, show
+    from trimoe.show.table import Fitting, Table, show
 
-    show(fitting(partial(_table, rows), ["95 %"], ["95 %", "agrees"], ["95 %", "agrees", "active"]))
-    print("* no other variant is as small and as near to the original.\n  KL(original || variant) in nats/token, mean of texts")
-
-
-def _table(rows: Sequence[Row], left_out: Collection[str]) -> Any:
-    from trimoe.show import plan
-
-    left_out = [*left_out, *(() if any(row.accuracy is not None for row in rows) else ("acc",))]
-    names = ("", "variant", "bytes", "active", "KL", "95 %", "agrees", "perplexity", "acc")
-    shown, best = plan.table(*names, left=2, left_out=left_out), frontier(rows)
+    cells, best = [], frontier(rows)
     for row in sorted(rows, key=lambda row: (row.bytes, row.kl)):
         between = f"{row.kl_low:.4f}-{row.kl_high:.4f}" if row.kl_low is not None else ""
-        shown.add("*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}", between, f"{row.agreement:.1%}",
-            f"{row.perplexity:.2f}", _accuracy(row.accuracy))  # fmt: skip
+        cells.append(("*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}", between, f"{row.agreement:.1%}",
+            f"{row.perplexity:.2f}", _accuracy(row.accuracy)))  # fmt: skip
     if rows:
-        shown.add(
-            "", "original", "100.0%", "100.0%", "0", "", "100.0%", f"{rows[0].perplexity_before:.2f}", _accuracy(rows[0].accuracy_before)
-        )
-    return shown
+        before, accuracy = f"{rows[0].perplexity_before:.2f}", _accuracy(rows[0].accuracy_before)
+        cells.append(("", "original", "100.0%", "100.0%", "0", "", "100.0%", before, accuracy))
+    made = Table(head=("", "variant", "bytes", "active", "KL", "95 %", "agrees", "perplexity", "acc"), rows=cells, words=range(2))
+    if not any(row.accuracy is not None for row in rows):
+        made = made.without("acc")
+    show(Fitting([made, made.without("95 %"), made.without("95 %", "agrees"), made.without("95 %", "agrees", "active")]))
+    print("* no other variant is as small and as near to the original.\n  KL(original || variant) in nats/token, mean of texts")
 
 
 def _accuracy(value: float | None) -> str:
@@ -157,7 +150,8 @@ def plot(out: Path, rows: Sequence[Row], reporter: Reporter) -> None:
     try:
         from trimoe.report.charts import frontier as chart
         from trimoe.report.page import charts_page, write_figures
-        from trimoe.report.section import Figure, Section, Table
+        from trimoe.report.section import Figure, Section
+        from trimoe.show.table import Table
     except (ImportError, UserError):
         reporter.say("The frontier is not drawn: that needs the plotting libraries; pip install 'trimoe[report]', then run this again.")
         return
