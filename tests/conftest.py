@@ -59,6 +59,7 @@ def made(family_folder: Callable[[str], Path], text_file: Path, tmp_path_factory
 
     import trimoe
     from trimoe.output import card
+    from trimoe.output.record import Record
 
     folders: dict[str, Path] = {}
 
@@ -67,7 +68,7 @@ def made(family_folder: Callable[[str], Path], text_file: Path, tmp_path_factory
             out, source = tmp_path_factory.mktemp("report") / name, family_folder("mixtral")
             trimoe.compress(source, name, out, changes=RECIPES[name][0], calibration=[str(text_file)], **SMALL)
             report = trimoe.evaluate(out, against=source, text=[f"letters={text_file}"], length=32, tokens=200)
-            card.add_evaluation(out, report)
+            card.keep(Record.read(out).with_evaluation(report))
             folders[name] = out
         return folders[name]
 

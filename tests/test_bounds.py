@@ -14,7 +14,7 @@ import trimoe
 from trimoe.model.skeleton import Skeleton
 from trimoe.plan.passes import passes
 from trimoe.recipe import recipe
-from trimoe.show import plan
+from trimoe.show import plan, table
 
 Family = Callable[[str], Path]
 DROP = {"expert_drop": {"count": 2, "counts": "uniform", "search": "greedy"}}
@@ -88,7 +88,7 @@ def test_tables_are_whole_in_little_room(name: str) -> None:
     body["passes"] = passes(Skeleton.of("builtin:mini-qwen2-moe"), recipe.load(name), 1 << 20)
     for width in (60, 80):
         out = io.StringIO()
-        plan.console(out, width=width).print(plan.of_plan(body))
+        table.console(out, width=width).print(plan.of_plan(body))
         lines = out.getvalue().splitlines()
         assert max(map(len, lines)) <= width
         words = {word for line in lines for word in line.split()}

@@ -10,8 +10,8 @@ import pytest
 
 from trimoe import UserError
 from trimoe.cli.options import check_writable, write_json
-from trimoe.evaluate.run import origin
 from trimoe.output import card, card_metadata
+from trimoe.output.record import Record
 from trimoe.show import results
 from trimoe.show.form import form_of
 from trimoe.version import VERSION
@@ -22,9 +22,13 @@ TASKS: dict[str, Any] = {"model": "m", "against": "o", "length": 8, "stride": 4,
 
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(card, "text", lambda record: str(sorted(record)))
+    monkeypatch.setattr(card, "text", lambda record: str(sorted(record.body)))
     (tmp_path / "trimoe.json").write_text('{"plan": {}}', encoding="utf-8")
     return tmp_path
+
+
+def evaluated(folder: Path, report: dict[str, Any], command: str | None = None) -> None:
+    card.keep(Record.read(folder).with_evaluation(report, command))
 
 
 def kept(folder: Path) -> dict[str, Any]:
@@ -35,18 +39,18 @@ def kept(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("order", [(TEXTS, TASKS), (TASKS, TEXTS)])
 def test_texts_and_tasks_stand_beside_each_other(order: tuple[dict[str, Any], ...], finished: Path) -> None:
     for report in order:
-        card.add_evaluation(finished, report)
+        evaluated(finished, report)
     assert kept(finished) == {**TEXTS, "tasks": TASKS["tasks"]}
 
 
 def test_a_new_evaluation_replaces_what_it_measured_again(finished: Path) -> None:
-    card.add_evaluation(finished, TEXTS)
-    card.add_evaluation(finished, {**TEXTS, "length": 32, "mean_kl": 0.2})
+    evaluated(finished, TEXTS)
+    evaluated(finished, {**TEXTS, "length": 32, "mean_kl": 0.2})
     assert kept(finished)["length"] == 32 and kept(finished)["mean_kl"] == 0.2
 
 
 def test_tasks_alone_are_recorded_and_the_card_says_that_texts_are_missing(finished: Path) -> None:
-    card.add_evaluation(finished, TASKS)
+    evaluated(finished, TASKS)
     assert kept(finished) == TASKS
     assert card._quality(TASKS).startswith("Not evaluated yet")
 
@@ -75,10 +79,10 @@ def test_a_source_card_gives_its_licence_or_nothing(text: str, found: dict[str, 
 def test_a_damaged_record_is_a_mistake_of_the_user(record: str, tmp_path: Path) -> None:
     (tmp_path / "trimoe.json").write_text(record, encoding="utf-8")
     with pytest.raises(UserError, match=r"trimoe\.json does not read as trimoe writes it"):
-        origin(tmp_path)
+        _ = Record.beside(tmp_path).origin()  # type: ignore[union-attr]
     if '"model"' not in record:
         with pytest.raises(UserError, match=r"trimoe\.json does not read as trimoe writes it"):
-            card.made_from(tmp_path)
+            Record.beside(tmp_path)
 
 
 def test_results_do_not_replace_files_of_a_model(tmp_path: Path) -> None:
@@ -148,19 +152,19 @@ def test_results_go_to_files(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_says_by_which_command_it_was_made(finished: Path) -> None:
-    card.add_evaluation(finished, TEXTS, "trimoe eval a")
-    card.add_evaluation(finished, TASKS, "trimoe eval b --tasks t")
+    evaluated(finished, TEXTS, "trimoe eval a")
+    evaluated(finished, TASKS, "trimoe eval b --tasks t")
     assert kept(finished)["commands"] == {"texts": "trimoe eval a", "tasks": "trimoe eval b --tasks t"}
-    card.add_evaluation(finished, {**TEXTS, "mean_kl": 0.2})
+    evaluated(finished, {**TEXTS, "mean_kl": 0.2})
     assert kept(finished)["commands"] == {"tasks": "trimoe eval b --tasks t"}, "a command that the numbers are not of is not kept"
 
 
 def test_cards_of_damaged_records_are_one_sentence(tmp_path: Path) -> None:
     for text in ("{", "[]", "{}", '{"plan": {}, "calibration": {}, "model": "m", "recipe": {"steps": []}}'):
         (tmp_path / "trimoe.json").write_text(text, encoding="utf-8")
-        for act in (card.refresh, card.check, lambda folder: card.add_evaluation(folder, TEXTS)):
+        for act in (card.refresh, card.check, lambda record: card.keep(record.with_evaluation(TEXTS))):
             with pytest.raises(UserError, match=r"trimoe\.json") as caught:
-                act(tmp_path)
+                act(Record.read(tmp_path))
             assert "\n" not in str(caught.value)
         assert not (tmp_path / "README.md").exists() and (tmp_path / "trimoe.json").read_text(encoding="utf-8") == text
 

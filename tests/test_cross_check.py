@@ -24,8 +24,8 @@ from trimoe.methods.expert_drop.subset import SubsetLoss
 from trimoe.methods.lab import Lab, _decide_drops
 from trimoe.model.decision import unchanged
 from trimoe.model.skeleton import Skeleton
+from trimoe.output.record import Step
 from trimoe.progress import QUIET
-from trimoe.report.read import Step
 from trimoe.report.searched import section
 from trimoe.show.format import runs
 from trimoe.text.spec import CalibrationSpec

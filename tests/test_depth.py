@@ -208,8 +208,8 @@ def test_the_interval_holds_whatever_is_dropped(
 
 def test_other_engines_are_not_promised_what_goes_by_number(family_folder: Callable[[str], Path]) -> None:
     drop = {"steps": [{"block_drop": {"count": 1}}]}
-    assert trimoe.plan(str(family_folder("mixtral")), drop).loads_in["vllm"].startswith("yes")
-    assert trimoe.plan(str(family_folder("gpt_oss")), drop).loads_in["vllm"].startswith("not known")
+    assert trimoe.plan(str(family_folder("mixtral")), drop).loads_in["vllm"].loads == "yes"
+    assert trimoe.plan(str(family_folder("gpt_oss")), drop).loads_in["vllm"].loads == "unknown"
     with pytest.raises(UserError, match="take a layer's kind from its number"):
         trimoe.plan(str(family_folder("gpt_oss")), {**drop, "target": "vllm"})
 

@@ -79,6 +79,18 @@ def test_no_two_classes_have_one_name() -> None:
                 seen[node.name] = path
 
 
+def test_only_the_record_opens_its_file() -> None:
+    """The file's name is in one list of names and in the constant RECORD, which others take to compare names with."""
+    written, taken = set(), set()
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            written |= {name} if isinstance(node, ast.Constant) and node.value == "trimoe.json" else set()
+            taken |= {name} if isinstance(node, ast.ImportFrom) and "RECORD" in {alias.name for alias in node.names} else set()
+    assert written == {"checkpoint/side_files.py", "cli/options.py"}
+    assert taken == {"output/record.py", "cli/options.py", "recover/run.py", "sweep/sweep.py"}
+
+
 def test_nothing_of_the_product_reaches_outside_itself() -> None:
     for path in ROOT.rglob("*.py"):
         assert "../shared" not in path.read_text(encoding="utf-8"), path

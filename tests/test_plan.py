@@ -1,4 +1,4 @@
-"""What plan and inspect show: tables, JSON, which engines, over how many devices, warnings, disk."""
+"""What plan and inspect show: tables, JSON, which engines, warnings, disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -28,6 +27,8 @@ from trimoe.plan.limits import IMPORTS
 from trimoe.plan.plan import Plan
 from trimoe.recipe.recipe import load
 from trimoe.show import plan as plan_table
+from trimoe.show.answer import Answer
+from trimoe.show.table import console
 from trimoe.walk import hidden_states
 
 Family = Callable[[str], Path]
@@ -67,7 +68,7 @@ def test_table_and_json_say_the_same(family_folder: Family, line: Line) -> None:
 def test_numbers_are_whole_where_there_is_little_room(width: int) -> None:
     plan = trimoe.plan("builtin:mini-mixtral", "moe-i2").to_json()
     file = io.StringIO()
-    plan_table.console(file, width=width).print(plan_table.of_plan(plan))
+    console(file, width=width).print(plan_table.of_plan(plan))
     shown, (low, high) = file.getvalue(), (f"{plan['after'][key]:,}" for key in ("least_bytes", "file_bytes"))
     assert f"{low} to {high}" in shown and "tensor bytes" in " ".join(shown.split())
     assert (f"{plan['before']['file_bytes']:,}" in shown) == (width > 40)
@@ -117,30 +118,35 @@ def test_inspect(family_folder: Family) -> None:
 
 
 def test_why_an_engine_does_not_load_it(family_folder: Family, tmp_path: Path) -> None:
-    def answers(*steps: dict[str, Any], family: str = "mixtral") -> dict[str, str]:
+    def answers(*steps: dict[str, Any], family: str = "mixtral") -> dict[str, Answer]:
         return trimoe.plan(str(family_folder(family)), {"steps": list(steps)}).loads_in
 
-    assert answers(DROP)["vllm"] == "yes, as mixtral (0.32.0, tried)" and answers(DROP)["sglang"].endswith("(0.5.23, not tried)")
-    assert answers(DROP, family="hunyuan_v1_moe")["vllm"] == "yes, by transformers' own code (0.32.0, tried)"
-    assert answers({"expert_drop": {"ratio": 0.25}})["vllm"] == "no (expert counts differ from layer to layer)"
-    assert answers({"low_rank": {"ratio": 0.1, "rank": "uniform"}})["sglang"] == "no (experts are factored)"
-    assert answers({"weight_prune": {"ratio": 0.5, "form": "bitmask"}})["llama.cpp"] == "no (zeros are left out of the files)"
-    assert answers({"layer_drop": {"count": 1}})["vllm"].startswith("no (MoE sub-layers are dropped")
+    known, by_transformers = answers(DROP), answers(DROP, family="hunyuan_v1_moe")["vllm"]
+    assert known["vllm"].words == "yes, as mixtral (0.32.0, tried)" and known["vllm"].tried
+    assert known["sglang"].words == "yes, as mixtral (0.5.23, not tried)" and not known["sglang"].tried
+    assert by_transformers.words == "yes, by transformers' own code (0.32.0, tried)"
+    assert answers({"expert_drop": {"ratio": 0.25}})["vllm"] == Answer("no", "expert counts differ from layer to layer")
+    assert answers({"low_rank": {"ratio": 0.1, "rank": "uniform"}})["sglang"] == Answer("no", "experts are factored")
+    assert answers({"weight_prune": {"ratio": 0.5, "form": "bitmask"}})["llama.cpp"] == Answer("no", "zeros are left out of the files")
+    dropped = answers({"layer_drop": {"count": 1}})["vllm"]
+    assert dropped.loads == "no" and dropped.why.startswith("MoE sub-layers are dropped")
     packed = answers({"quantize": {"group": 8}})
-    assert packed["vllm"] == "made for it, but without a kernel: its kernels take groups of 32, 64 and 128 inputs, not 8"
-    assert packed["llama.cpp"].startswith("yes, converted")
+    lacking = "made for it, but without a kernel: its kernels take groups of 32, 64 and 128 inputs, not 8"
+    assert packed["vllm"].loads == "files" and packed["vllm"].words == lacking and packed["llama.cpp"].loads == "yes"
     for engine in ("vllm", "sglang", "llama.cpp"):  # vLLM removed it in 0.23; the others never had it
-        assert answers(DROP, family="minimax")[engine].startswith("not known: minimax is not in its list")
-    assert answers(DROP, family="jamba")["sglang"].startswith("not known: jamba is not in its list")
+        assert answers(DROP, family="minimax")[engine].words.startswith("not known: minimax is not in its list")
+    assert answers(DROP, family="jamba")["sglang"].loads == "unknown"
     emptied = answers({"layer_drop": {"count": 1}}, family="qwen2_moe")
-    assert emptied["vllm"] == "yes, as qwen2_moe (0.32.0, tried)" and "router in every layer" in emptied["llama.cpp"]
+    assert emptied["vllm"].words == "yes, as qwen2_moe (0.32.0, tried)" and "router in every layer" in emptied["llama.cpp"].why
+    for said in (known, packed, emptied):
+        assert {engine: Answer.from_json(one.words) for engine, one in said.items()} == said
 
 
 def test_a_tied_head_is_not_promised_to_loaders_that_want_one(tmp_path: Path) -> None:
     for tied in (True, False):
         families.save("qwen2_moe", tmp_path / str(tied), tie_word_embeddings=tied)
         said = trimoe.plan(str(tmp_path / str(tied)), {"steps": [DROP]}).loads_in["llama.cpp"]
-        assert said.startswith("no (its loader of qwen2_moe wants a head") == tied and said.startswith("yes") != tied
+        assert said.loads == ("no" if tied else "yes") and ("wants a head" in said.why) == tied
     with pytest.raises(UserError, match=r"target is llama.cpp, and llama.cpp does not load the result: its loader of qwen2_moe"):
         trimoe.plan(str(tmp_path / "True"), {"steps": [DROP], "target": "llama.cpp"})
 
@@ -165,34 +171,6 @@ def test_packed_results_suit_every_target(family_folder: Family) -> None:
 def test_what_kernels_take(hidden: int, width: int, group: int, word: str | None) -> None:
     found = engines.kernels_lack(hidden, width, group)
     assert found is None if word is None else found is not None and word in found
-
-
-def test_over_how_many_devices(tmp_path: Path) -> None:
-    """4 heads, 2 key-value heads, experts of width 24, 8 experts."""
-    families.save("mixtral", tmp_path / "a")
-    made = trimoe.plan(str(tmp_path / "a"), {"steps": [DROP]})
-    assert made.parallel == {"tensor": [1, 2, 4], "expert": [1, 2, 3, 6]}  # over 4, each of the 2 key-value heads lies on 2
-    grouped = trimoe.plan(str(tmp_path / "a"), {"steps": [{"quantize": {"group": 8}}]})
-    assert grouped.parallel == {"tensor": [1], "expert": [1, 2, 4, 8]}  # 24 = 3 groups of 8, and 3 does not divide 4 heads
-    families.save("mixtral", tmp_path / "b", num_key_value_heads=4, num_attention_heads=12, hidden_size=48, head_dim=4)
-    assert trimoe.plan(str(tmp_path / "b"), {"steps": [DROP]}).parallel["tensor"] == [1, 2, 4, 12]
-    assert trimoe.plan(str(tmp_path / "a"), {"steps": [{"expert_drop": {"ratio": 0.25}}]}).parallel == {"tensor": [], "expert": []}
-    families.save("qwen2_moe", tmp_path / "c", shared_expert_intermediate_size=26)  # the shared expert's width divides by 2 alone
-    assert trimoe.plan(str(tmp_path / "c"), {"steps": [DROP]}).parallel["tensor"] == [1, 2]
-
-
-def test_mamba_layers_divide_as_well() -> None:
-    """Nemotron-H: heads and groups; granite: one group is on every device; jamba: inner channels."""
-
-    def over(**fields: Any) -> list[int]:
-        config = SimpleNamespace(hidden_size=96, num_attention_heads=24, **fields)
-        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), sites={}, layers=[])
-        return engines.tensor_parallel(model, {})  # type: ignore[arg-type]
-
-    assert over() == [1, 2, 3, 4, 6, 8, 12, 24]
-    assert over(expand=2, mamba_num_heads=16, n_groups=4) == [1, 2, 4]
-    assert over(mamba_expand=2, mamba_n_heads=16, mamba_n_groups=1) == [1, 2, 4, 8]
-    assert over(mamba_expand=1.25) == [1, 2, 3, 4, 6, 8, 12, 24] and over(mamba_expand=1.0625) == [1, 2, 3, 6]
 
 
 # ---- warnings

@@ -25,6 +25,7 @@ from trimoe.model import transformers5
 from trimoe.model.decision import LayerDecision
 from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import FactoredExperts
+from trimoe.output.record import Record
 from trimoe.output.rewriter import Rewriter
 from trimoe.progress import QUIET
 from trimoe.recipe.recover import Recover
@@ -81,14 +82,22 @@ def factored_student(source: Path, folder: Path, text: Path) -> Path:
 
 
 def recover(student: Path, teacher: Path, out: Path, spec: Recover = SPEC, *, seed: int = 0) -> dict[str, Any]:
-    path = student / "trimoe.json"
-    record = json.loads(path.read_text()) if path.is_file() else None
     skeleton = Skeleton.of(str(student))
     rewriter = Rewriter(skeleton.checkpoint, out)
     with Journal(out, {}) as journal:
         rewriter.begin()
         metrics = distil(
-            skeleton, Skeleton.of(str(teacher)), record, spec, TRAIN, HELD, rewriter, journal, seed=seed, device="cpu", reporter=QUIET
+            skeleton,
+            Skeleton.of(str(teacher)),
+            Record.found(student),
+            spec,
+            TRAIN,
+            HELD,
+            rewriter,
+            journal,
+            seed=seed,
+            device="cpu",
+            reporter=QUIET,
         )
         rewriter.finish({})
         journal.close()
@@ -136,7 +145,7 @@ def test_sparse_experts_learn_and_nothing_else_changes(family: str, family_folde
     student = sparse_student(source, tmp_path / "student")
     before, given = (snapshot(source), snapshot(student)), tensors_of(student)
     metrics = recover(student, source, out)
-    found = pairs(json.loads((student / "trimoe.json").read_text()), Skeleton.of(str(source)), Skeleton.of(str(student)))
+    found = pairs(Record.read(student), Skeleton.of(str(source)), Skeleton.of(str(student)))
     assert [*metrics] == [str(index) for index in found] and len(metrics) >= 2
     teacher, learned = experts_of(source), experts_of(out)
     for index, pair in found.items():
@@ -163,7 +172,7 @@ def test_sparse_experts_learn_and_nothing_else_changes(family: str, family_folde
 def test_factored_experts_train_as_factors(family: str, family_folder: Family, text_file: Path, tmp_path: Path) -> None:
     source, out = family_folder(family), tmp_path / "out"
     student = factored_student(source, tmp_path / "student", text_file)
-    given, record = tensors_of(student), json.loads((student / "trimoe.json").read_text())
+    given, record = tensors_of(student), Record.read(student)
     metrics = recover(student, source, out)
     teacher, learned, now = experts_of(source), experts_of(out), tensors_of(out)
     for index, pair in pairs(record, Skeleton.of(str(source)), Skeleton.of(str(student))).items():
@@ -348,13 +357,14 @@ def test_pruning_is_seen_without_a_record(dtype: torch.dtype) -> None:
 def test_which_scopes_were_pruned_is_in_the_record() -> None:
     step = {"weight_prune": {"ratio": 0.5}}
     cases = [
-        ({}, set()), (None, set()), ({"recipe": {"steps": [step]}}, {"experts"}),
+        ({"recipe": None}, set()), ({"recipe": {"steps": [step]}}, {"experts"}),
         ({"recipe": {"steps": [{"weight_prune": {"ratio": 0.0}}]}}, set()),
         ({"recipe": {"steps": [DROPPED]}, "earlier": [{"steps": [{"weight_prune": {"pattern": "2:4", "scope": "moe"}}]}, {"steps": []}]}, {"moe"}),
         ({"recipe": {"steps": None}, "earlier": ["broken", {"steps": ["odd"]}]}, set()),
     ]  # fmt: skip
-    for record, scopes in cases:
-        assert pruned(record) == scopes
+    for body, scopes in cases:
+        assert pruned(Record(Path(), body)) == scopes
+    assert pruned(None) == set()
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -403,8 +413,7 @@ def test_pairs_of_students_with_fewer_layers(family: str, drop: str, text_file: 
     steps = [{drop: {"count": 1}}, DROPPED]
     result = trimoe.compress(source, {"steps": steps}, student, calibration=[str(text_file)], samples=4, length=32)
     assert [index for index, decision in result.decisions.items() if decision.gone] == [0]
-    record = json.loads((student / "trimoe.json").read_text())
-    found = pairs(record, Skeleton.of(str(source)), Skeleton.of(str(student)))
+    found = pairs(Record.read(student), Skeleton.of(str(source)), Skeleton.of(str(student)))
     assert [pair.teacher_layer for pair in found.values()] == [1, 2]
     assert [*found] == ([1, 2] if drop == "layer_drop" else [0, 1])
     teacher, own = experts_of(source), experts_of(student)
@@ -422,13 +431,13 @@ def test_layers_without_experts_have_no_pair(family_folder: Family, tmp_path: Pa
     source = family_folder("deepseek_v2")
     student = sparse_student(source, tmp_path / "student")
     whole = tuple(range(8))
-    for record in (None, json.loads((student / "trimoe.json").read_text())):
+    for record in (None, Record.read(student)):
         assert pairs(record, Skeleton.of(str(source)), Skeleton.of(str(student))) == {1: Pair(1, whole), 2: Pair(2, whole)}
 
 
-def refused(match: str, record: Any, teacher: Path, student: Path) -> None:
+def refused(match: str, body: Any, teacher: Path, student: Path) -> None:
     with pytest.raises(UserError, match=match):
-        pairs(record, Skeleton.of(str(teacher)), Skeleton.of(str(student)))
+        pairs(None if body is None else Record(student, body), Skeleton.of(str(teacher)), Skeleton.of(str(student)))
 
 
 def test_students_of_another_teacher_are_refused(family_folder: Family, text_file: Path, tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ from trimoe.methods import evidence
 from trimoe.model.decision import unchanged
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
+from trimoe.output.record import Record
 from trimoe.plan import size_by_part
 from trimoe.report import build, charts, chosen, page, size
-from trimoe.report.read import Finished
-from trimoe.report.section import Code, Figure, Section, Table
+from trimoe.report.section import Code, Figure, Section
 from trimoe.show import format
+from trimoe.show.table import Table
 
 Family = Callable[[str], Path]
 ALWAYS = {"summary", "quality", "traffic", "size", "decisions", "origin"}
@@ -76,7 +77,7 @@ def test_what_evaluations_add_is_shown(made: Callable[[str], Path], tmp_path: Pa
     read = checked(build.report([folder], tmp_path / "page.html")[0].read_text())
     assert {"tasks-section", "generation", "speed"} <= {attributes["id"] for attributes in read.all("section")}
     assert "(0.1000 to 0.2000)" in read.text and "0.6000 \N{PLUS-MINUS SIGN} 0.0100" in read.text and "2.00x" in read.text
-    card.refresh(folder)
+    card.refresh(Record.read(folder))
     text = (folder / "README.md").read_text()
     assert "## Tasks" in text and "## Speed" in text and "(0.1000 to 0.2000)" in text
 
@@ -89,7 +90,7 @@ def values_of(figure: Figure) -> list[dict[str, Any]]:
 
 def test_greedy_and_sampled_are_told_apart(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = everything(made("moe-i2"), tmp_path)
-    section = next(section for section in build.full(Finished.open(folder)) if section.name == "generation")
+    section = next(section for section in build.full(Record.finished(folder)) if section.name == "generation")
     figure, samples = section.blocks
     assert isinstance(figure, Figure) and isinstance(samples, Table)
     drawn = {(row["what"], row["model"]): row["share"] for row in values_of(figure)}
@@ -129,7 +130,7 @@ def test_on_how_much_text_it_was_decided(made: Callable[[str], Path], tmp_path: 
     every = {index: row["search_tokens_per_expert"] for index, row in found["layers"].items()}
     few = {index: [count for count in counts if count < 64] for index, counts in every.items()}
     assert search["fewer"] == {index: {"experts": len(counts), "least": min(counts)} for index, counts in few.items() if counts} != {}
-    (table,) = [block for block in chosen._decisions(Finished.open(folder)).blocks if "how much text" in block.caption]
+    (table,) = [block for block in chosen._decisions(Record.finished(folder)).blocks if "how much text" in block.caption]
     rows = {row[0].partition(": ")[2]: row for row in table.rows}
     assert rows["statistics"][1:3] == (str(record["calibration"]["samples"]), f"{found['measured_on']['statistics']['tokens']:,}")
     least, total = min(map(min, every.values())), sum(map(len, few.values()))
@@ -145,13 +146,13 @@ def test_on_how_much_text_it_was_decided(made: Callable[[str], Path], tmp_path: 
 
 def test_how_it_was_measured_is_said(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = everything(made("moe-i2"), tmp_path)
-    titles = {block.title: block.text for block in size.origin(Finished.open(folder)).blocks if isinstance(block, Code)}
+    titles = {block.title: block.text for block in size.origin(Record.finished(folder)).blocks if isinstance(block, Code)}
     assert titles["To measure texts and generation"] == "trimoe eval THIS" and titles["To measure tasks"] == "trimoe eval THAT"
     record = json.loads((folder / "trimoe.json").read_text())
     record["evaluation"]["commands"] = {"texts": record["command"]}
     record["bench"]["command"] = "trimoe bench"
     (folder / "trimoe.json").write_text(json.dumps(record))
-    assert [block.title for block in size.origin(Finished.open(folder)).blocks if isinstance(block, Code)] == [
+    assert [block.title for block in size.origin(Record.finished(folder)).blocks if isinstance(block, Code)] == [
         "Command",
         "To measure speed",
         "Recipe",
@@ -188,7 +189,7 @@ def test_bytes_by_part(family: str, family_folder: Family) -> None:
 
 def test_parts_are_drawn_in_one_order(made: Callable[[str], Path], tmp_path: Path) -> None:
     def shown(folder: Path) -> list[str]:
-        section = size.size(Finished.open(folder))
+        section = size.size(Record.finished(folder))
         figure = next(block for block in section.blocks if isinstance(block, Figure) and block.name == "size-parts")
         rows = values_of(figure)
         assert list(dict.fromkeys(row["model"] for row in rows)) == ["compressed", "original"]

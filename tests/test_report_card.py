@@ -15,6 +15,7 @@ from refusals import Line
 
 import trimoe
 from trimoe.output import card, card_metadata
+from trimoe.output.record import Record
 from trimoe.progress import LOG
 
 pytest.importorskip("altair")
@@ -28,13 +29,13 @@ def test_the_card_says_what_the_hub_reads(made: Callable[[str], Path], tmp_path:
     from huggingface_hub import ModelCard
 
     record = json.loads((made("moe-i2") / "trimoe.json").read_text())
-    data = ModelCard(card.text(record)).data
+    data = ModelCard(card.text(Record(tmp_path, record))).data
     assert data.library_name == "transformers" and data.pipeline_tag == "text-generation" and data.base_model is None
     assert {"trimoe", "expert_drop", "low_rank"} <= set(data.tags)
     metrics = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
     assert metrics["letters", "kl"] == pytest.approx(record["evaluation"]["texts"][0]["kl"], abs=1e-6)
     given = record | {"model": "mistralai/Mixtral-8x7B-v0.1", "source_card": {"license": "apache-2.0", "language": ["en", "fr"]}}
-    data = ModelCard(card.text(given)).data
+    data = ModelCard(card.text(Record(tmp_path, given))).data
     assert (data.base_model, data.base_model_relation, data.license, data.language) == (
         given["model"],
         "finetune",
@@ -42,10 +43,10 @@ def test_the_card_says_what_the_hub_reads(made: Callable[[str], Path], tmp_path:
         ["en", "fr"],
     )
     packed = json.loads((made("slim-int4") / "trimoe.json").read_text()) | {"model": "a/b"}
-    assert ModelCard(card.text(packed)).data.base_model_relation == "quantized"
+    assert ModelCard(card.text(Record(tmp_path, packed))).data.base_model_relation == "quantized"
     hostile = record | {"model": "a: [b\n---\n# c"}
     hostile["evaluation"]["texts"][0]["name"] = "x: {\n---"
-    parsed = yaml.safe_load(card.text(hostile).split("\n---\n")[0].removeprefix("---\n"))
+    parsed = yaml.safe_load(card.text(Record(tmp_path, hostile)).split("\n---\n")[0].removeprefix("---\n"))
     assert parsed["model-index"][0]["results"][0]["dataset"]["name"] == "x: {\n---"
 
 

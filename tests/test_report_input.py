@@ -14,8 +14,8 @@ from refusals import Line
 
 import trimoe
 from trimoe import UserError
-from trimoe.evaluate.run import origin
 from trimoe.output import card
+from trimoe.output.record import Record
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -133,7 +133,8 @@ def test_a_comparison_says_what_was_trained_and_what_cannot_be_compared(
     def shown(tokens: int = 64, texts: tuple[str, ...] = (f"a={text_file}", f"b={other}")) -> str:
         for one, names in zip(folders, ((f"a={text_file}", f"b={other}"), texts), strict=True):
             count = tokens if one == trained else 64
-            card.add_evaluation(one, trimoe.evaluate(one, against=origin(one), text=names, length=16, tokens=count))
+            record = Record.read(one)
+            card.keep(record.with_evaluation(trimoe.evaluate(one, against=record.origin(), text=names, length=16, tokens=count)))
         return build.report(folders, tmp_path / "both.html")[0].read_text()
 
     alike = shown()

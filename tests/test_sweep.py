@@ -20,10 +20,10 @@ from trimoe.calibration.statistics import Stats
 from trimoe.errors import UserError
 from trimoe.evaluate import texts
 from trimoe.evaluate.texts import Ends
+from trimoe.output.record import Record
 from trimoe.plan import disk
 from trimoe.progress import LOG, Reporter
 from trimoe.recipe import recipe as recipes
-from trimoe.report import read
 from trimoe.sweep import rows as standings
 from trimoe.sweep.grid import variants
 
@@ -204,7 +204,7 @@ def test_a_sweep_goes_on_and_grows(
     assert len(run(model, out, text_file, reporter=Reporter("quiet")).rows) == 4
     assert any("holds 2 variants of other lists, too" in line and "(ratio-0.25_score-frequency, " in line for line in said), said
     with pytest.raises(UserError, match=r"no finished trimoe folder but a sweep's: .*sweep\.html compares"):
-        read.Finished.open(out)
+        Record.finished(out)
 
 
 def test_what_is_kept_can_be_changed_afterwards(

@@ -21,6 +21,7 @@ import trimoe
 from trimoe.evaluate.texts import windows
 from trimoe.model.skeleton import Skeleton
 from trimoe.output import card
+from trimoe.output.record import Record
 from trimoe.show import results
 from trimoe.text.samples import load_tokenizer
 from trimoe.walk.expert_parallel import WAYS, Traffic, rank_of_expert
@@ -225,7 +226,7 @@ def test_evaluate_reports_the_models_own_routing(
     assert "Expert parallelism" in shown and "saving" in shown
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
-    card.add_evaluation(copy, report)
+    card.keep(Record.read(copy).with_evaluation(report))
     readme = (copy / "README.md").read_text()
     assert f"| 2 | {traffic['ways']['2']['against']['bytes_per_token']:,.0f} |" in readme
     assert readme.index("all-to-all") < readme.index("## Quality")

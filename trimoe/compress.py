@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,20 +13,20 @@ import torch
 from trimoe.calibration.gather import ROUTING, statistics
 from trimoe.calibration.statistics import Stats, from_main
 from trimoe.checkpoint import free_disk
-from trimoe.checkpoint.atomic import write_text
 from trimoe.checkpoint.folder import Checkpoint
 from trimoe.checkpoint.headers import read_json
 from trimoe.checkpoint.whole import lost, refuse_lost
 from trimoe.errors import UserError, reading
 from trimoe.journal import FOLDER, STAGE, Journal
-from trimoe.methods import ExpertDrop, recorded
+from trimoe.methods import ExpertDrop
 from trimoe.methods.lab import Lab, decide, rounded
-from trimoe.model.decision import Decisions, LayerDecision, unchanged
+from trimoe.model.decision import Decisions, unchanged
 from trimoe.model.precision import compute_dtype, dtype_name
 from trimoe.model.skeleton import Skeleton
 from trimoe.output import card, card_metadata
 from trimoe.output.last_walk import transform
 from trimoe.output.layout import Layout
+from trimoe.output.record import Record
 from trimoe.output.writer import Writer
 from trimoe.plan import disk, memory, size_by_part
 from trimoe.plan.plan import Plan, final_plan, plan, skeleton_for
@@ -43,7 +42,7 @@ from trimoe.team import ALONE, Team, team
 from trimoe.text.documents import START
 from trimoe.text.samples import NO_TEXT, Calibration, calibrate, check_shared_out, most_tokens
 from trimoe.text.spec import CalibrationSpec
-from trimoe.version import VERSION, versions
+from trimoe.version import VERSION
 from trimoe.walk.finite import NotFinite
 from trimoe.walk.walk import LayerWalk, usable_device
 
@@ -187,12 +186,11 @@ class Job:
 
     def _adopt(self, stage: Path) -> None:
         """The first half of a recipe may be that of one whose training diverged: what is recorded is this one's recipe and command."""
-        record = read_json(stage / "trimoe.json")
-        mine = {"recipe": self.recipe.to_json(), "command": self.command}
-        if {name: record[name] for name in mine} != mine:
-            record |= mine
-            write_text(stage / "README.md", card.text(record))
-            write_text(stage / "trimoe.json", json.dumps(record, indent=1) + "\n")
+        held = Record.read(stage)
+        mine = held.with_command(self.recipe.to_json(), self.command)
+        if mine != held:
+            card.refresh(mine)
+            mine.write()  # last, since it says that there is nothing left to do
 
     def compressed(self, out: Path, before: Plan, given: Stats | None, final_out: Path) -> Result:
         """Decide, transform, write; what a killed run has done already is taken from `out`. The log lies in `final_out`."""
@@ -213,17 +211,13 @@ class Job:
             layout = Layout(skeleton, decisions)
             writer = Writer(layout, out)
             metrics |= rounded(transform(run, decisions, writer, journal))
-            record = {
-                "trimoe": VERSION, "model": _lasting(skeleton), "recipe": parsed.to_json(), "plan": final.to_json(),
-                "decisions": {str(i): decision.to_json() for i, decision in decisions.items()}, "metrics": metrics,
-                "parts": size_by_part.parts(layout), "earlier": recorded.earlier(source := skeleton.checkpoint.folder),
-                "source_card": card_metadata.inherited(source),
-                "calibration": {"samples": len(text.samples_NL), "length": text.samples_NL.shape[1], "domains": sorted(set(text.domains)),
-                    "domain_samples": text.counts},
-                "command": self.command, "seed": run.seed, "versions": versions(), "inputs": self.inputs,
-            }  # fmt: skip
+            record = Record.of(
+                out, skeleton, text, recipe=parsed.to_json(), plan=final.to_json(), decisions=decisions, metrics=metrics,
+                parts=size_by_part.parts(layout), source_card=card_metadata.inherited(skeleton.checkpoint.folder),
+                command=self.command, seed=run.seed, inputs=self.inputs,
+            )  # fmt: skip
             if run.team.main:
-                writer.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
+                writer.finish(card.files(record))
             journal.close()
         size = final.after.file_bytes
         run.reporter.say(f"Wrote {out}: {human(size)} of safetensors ({size / final.before.file_bytes:.1%}).")
@@ -280,12 +274,6 @@ def gather_statistics(
         return stats
 
 
-def _lasting(skeleton: Skeleton) -> str:
-    """The model's name as it can be opened from any folder: a hub id, builtin:NAME, or an absolute path."""
-    name = skeleton.name
-    return str(skeleton.checkpoint.folder.resolve()) if Path(name).expanduser().is_dir() else name
-
-
 # ---- input
 
 
@@ -340,28 +328,20 @@ def _batches(text: Calibration, device: str, processes: Team) -> list[torch.Tens
     return batches
 
 
-def record_of(out: Path, inputs: dict[str, Any], recover: Recover | None) -> dict[str, Any] | None:
-    """What trimoe.json in `out` says, if it is of the same inputs, trained in the same way. Raises UserError where it is damaged."""
-    path = out / "trimoe.json"
-    if not path.is_file():
+def record_of(out: Path, inputs: dict[str, Any], recover: Recover | None) -> Record | None:
+    """Return the record in `out` if it is of the same inputs, trained in the same way. Raises UserError where it is damaged."""
+    record = Record.found(out)
+    if record is None or not record.is_result_of(inputs, [] if recover is None else [recover.to_json()]):
         return None
-    record = read_json(path)
-    with reading(path):
-        trained = [] if recover is None else [recover.to_json()]
-        if record["inputs"] != json.loads(json.dumps(inputs)) or [entry["spec"] for entry in record.get("recovered", [])] != trained:
-            return None
-        for value in record["decisions"].values():
-            LayerDecision.from_json(value)
-        card.text(record), Plan.from_json(record["plan"]), record["metrics"].items()  # all that is read of it later
+    with reading(record.path):
+        record.decisions, card.text(record), Plan.from_json(record.plan), record.metrics.items()  # all that is read of it later
     return record
 
 
 def _refuse_other_result(out: Path, inputs: dict[str, Any]) -> None:
     """A finished result of other inputs is named as that: a folder that is not empty says less."""
-    if (out / "config.json").is_file() and (out / "trimoe.json").is_file():
-        with reading(out / "trimoe.json"):
-            held = read_json(out / "trimoe.json")["inputs"]
-            other = [name for name, value in json.loads(json.dumps(inputs)).items() if held.get(name) != value]
+    if (out / "config.json").is_file() and (record := Record.found(out)) is not None:
+        other = record.other_inputs(inputs)
         what = f"another {other[0]}" if other else "other training"
         raise UserError(f"The output folder {out} holds a finished result made with {what}; give another folder.")
 
@@ -374,11 +354,8 @@ def _finished(out: Path, inputs: dict[str, Any], recover: Recover | None, source
     if record is None:
         return None
     refuse_lost(out, lost(out, source))
-    decisions = {int(i): LayerDecision.from_json(value) for i, value in record["decisions"].items()}
-    metrics = record["metrics"]
-    if record.get("recovered"):
-        metrics = {**metrics, "recover": record["recovered"][-1]["metrics"]}
-    return Result(out, decisions, metrics, Plan.from_json(record["plan"]))
+    trained = {"recover": record.recovered[-1]["metrics"]} if record.recovered else {}
+    return Result(out, record.decisions, {**record.metrics, **trained}, Plan.from_json(record.plan))
 
 
 def _given_stats(path: str | os.PathLike[str] | None, about: dict[str, Any], skeleton: Skeleton, recipe: Recipe) -> Stats | None:

@@ -14,8 +14,9 @@ WEIGHTS = (
 )  # fmt: skip
 INDICES = re.compile(r"\.index(\.[\w-]+)*\.json$")  # model.safetensors.index.json, of variants and of other formats
 CARD = "README.md"  # read for the licence, written anew
+RECORD = "trimoe.json"  # opened by output/record.py alone
 # Written for every result, or by what trimoe does with one; and what trainers leave.
-OWN = frozenset({"config.json", "trimoe.json", CARD, "trimoe.log", "report.html", "modeling_trimoe.py", "adapter_config.json"})
+OWN = frozenset({"config.json", RECORD, CARD, "trimoe.log", "report.html", "modeling_trimoe.py", "adapter_config.json"})
 TRAINING = frozenset({"trainer_state.json", "zero_to_fp32.py", "latest"})
 
 

@@ -44,8 +44,8 @@ def evaluate(
     import trimoe
     from trimoe import UserError, team
     from trimoe.evaluate.cache import default_folder
-    from trimoe.evaluate.run import origin
     from trimoe.output import card
+    from trimoe.output.record import Record
     from trimoe.progress import LOG, logged
     from trimoe.show import results
 
@@ -53,14 +53,15 @@ def evaluate(
     if "none" in text and len(text) > 1:
         raise UserError("--text none leaves texts out, so it cannot stand beside another --text.")
     reporter = reporter_of(quiet)
-    if against is None and card.made_from(Path(folder)) is not None:
+    made = Record.beside(Path(folder))
+    if against is None and made is not None:
         try:
-            against = origin(Path(folder))
+            against = made.origin()
         except UserError as reason:
             print(f"trimoe: It is evaluated alone, not against the model it was made from: {reason}", file=sys.stderr)  # also with -q
-    kept = team.speaks() and card.is_original(Path(folder), against)
+    kept = team.speaks() and made is not None and made.made_from(against)
     if kept:
-        card.check(Path(folder))
+        card.check(Record.read(Path(folder)))
     with logged(reporter, Path(folder) / LOG, command_line(), main=kept):
         report = trimoe.evaluate(
             folder, against=against, text=[] if text == ["none"] else text or ["builtin:mixed"], length=length, stride=stride, tokens=tokens,
@@ -70,5 +71,5 @@ def evaluate(
         )  # fmt: skip
     write_json(json_file, report)
     if kept:
-        card.add_evaluation(Path(folder), report, command_line())
+        card.keep(Record.read(Path(folder)).with_evaluation(report, command_line()))
     results.evaluation(report)

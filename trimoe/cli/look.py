@@ -32,13 +32,14 @@ def inspect(model: Model, as_json: JsonFlag = False) -> None:
     """Structure, bytes by part and what can be done, from configuration and headers alone."""
     from trimoe.plan import inspection
     from trimoe.show import plan as plan_table
+    from trimoe.show import table
 
     with uncollected():
         about = inspection.inspect(model)
     if as_json:
         print(json.dumps(about, indent=1))
     else:
-        plan_table.show(plan_table.of_model(about))
+        table.show(plan_table.of_model(about))
 
 
 def plan(
@@ -55,6 +56,7 @@ def plan(
     from trimoe.plan.plan import skeleton_for
     from trimoe.recipe.recipe import load, with_calibration
     from trimoe.show import plan as plan_table
+    from trimoe.show import table
     from trimoe.text.samples import check_here, most_tokens
     from trimoe.walk.walk import check_device
 
@@ -74,7 +76,7 @@ def plan(
     if as_json:
         print(json.dumps(body, indent=1))
     else:
-        plan_table.show(plan_table.of_plan(body))
+        table.show(plan_table.of_plan(body))
 
 
 def bench(
@@ -93,13 +95,15 @@ def bench(
     import trimoe
     from trimoe import team
     from trimoe.output import card
+    from trimoe.output.record import Record
     from trimoe.progress import LOG, logged
     from trimoe.show import results
 
     check_writable(json_file)
-    kept = team.speaks() and card.is_original(Path(folder), against)
+    made = Record.beside(Path(folder))
+    kept = team.speaks() and made is not None and made.made_from(against)
     if kept:
-        card.check(Path(folder))
+        card.check(Record.read(Path(folder)))
     reporter = reporter_of(quiet)
     with logged(reporter, Path(folder) / LOG, command_line(), main=kept):
         report = trimoe.bench(
@@ -108,7 +112,7 @@ def bench(
         )  # fmt: skip
     write_json(json_file, report)
     if kept:
-        card.add_bench(Path(folder), report, command_line())
+        card.keep(Record.read(Path(folder)).with_bench(report, command_line()))
     results.bench(report)
 
 

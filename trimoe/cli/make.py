@@ -156,13 +156,14 @@ def demo(
     import trimoe
     from trimoe import UserError, team
     from trimoe.output import card
+    from trimoe.output.record import Record
     from trimoe.show import results
 
     reporter = reporter_of(quiet)
     result = trimoe.compress(model, "moe-i2", out, command=command_line(), reporter=reporter)
     report = trimoe.evaluate(out, against=model, reporter=reporter)
     if team.speaks():
-        card.add_evaluation(out, report, command_line())
+        card.keep(Record.read(out).with_evaluation(report, command_line()))
     print_plan(result.plan)
     results.evaluation(report)
     print(f"The compressed model lies in {out.resolve()}; load it with: import trimoe; model = trimoe.load({str(out)!r})")

@@ -81,9 +81,11 @@ def check_writable(path: Path | None, out: Path | None = None) -> None:
 
 def _is_result(path: Path) -> bool:
     """Whether write_json wrote it."""
+    from trimoe.checkpoint.side_files import RECORD
+
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        return path.name != "trimoe.json" and isinstance(held, dict) and next(iter(held), None) == STAMP
+        return path.name != RECORD and isinstance(held, dict) and next(iter(held), None) == STAMP
     except (ValueError, RecursionError, OSError):
         return False
 
@@ -100,6 +102,6 @@ def write_json(path: Path | None, value: dict[str, Any]) -> None:
 
 def print_plan(made: Any) -> None:
     """A plan on standard output."""
-    from trimoe.show import plan
+    from trimoe.show import plan, table
 
-    plan.show(plan.of_plan(made.to_json()))
+    table.show(plan.of_plan(made.to_json()))

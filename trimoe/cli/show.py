@@ -20,19 +20,19 @@ def report(
     from trimoe.checkpoint.whole import PAGE
     from trimoe.errors import UserError
     from trimoe.output import card
-    from trimoe.report import read
+    from trimoe.output.record import Record
     from trimoe.report.build import report as build
 
-    opened = [read.Finished.open(folder) for folder in folders]
+    opened = [Record.finished(Path(folder)) for folder in folders]
     if html is None:
         if len(folders) > 1:
             raise UserError("Several folders are compared on a page of their own; say where to write it: --html FILE.")
         html = opened[0].folder / PAGE
     for finished in opened:
-        card.check(finished.folder)
+        card.check(Record.read(finished.folder))
     written = build(folders, html, figures, reporter_of(quiet))
     for finished in opened:
-        card.refresh(finished.folder)
+        card.refresh(Record.read(finished.folder))
     print(f"The report lies in {written[0].resolve()}.")
     if figures is not None:
         print(f"{len(written) - 1} figures lie in {figures.resolve()}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from trimoe.checkpoint.folder import Checkpoint
-from trimoe.errors import UserError, reading
+from trimoe.errors import UserError
 from trimoe.evaluate import generation, harness, taskset, texts
 from trimoe.evaluate.cache import ResultCache
 from trimoe.evaluate.texts import Ends
@@ -111,18 +110,3 @@ def evaluate(
         written = generation.smoke(models, sets, tokenizer, device=device, reporter=reporter)
         report |= {"generation": written} if written is not None else {}
     return report
-
-
-def origin(folder: Path) -> str | None:
-    """The model that a finished trimoe folder was made from; None for other folders. Raises UserError where it is no longer to be had
-    or is not the same any more."""
-    path = folder / "trimoe.json"
-    if not path.is_file():
-        return None
-    with reading(path):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        name, fingerprint = str(record["model"]), record["inputs"]["model"]
-    source = Checkpoint.open(name)
-    if source.fingerprint != fingerprint:
-        raise UserError(f"{source.name} has changed since {folder} was made from it.")
-    return source.name

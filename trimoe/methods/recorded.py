@@ -3,8 +3,6 @@ small: a report is drawn from it, nothing is computed from it."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,12 +82,3 @@ def spectra(layer: LayerStats) -> dict[str, Any]:
         low, middle, high = (share_ER[:, at].quantile(q, 0).tolist() for q in (0.0, 0.5, 1.0))
         made[name] = {"rank": (at + 1).tolist(), "low": low, "median": middle, "high": high}
     return made
-
-
-def earlier(source: Path) -> list[Any]:
-    """Return the recipes that made `source`, first to last, if it is itself a result of trimoe; none where it is not, or says nothing usable."""
-    try:
-        record = json.loads((source / "trimoe.json").read_text(encoding="utf-8"))
-        return [*record.get("earlier", []), record["recipe"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return []

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trimoe.checkpoint.atomic import write_text
-from trimoe.checkpoint.headers import read_json
-from trimoe.errors import UserError, reading
+from trimoe.checkpoint.side_files import CARD
+from trimoe.errors import reading
 from trimoe.methods import evidence
 from trimoe.output.card_metadata import metadata
+from trimoe.output.record import Record
 from trimoe.show import form as forms
+from trimoe.show.answer import Answer
 from trimoe.show.format import GONE, runs, three
 from trimoe.show.results import shown_tasks, traffic_cells
+from trimoe.show.table import markdown
 
 NATIVE = """Stock code does not know the form of this checkpoint. Load it with `import trimoe` and then `AutoModelForCausalLM.from_pretrained(folder)` (or
 `trimoe.load(folder)`); without trimoe by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs
@@ -26,42 +28,40 @@ transformers unpacks them as it loads; `trimoe.load(folder)` runs them packed.""
 TRIED = """ vLLM's loader reads such checkpoints; this one was not tried there."""
 SQUEEZED = """ Zeros of pruned matrices are left out of its files and put back while it is loaded."""
 SPEEDS = {"prefill_tokens_s": "prefill, tokens/s", "decode_tokens_s": "decode, tokens/s", "first_token_s": "first token, s"}
-MEASURED = ("texts", "tasks", "generation", "traffic")  # what an evaluation may measure
 STOCK = "This is a stock checkpoint: `AutoModelForCausalLM.from_pretrained(folder)`."
 
 
-def text(record: dict[str, Any]) -> str:
-    """README.md, from what trimoe.json holds."""
-    plan, given, model = record["plan"], record["calibration"], record["model"]
-    steps = [next(iter(step.items())) for step in record["recipe"]["steps"]]
-    before, after = plan["before"], plan["after"]
+def text(record: Record) -> str:
+    """Return README.md."""
+    plan, given, model, steps = record.plan, record.calibration, record.model, record.steps
+    before, after = record.before, record.after
     sizes = [
         ("safetensors on disk (bytes)", "file_bytes"), ("parameters", "parameters"), ("parameters active per token", "active"),
         ("routed-expert parameters", "experts"),
     ]  # fmt: skip
     parts = [
         f"---\n{metadata(record)}\n---\n\n# {_escaped(Path(model).name or model)}, compressed",
-        f"Made by trimoe {record['trimoe']} from {_code(model)}.",
-        _loading(plan) + (SQUEEZED if any(fields.get("form") == "bitmask" for _, fields in steps) else ""),
+        f"Made by trimoe {record.version} from {_code(model)}.",
+        _loading(plan) + (SQUEEZED if any(step.fields.get("form") == "bitmask" for step in steps) else ""),
         "## What was done",
-        "\n".join(f"- `{name}`: {_fields(fields)}" for name, fields in steps),
-        f"Calibration: {given['samples']} samples of {given['length']} tokens ({_escaped(', '.join(given['domains']))}), seed {record['seed']}."
+        "\n".join(f"- `{step.name}`: {_fields(step.fields)}" for step in steps),
+        f"Calibration: {given['samples']} samples of {given['length']} tokens ({_escaped(', '.join(given['domains']))}), seed {record.seed}."
         if given["samples"]
-        else f"Calibration: none, no step reads text; seed {record['seed']}.",
-        *_evidence(record.get("metrics") or {}),
-        _layers(plan["layers"]),
+        else f"Calibration: none, no step reads text; seed {record.seed}.",
+        *_evidence(record.metrics),
+        _layers(record.layers),
         "## Size",
-        _table(
+        markdown(
             ("", "before", "after", "share"),
             [(name, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}") for name, key in sizes],
         ),
-        *_traffic(record.get("evaluation")),
+        *_traffic(record.evaluation),
         "## Quality on held-out text",
-        _quality(record.get("evaluation")),
-        *_tasks(record.get("evaluation")),
-        *_speed(record.get("bench")),
-        f"## Command\n\n{_fenced(record['command'])}\n",
-        *(recovered(entry) for entry in record.get("recovered", ())),
+        _quality(record.evaluation),
+        *_tasks(record.evaluation),
+        *_speed(record.bench),
+        f"## Command\n\n{_fenced(record.command)}\n",
+        *(recovered(entry) for entry in record.recovered),
     ]
     return "\n\n".join(parts)
 
@@ -72,7 +72,7 @@ def _loading(plan: dict[str, Any]) -> str:
     if forms.PACKED not in form:
         return NATIVE if form == forms.NATIVE else STOCK
     bits = " or ".join(str(number) for number in sorted({row["bits"] for row in plan["layers"] if row.get("bits")}))
-    made_for = form == forms.PACKED and str((plan.get("loads_in") or {}).get("vllm")).startswith("made for it")
+    made_for = form == forms.PACKED and Answer.from_json(str((plan.get("loads_in") or {}).get("vllm"))).loads == "files"
     return (PACKED if form == forms.PACKED else NATIVE) + BITS.format(bits=bits) + (TRIED if made_for else "")
 
 
@@ -97,7 +97,7 @@ def _layers(rows: list[dict[str, Any]]) -> str:
     for key, (title, shown) in used.items():
         if any(row.get(key) for row in rows):
             columns.append((title, lambda row, key=key, shown=shown: shown(row[key]) if row.get(key) else "-"))  # type: ignore[misc]
-    return _table(tuple(title for title, _ in columns), [tuple(cell(row) for _, cell in columns) for row in rows])
+    return markdown(tuple(title for title, _ in columns), [tuple(cell(row) for _, cell in columns) for row in rows])
 
 
 def _left(row: dict[str, Any]) -> Any:
@@ -108,14 +108,12 @@ def _left(row: dict[str, Any]) -> Any:
 def recovered(entry: dict[str, Any]) -> str:
     """For the model card: one recovery, and what held-out text said before and after."""
     metrics, data = entry["metrics"], entry["data"]
-    names = list(metrics["before"])
-    lines = ["| held-out text | before | after |", "| --- | --- | --- |"]
-    lines += [f"| {name.replace('_', ' ')} | {metrics['before'][name]:.4g} | {metrics['after'][name]:.4g} |" for name in names]
+    rows = [(name.replace("_", " "), f"{metrics['before'][name]:.4g}", f"{metrics['after'][name]:.4g}") for name in metrics["before"]]
     text = f"{data['samples']} samples of {data['length']} tokens ({_escaped(', '.join(data['domains']))}), {data['held']} more held out"
     what = f"Trained by `{entry['method']}`" + (f" from {_code(entry['teacher'])}" if entry["teacher"] else "") + f" on {text}."
     if (kept := unimproved(metrics)) is not None:
         what += f" {kept}"
-    return "## Recovered\n\n" + what + "\n\n" + "\n".join(lines) + f"\n\n{_fenced(entry['command'])}\n"
+    return "## Recovered\n\n" + what + "\n\n" + markdown(("held-out text", "before", "after"), rows) + f"\n\n{_fenced(entry['command'])}\n"
 
 
 def unimproved(metrics: dict[str, Any]) -> str | None:
@@ -128,73 +126,29 @@ def unimproved(metrics: dict[str, Any]) -> str | None:
     return f"Training made no better experts in layers {runs(same)}: they are as they were." if same else None
 
 
-def made_from(folder: Path) -> str | None:
-    """The model that a finished trimoe folder was made from, as it is recorded; None for other folders."""
-    path = folder / "trimoe.json"
-    if not path.is_file():
-        return None
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["model"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} does not read as trimoe writes it.") from None
+def files(record: Record) -> dict[str, str]:
+    """Return the texts of a finished folder's record and card by their names, the record first."""
+    return {record.path.name: record.text, CARD: text(record)}
 
 
-def is_original(folder: Path, against: str | None) -> bool:
-    """Whether `against` names the model that the finished folder was made from."""
-    source = made_from(folder)
-    return source is not None and against is not None and (against == source or Path(against).resolve() == Path(source))
+def check(record: Record) -> None:
+    """Raises UserError where a card cannot be made of what the record holds: found out before hours of measuring, not after."""
+    with reading(record.path):
+        text(record)
 
 
-def add_evaluation(folder: Path, report: dict[str, Any], command: str | None = None) -> None:
-    """Put the numbers of an evaluation against the original into a finished folder's trimoe.json and README.md. What it did not measure
-    (texts, tasks) stays as an earlier one left it; `commands` says by which command line each was measured."""
-    of_texts = ("texts", "length", "stride", "dtype")
-    new = {name: value for name, value in report.items() if report["texts"] or name not in of_texts}
-    measured = [name for name in MEASURED if report.get(name)]
-
-    def changed(old: dict[str, Any]) -> dict[str, Any]:
-        commands = {name: said for name, said in (old.get("commands") or {}).items() if name not in measured}
-        commands |= {} if command is None else dict.fromkeys(measured, command)
-        return {
-            **{name: report[name] for name in of_texts if name in report},
-            **old,
-            **new,
-            **({"commands": commands} if "commands" in old or commands else {}),
-        }
-
-    _add(folder, "evaluation", changed)
+def refresh(record: Record) -> None:
+    """Write README.md again. Raises UserError where the record is damaged."""
+    with reading(record.path):
+        shown = text(record)
+    write_text(record.folder / CARD, shown)
 
 
-def add_bench(folder: Path, report: dict[str, Any], command: str | None = None) -> None:
-    """The same for speed and memory, measured in turns with the original."""
-    _add(folder, "bench", lambda old: report if command is None else {**report, "command": command})
-
-
-def _add(folder: Path, name: str, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    record = _record(folder)
-    record[name] = changed(record.get(name) or {})
-    shown = _text(folder, record)
-    write_text(folder / "trimoe.json", json.dumps(record, indent=1) + "\n")
-    write_text(folder / "README.md", shown)
-
-
-def refresh(folder: Path) -> None:
-    """README.md again, from what trimoe.json holds now. Raises UserError where that is damaged."""
-    write_text(folder / "README.md", _text(folder, _record(folder)))
-
-
-def check(folder: Path) -> None:
-    """Raises UserError where a card cannot be made of what trimoe.json holds: found out before hours of measuring, not after."""
-    _text(folder, _record(folder))
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "trimoe.json")
-
-
-def _text(folder: Path, record: dict[str, Any]) -> str:
-    with reading(folder / "trimoe.json"):
-        return text(record)
+def keep(record: Record) -> None:
+    """Write what has come into the record to its folder, and the card that says so. Raises UserError where the record is damaged."""
+    check(record)
+    record.write()
+    refresh(record)
 
 
 def _escaped(given: str) -> str:
@@ -218,27 +172,22 @@ def _fenced(given: str) -> str:
     return f"{_ticks(given, 3)}\n{given}\n{_ticks(given, 3)}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def _fields(step: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in step.items() if value is not None)
 
 
-def _traffic(report: dict[str, Any] | None) -> list[str]:
+def _traffic(report: dict[str, Any]) -> list[str]:
     """All-to-all traffic, once an evaluation has counted it."""
-    if report is None or "traffic" not in report:  # evaluated by a trimoe that did not count it
+    if "traffic" not in report:  # evaluated by a trimoe that did not count it
         return []
     head = ("ranks", "bytes per token before", "after", "saving", "imbalance before (mean / worst layer)", "after")
     found = [(number, [seen["against"], seen["model"]]) for number, seen in report["traffic"]["ways"].items()]
-    table = _table(head, [(number, *traffic_cells(models)) for number, models in found if any(models)])
+    table = markdown(head, [(number, *traffic_cells(models)) for number, models in found if any(models)])
     return [f"What all-to-all dispatch and combine would send under expert parallelism (hidden states in bf16, all MoE layers):\n\n{table}"]
 
 
-def _quality(report: dict[str, Any] | None) -> str:
-    if report is None or not report["texts"]:
+def _quality(report: dict[str, Any]) -> str:
+    if not report or not report["texts"]:
         return "Not evaluated yet; `trimoe eval` on this folder adds the numbers here."
     sure = [(row.get("intervals") or {}).get("kl") for row in report["texts"]]
     rows = [
@@ -252,15 +201,15 @@ def _quality(report: dict[str, Any] | None) -> str:
         for row, kl in zip(report["texts"], sure, strict=True)
     ]
     unit = "KL, nats/token" + (" (95 %)" if any(sure) else "")
-    table = _table(("text", "perplexity before", "after", unit, "top-1 agreement"), rows)
+    table = markdown(("text", "perplexity before", "after", unit, "top-1 agreement"), rows)
     dtype = report.get("dtype", "float32")
     rounded = f" Both models ran in {dtype}, whose roundings are in these numbers." if dtype != "float32" else ""
     return f"{table}\n\nWindows of {report['length']} tokens, stride {report['stride']}.{rounded} Perplexity flatters compressed models; look at the KL."
 
 
-def _tasks(report: dict[str, Any] | None) -> list[str]:
+def _tasks(report: dict[str, Any]) -> list[str]:
     """lm-eval's tasks, original and compressed."""
-    tasks = (report or {}).get("tasks") or []
+    tasks = report.get("tasks") or []
     if not tasks:
         return []
 
@@ -273,20 +222,20 @@ def _tasks(report: dict[str, Any] | None) -> list[str]:
          cell(row["value"], row.get("stderr")), cell(row.get("difference"), row.get("difference_stderr"), "+"))
         for row in shown_tasks(tasks)
     ]  # fmt: skip
-    settings = (report or {}).get("task_settings") or {}
+    settings = report.get("task_settings") or {}
     cut = f" Of each task only the first {settings['limit']} documents: these are not the tasks' scores." if settings.get("limit") else ""
     version = f"lm-eval {settings['lm_eval']}, value ± standard error.{cut}" if settings.get("lm_eval") else cut
     return [
         "## Tasks",
-        _table(("task", "metric", "documents", "before", "after", "difference (paired)"), rows),
+        markdown(("task", "metric", "documents", "before", "after", "difference (paired)"), rows),
         *([version] if version else []),
     ]
 
 
-def _speed(report: dict[str, Any] | None) -> list[str]:
+def _speed(report: dict[str, Any]) -> list[str]:
     """What trimoe bench measured against the original."""
-    ratio = (report or {}).get("ratio")
-    if report is None or ratio is None:
+    ratio = report.get("ratio")
+    if ratio is None:
         return []
     rows = [
         (label, *(three(model[name]["median"]) for model in reversed(report["models"])), f"{ratio[name]['median']:.2f}")
@@ -295,4 +244,4 @@ def _speed(report: dict[str, Any] | None) -> list[str]:
     how = (
         f"{report['batch']} x {report['prompt']} tokens, {report['generate']} new, {report['rounds']} rounds in turns; {report['machine']}."
     )
-    return ["## Speed", _table(("median", "before", "after", "ratio"), rows), _escaped(how)]
+    return ["## Speed", markdown(("median", "before", "after", "ratio"), rows), _escaped(how)]

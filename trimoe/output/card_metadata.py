@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from trimoe.checkpoint.side_files import CARD
+from trimoe.output.record import Record
 from trimoe.show.results import shown_tasks
 
 FRONT_MATTER = 1 << 16  # characters of a source's README.md in which its metadata must lie
@@ -42,16 +43,16 @@ def _said(value: Any) -> Any:
     return value if isinstance(value, str) and value not in NULL else None
 
 
-def metadata(record: dict[str, Any]) -> str:
+def metadata(record: Record) -> str:
     """What the hub reads of a card, as YAML."""
-    model, steps = record["model"], [next(iter(step)) for step in record["recipe"]["steps"]]
+    model, steps = record.model, [step.name for step in record.steps]
     of_hub = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
     # the hub knows adapter, finetune, merge and quantized; what is pruned counts as the second
     fields: dict[str, Any] = (
         {"base_model": model, "base_model_relation": "quantized" if "quantize" in steps else "finetune"} if of_hub else {}
     )
-    fields |= record.get("source_card", {})
-    results = _results(record.get("evaluation") or {})
+    fields |= record.source_card
+    results = _results(record.evaluation)
     if results:
         fields |= {"model_name": f"{Path(model).name or model}, compressed", "eval_results": results}
     tags = list(dict.fromkeys(["trimoe", "mixture-of-experts", *steps]))

@@ -1,4 +1,4 @@
-"""Which engines load a result, why the others do not, and over how many devices its heads and experts divide.
+"""Which engines load a result, and why the others do not.
 
 Our tests run transformers only. What is said to be "tried" ran on a CPU, on tiny models, beside transformers (log/engines.md); everything
 else is what engines' lists of architectures and loaders say: vLLM 0.32.0 (vllm/model_executor/models), SGLang 0.5.23
@@ -7,17 +7,13 @@ else is what engines' lists of architectures and loaders say: vLLM 0.32.0 (vllm/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
-
 from trimoe.errors import UserError
 from trimoe.model import depth_config
 from trimoe.model.decision import Decisions
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
 from trimoe.recipe.recipe import Recipe
+from trimoe.show.answer import Answer
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 COMMON = frozenset({
@@ -38,57 +34,43 @@ KERNEL_GROUPS, KERNEL_HIDDEN = (
     (32, 64, 128),
     128,
 )  # what vLLM's Marlin kernels take: inputs a scale (or one a row), and multiples of the hidden size
-MOST = 64  # devices
-HEADS = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads", "mamba_n_heads")  # each must divide
-GROUPS = ("n_groups", "mamba_n_groups")  # of a mamba layer with heads: divide, or there is one, which every device has
 
 
-@dataclass(frozen=True)
-class Loading:
-    """Engine -> "yes ...", "no (why)" or "not known ...", and the numbers of devices that divide the model where engines other than
-    transformers load it."""
-
-    loads_in: dict[str, str]
-    tensor_parallel: list[int]
-    expert_parallel: list[int]
-
-
-def loading(skeleton: Skeleton, layout: Layout, *, native: bool) -> Loading:
-    """`native`: the result has, or will have once all is decided, a form that stock code cannot express."""
+def loading(skeleton: Skeleton, layout: Layout, *, native: bool) -> dict[str, Answer]:
+    """Return the answer of each engine. `native`: the result has, or will have once all is decided, a form that stock code cannot express."""
     decisions = layout.decisions
     packed = skeleton.checkpoint.scheme is not None or any(decision.bits for decision in decisions.values())
     loads = {engine: answer(engine, skeleton, decisions, native=native) for engine in ENGINES[1:]}
     own = ["import trimoe or trust_remote_code=True"] if native else []
     own += ["compressed-tensors installed"] if packed else []
-    loads = {"transformers": "yes" + (f", with {' and '.join(own)}" if own else ""), **loads}
-    return Loading(loads, [] if native else tensor_parallel(skeleton, decisions), [] if native else expert_parallel(skeleton, decisions))
+    return {"transformers": Answer("yes", f", with {' and '.join(own)}" if own else "", tried=True), **loads}
 
 
-def answer(engine: str, skeleton: Skeleton, decisions: Decisions, *, native: bool) -> str:
-    """Whether an engine other than transformers loads a result: "yes ...", "made for it ...", "no (why)" or "not known ..."."""
+def answer(engine: str, skeleton: Skeleton, decisions: Decisions, *, native: bool) -> Answer:
+    """Return whether an engine other than transformers loads a result."""
     kind, release = skeleton.config.model_type, f"{'of ' if engine == 'llama.cpp' else ''}{RELEASE[engine]}"
     tied = bool(getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False))
     if native:
-        return f"no ({why_native(skeleton, decisions)})"
+        return Answer("no", why_native(skeleton, decisions))
     if kind not in KNOWS[engine]:
-        return f"not known: {kind} is not in its list ({release})"
+        return Answer("unknown", f"{kind} is not in its list ({release})")
     if engine == "llama.cpp" and tied and kind in UNTIED:
-        return f"no (its loader of {kind} wants a head of its own, and this model's is its embedding)"
+        return Answer("no", f"its loader of {kind} wants a head of its own, and this model's is its embedding")
     if any(decision.gone == "moe" for decision in decisions.values()):
         if engine == "llama.cpp":
-            return f"no (its loader of {kind} wants a router in every layer)"
+            return Answer("no", f"its loader of {kind} wants a router in every layer")
         if engine != "vllm":
-            return "not known: whether it reads mlp_only_layers"
-        tried = "tried" if kind == "qwen2_moe" else "not tried"
+            return Answer("unknown", "whether it reads mlp_only_layers")
+        tried = kind == "qwen2_moe"
     elif by_number(skeleton, decisions):
-        return "not known: it may take a layer's kind from its number"
+        return Answer("unknown", "it may take a layer's kind from its number")
     else:
-        tried = "tried" if kind in TRIED[engine] else "not tried"
+        tried = kind in TRIED[engine]
     scheme = _scheme(skeleton, decisions)
     if scheme is not None:
         return _packed(engine, skeleton, scheme[1], tried)
     how = ", by transformers' own code" if engine == "vllm" and kind in BACKEND else f", as {kind}"
-    return f"yes{how} ({release}, {tried})"
+    return Answer("yes", f"{how} ({release}, {_run(tried)})", tried)
 
 
 def _scheme(skeleton: Skeleton, decisions: Decisions) -> tuple[int, int] | None:
@@ -97,17 +79,22 @@ def _scheme(skeleton: Skeleton, decisions: Decisions) -> tuple[int, int] | None:
     return next(iter(found), None) or skeleton.checkpoint.scheme  # type: ignore[return-value]
 
 
-def _packed(engine: str, skeleton: Skeleton, group: int, tried: str) -> str:
+def _run(tried: bool) -> str:
+    return "tried" if tried else "not tried"
+
+
+def _packed(engine: str, skeleton: Skeleton, group: int, tried: bool) -> Answer:
     """Of a result whose experts are compressed-tensors: reading the files is one thing, a kernel for them another."""
     if engine == "llama.cpp":
-        return f"yes, converted: its converter unpacks the integers ({tried})"
+        return Answer("yes", f", converted: its converter unpacks the integers ({_run(tried)})", tried)
     if engine == "sglang":
-        return f"made for it, not tried (compressed-tensors, {RELEASE[engine]})"
+        return Answer("files", f", not tried (compressed-tensors, {RELEASE[engine]})")
     site = next(iter(skeleton.sites.values()))
     unknown = kernels_lack(site.hidden, site.width, group)
     if unknown:
-        return f"made for it, but without a kernel: {unknown}"
-    return f"made for it: its loader reads the files ({RELEASE[engine]}, {tried}), kernels on a GPU not tried; on CPUs 4 bits want AMX, 8 have none"
+        return Answer("files", f", but without a kernel: {unknown}")
+    read = f": its loader reads the files ({RELEASE[engine]}, {_run(tried)})"
+    return Answer("files", f"{read}, kernels on a GPU not tried; on CPUs 4 bits want AMX, 8 have none", tried)
 
 
 def kernels_lack(hidden: int, width: int, group: int) -> str | None:
@@ -129,45 +116,6 @@ def why_native(skeleton: Skeleton, decisions: Decisions) -> str:
     if any(decision.gone == "moe" for decision in decisions.values()):
         return "MoE sub-layers are dropped, and this family has no dense layers to stand in"
     return "expert counts differ from layer to layer"
-
-
-def tensor_parallel(skeleton: Skeleton, decisions: Decisions) -> list[int]:
-    """Over how many devices every layer's matrices divide evenly: attention heads, key and value heads (or these are repeated evenly), mamba
-    channels, heads and groups, expert and MLP widths, and whole groups of them where weights are integers."""
-    text = skeleton.config.get_text_config()
-    heads = [value for name in HEADS if isinstance(value := getattr(text, name, None), int) and value]
-    heads += _mamba_widths(text)
-    shared = 0 if getattr(text, "kv_lora_rank", None) else getattr(text, "num_key_value_heads", None) or 0  # a latent cache is not split
-    group = next((decision.group for decision in decisions.values() if decision.group), 1)
-    widths = {site.width // group if site.width % group == 0 else 1 for i, site in skeleton.sites.items() if decisions[i].gone is None}
-    inner = _mlp_widths(skeleton)
-    return [
-        ways for ways in range(1, MOST + 1)
-        if all(value % ways == 0 for value in (*heads, *widths, *inner)) and (not shared or shared % ways == 0 or ways % shared == 0)
-    ]  # fmt: skip
-
-
-def _mamba_widths(text: Any) -> list[int]:
-    """Inner channels and groups of a family's mamba layers: each must divide."""
-    expand = getattr(text, "mamba_expand", None) or getattr(text, "expand", None)
-    inner = [int(expand * text.hidden_size)] if isinstance(expand, (int, float)) else []
-    if not any(getattr(text, name, None) for name in ("mamba_num_heads", "mamba_n_heads")):
-        return inner
-    return inner + [value for name in GROUPS if isinstance(value := getattr(text, name, None), int) and value > 1]
-
-
-def _mlp_widths(skeleton: Skeleton) -> set[int]:
-    """Inner widths of dense MLPs and shared experts."""
-    return {
-        module.in_features for layer in skeleton.layers for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(("down_proj", "w2"))
-    }  # fmt: skip
-
-
-def expert_parallel(skeleton: Skeleton, decisions: Decisions) -> list[int]:
-    """Over how many devices the experts of every layer divide evenly."""
-    counts = {len(decisions[index].keep) for index in skeleton.sites if decisions[index].gone is None}
-    return [ways for ways in range(1, MOST + 1) if counts and all(count % ways == 0 for count in counts)]
 
 
 def by_number(skeleton: Skeleton, decisions: Decisions) -> bool:
@@ -192,21 +140,12 @@ def check_target(recipe: Recipe, native: bool, skeleton: Skeleton, decisions: De
     asked = [engine for engine in ENGINES[1:] if kind in KNOWS[engine]] if recipe.target == "any" else [recipe.target]
     for engine in asked:
         found = answer(engine, skeleton, decisions, native=False)
-        if by_number(skeleton, decisions) and found.startswith("not known") and kind in KNOWS[engine]:
+        if by_number(skeleton, decisions) and found.loads == "unknown" and kind in KNOWS[engine]:
             raise UserError(
                 f"The recipe's target is {recipe.target}, and {engine} may take a layer's kind from its number, which the dropped layers "
                 "change; use expert_drop, or target: transformers."
             )
-        if found.startswith("no "):
+        if found.loads == "no":
             raise UserError(
-                f"The recipe's target is {recipe.target}, and {engine} does not load the result: {found[3:].strip('()')}; use another target."
+                f"The recipe's target is {recipe.target}, and {engine} does not load the result: {found.why}; use another target."
             )
-
-
-def sizes(ways: list[int]) -> str:
-    """Numbers of devices for people."""
-    return ", ".join(map(str, ways)) if ways else "none"
-
-
-def as_json(found: Loading) -> dict[str, Any]:
-    return {"tensor": found.tensor_parallel, "expert": found.expert_parallel}

@@ -11,7 +11,7 @@ from trimoe.methods import METHODS
 from trimoe.model.decision import unchanged
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
-from trimoe.plan.engines import as_json, loading
+from trimoe.plan.engines import loading
 from trimoe.plan.plan import check, sizes
 from trimoe.plan.token_cost import context_of, of_layers
 
@@ -68,7 +68,7 @@ def _structure(skeleton: Skeleton) -> dict[str, Any]:
 def _costs(skeleton: Skeleton) -> dict[str, Any]:
     """What a token costs, and what loads the checkpoint as it is."""
     layout = Layout(skeleton, unchanged(skeleton.sites))
-    layers, found = of_layers(skeleton, layout), loading(skeleton, layout, native=skeleton.spec is not None)
+    layers, loads_in = of_layers(skeleton, layout), loading(skeleton, layout, native=skeleton.spec is not None)
     kinds = Counter(
         (layer.cache.kind, layer.cache.token_bytes, layer.cache.state_bytes, layer.cache.window) for layer in layers if layer.cache
     )
@@ -78,7 +78,8 @@ def _costs(skeleton: Skeleton) -> dict[str, Any]:
     ]
     return {
         "size": sizes(skeleton, layout, layers).__dict__, "flops_context": context_of(skeleton), "cache": cached or None,
-        "costs": {str(index): layer.to_json() for index, layer in enumerate(layers)}, "loads_in": found.loads_in, "parallel": as_json(found),
+        "costs": {str(index): layer.to_json() for index, layer in enumerate(layers)},
+        "loads_in": {engine: answer.words for engine, answer in loads_in.items()},
     }  # fmt: skip
 
 
@@ -104,6 +105,7 @@ def _methods(skeleton: Skeleton) -> dict[str, str]:
 
 def table(about: dict[str, Any]) -> str:
     """The same for people, without colours."""
-    from trimoe.show import plan
+    from trimoe.show.plan import of_model
+    from trimoe.show.table import rendered
 
-    return plan.rendered(plan.of_model(about))
+    return rendered(of_model(about))

@@ -20,12 +20,13 @@ from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
 from trimoe.plan import measurements, memory, recovery_memory
 from trimoe.plan.disk import output_need, spilled
-from trimoe.plan.engines import as_json, check_target, loading
+from trimoe.plan.engines import check_target, loading
 from trimoe.plan.outline import WIDEST, Outline
 from trimoe.plan.token_cost import LayerCosts, context_of, head_matrix, of_layers
 from trimoe.plan.warnings import advice
 from trimoe.recipe.recipe import Recipe, with_calibration
 from trimoe.recipe.recipe import load as load_recipe
+from trimoe.show.answer import Answer
 from trimoe.show.format import PER
 from trimoe.text.samples import most_tokens
 
@@ -62,7 +63,7 @@ class Plan:
     after: Sizes
     layers: list[dict[str, Any]]
     form: str
-    loads_in: dict[str, str]
+    loads_in: dict[str, Answer]
     peak_memory: int
     disk: int
     warnings: list[str]
@@ -70,7 +71,6 @@ class Plan:
     context: int
     disk_split: dict[str, int]
     spill: int
-    parallel: dict[str, list[int]]
     memory_split: dict[str, int]
     depth: dict[str, list[int]]
     device_split: dict[str, int] = field(default_factory=dict)
@@ -86,12 +86,16 @@ class Plan:
         return memory.PeakMemory(self.memory_split, self.device_split)
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "before": self.before.__dict__, "after": self.after.__dict__, "bytes": self.bytes}
+        loads_in = {engine: answer.words for engine, answer in self.loads_in.items()}
+        return {
+            **self.__dict__, "before": self.before.__dict__, "after": self.after.__dict__, "loads_in": loads_in, "bytes": self.bytes
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
         body = {key: entry for key, entry in value.items() if key != "bytes"}
-        return cls(**{**body, "before": Sizes(**value["before"]), "after": Sizes(**value["after"])})
+        loads_in = {engine: Answer.from_json(words) for engine, words in value["loads_in"].items()}
+        return cls(**{**body, "before": Sizes(**value["before"]), "after": Sizes(**value["after"]), "loads_in": loads_in})
 
     def __str__(self) -> str:
         from trimoe.show.plan import plain
@@ -282,14 +286,14 @@ def describe(
         name: [sum(getattr(one[i], what) for i in range(len(skeleton.layers)) if i not in moe) for one in (then, now)]
         for name, what in (("bytes", "nbytes"), ("parameters", "parameters"), ("flops", "flops"))
     }  # fmt: skip
-    found = loading(skeleton, layout, native=native)
     held = memory.of_stages(skeleton, recipe, layout.decisions, tokens, after.parameters, device)
     disk = output_need(skeleton, recipe, after.file_bytes, tokens)
     return Plan(
-        skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock", found.loads_in,
+        skeleton.name, recipe.to_json(), before, after, rows, "native" if native else "stock",
+        loading(skeleton, layout, native=native),
         max(held.host.values()), sum(disk.values()), advice(skeleton, recipe, after.experts / before.experts, tokens=tokens, native=native),
         dense_layers={"count": len(skeleton.layers) - len(moe), **rest}, context=context_of(skeleton), disk_split=disk,
-        spill=spilled(skeleton, recipe, tokens), parallel=as_json(found), memory_split=held.host, depth=_depth(skeleton, open_),
+        spill=spilled(skeleton, recipe, tokens), memory_split=held.host, depth=_depth(skeleton, open_),
         device_split=held.device, measured_on=measurements.on_paper(skeleton, recipe, tokens),
     )  # fmt: skip
 

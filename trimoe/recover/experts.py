@@ -26,6 +26,7 @@ from trimoe.model import transformers5
 from trimoe.model.expert import by_expert, run_expert
 from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import DENSE, FactoredExperts
+from trimoe.output.record import Record
 from trimoe.output.rewriter import Rewriter
 from trimoe.progress import Reporter
 from trimoe.recipe.recover import Recover, schedule
@@ -42,7 +43,7 @@ SEEDS = 1 << 16  # more than a model has layers
 
 
 def distil(
-    student: Skeleton, teacher: Skeleton, record: Mapping[str, Any] | None, spec: Recover, train: list[torch.Tensor],
+    student: Skeleton, teacher: Skeleton, record: Record | None, spec: Recover, train: list[torch.Tensor],
     held: list[torch.Tensor], rewriter: Rewriter, journal: Journal, *, seed: int, device: str, reporter: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the student's experts layer by layer and put what improved into `rewriter`. Layers that the journal knows are not trained again.

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from trimoe.checkpoint.atomic import refuse_odd
-from trimoe.checkpoint.headers import read_json
 from trimoe.errors import UserError
-from trimoe.evaluate.run import origin
-from trimoe.journal import FOLDER
 from trimoe.model.skeleton import Skeleton
+from trimoe.output.record import Record
 from trimoe.progress import QUIET, Reporter
 from trimoe.recipe.recover import Recover
 from trimoe.recover import adapters
@@ -27,24 +25,13 @@ def check(spec: Recover, skeleton: Skeleton, data: Any, seed: int) -> None:
     """What can be found before the folder is there that is to be trained. Raises UserError."""
     if spec.method in ("lora", "logits") and spec.train == "lora":
         adapters.import_peft()
-    text_for(skeleton, {"recipe": {"calibration": {"data": data}}}, spec, seed, QUIET)
+    text_for(skeleton, data, spec, seed, QUIET)
 
 
-def record_of(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {str(folder)!r}; recovery trains a finished folder of trimoe.")
-    if (folder / FOLDER).exists() or not (folder / "config.json").is_file() or not (folder / "trimoe.json").is_file():
-        raise UserError(f"{folder} is not a finished folder of trimoe (which has config.json and trimoe.json); finish its run first.")
-    record = read_json(folder / "trimoe.json")
-    if not {"model", "recipe", "decisions", "inputs"} <= set(record) or not isinstance(record["recipe"], dict):
-        raise UserError(f"{folder / 'trimoe.json'} is not what trimoe writes; the folder is damaged.")
-    return record
-
-
-def pruned(record: Mapping[str, Any] | None) -> frozenset[str]:
+def pruned(record: Record | None) -> frozenset[str]:
     """Return the scopes of the weight_prune steps that a finished folder, or a folder it was made from, went through."""
     scopes = set()
-    for recipe in [*(record or {}).get("earlier", []), (record or {}).get("recipe")]:
+    for recipe in record.recipes if record is not None else []:
         for step in (recipe.get("steps") or []) if isinstance(recipe, Mapping) else []:
             body = step.get("weight_prune") if isinstance(step, Mapping) else None
             if isinstance(body, Mapping) and (body.get("ratio") or body.get("pattern")):
@@ -52,7 +39,7 @@ def pruned(record: Mapping[str, Any] | None) -> frozenset[str]:
     return frozenset(scopes)
 
 
-def went_over(record: Mapping[str, Any] | None, student: Skeleton) -> Callable[[str], bool]:
+def went_over(record: Record | None, student: Skeleton) -> Callable[[str], bool]:
     """Return whether a pruning step is known to have gone over the parameter of a given full name."""
     scopes = pruned(record)
     experts = tuple(f"{student.layer_name(index)}.{site.block}.{site.experts}." for index, site in student.sites.items())
@@ -62,19 +49,19 @@ def went_over(record: Mapping[str, Any] | None, student: Skeleton) -> Callable[[
     return lambda name: name.startswith(prefixes) if prefixes else False
 
 
-def why_held(record: Mapping[str, Any] | None) -> str:
+def why_held(record: Record | None) -> str:
     """Return what says that zeros were pruned, for people."""
     return "weight_prune made them" if pruned(record) else "they lie in the pattern of pruning"
 
 
 def teacher_of(
-    spec: Recover, given: str | os.PathLike[str] | None, folder: Path, record: dict[str, Any], student: Skeleton, dtype: torch.dtype
+    spec: Recover, given: str | os.PathLike[str] | None, record: Record, student: Skeleton, dtype: torch.dtype
 ) -> Skeleton | None:
     if spec.method in ("lora", "sft"):
         if given is not None:
             raise UserError(f"recover: {spec.method} learns from the text alone; leave the teacher out, or take method: logits.")
         return None
-    teacher = Skeleton.of(str(given if given is not None else origin(folder)), dtype)
+    teacher = Skeleton.of(str(given if given is not None else record.origin()), dtype)
     refuse_other_vocabulary(teacher, student)
     if spec.method == "experts":
         pairs(record, teacher, student)
@@ -110,9 +97,10 @@ def refuse_inside(out: Path, skeleton: Skeleton | None) -> None:
         raise UserError(f"The output folder {out} lies in the source model's folder, which is never written to.")
 
 
-def text_for(student: Skeleton, record: dict[str, Any], spec: Recover, seed: int, reporter: Reporter) -> tuple[Calibration, int]:
-    """Training samples, shuffled, then held-out ones, from the last stretch of each text; and how many of the former there are."""
-    data = spec.data or record["recipe"].get("calibration", {}).get("data") or "builtin:mixed"
+def text_for(student: Skeleton, calibration: Any, spec: Recover, seed: int, reporter: Reporter) -> tuple[Calibration, int]:
+    """Training samples, shuffled, then held-out ones, from the last stretch of each text; and how many of the former there are. The text is
+    that of the folder's `calibration` where `spec` names none."""
+    data = spec.data or calibration or "builtin:mixed"
     if spec.length > student.context:
         reporter.say(f"Samples of {spec.length} tokens are cut to {student.context}, the model's context.")
     share = 1 - spec.holdout

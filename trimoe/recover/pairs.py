@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from trimoe.errors import UserError
 from trimoe.model.decision import Decisions, LayerDecision, kept_layers, unchanged
 from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
+from trimoe.output.record import Record
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Pair:
     keep: tuple[int, ...]
 
 
-def pairs(record: Mapping[str, Any] | None, teacher: Skeleton, student: Skeleton) -> dict[int, Pair]:
+def pairs(record: Record | None, teacher: Skeleton, student: Skeleton) -> dict[int, Pair]:
     """The student's MoE layers by their own numbers. Without a record (trimoe.json) both must be of one shape. Raises UserError where the
     student cannot have been made from the teacher."""
     decisions = unchanged(teacher.sites) if record is None else _decisions(record, student)
@@ -50,9 +49,9 @@ def _difference(decision: LayerDecision, teacher: MoeBlock | None, student: MoeB
     return None
 
 
-def _decisions(record: Mapping[str, Any], student: Skeleton) -> Decisions:
+def _decisions(record: Record, student: Skeleton) -> Decisions:
     try:
-        decisions = {int(index): LayerDecision.from_json(value) for index, value in record["decisions"].items()}
+        decisions = record.decisions
         if not decisions or min(decisions) < 0 or any(type(expert) is not int for d in decisions.values() for expert in d.keep):
             raise ValueError
         return decisions
@@ -62,7 +61,7 @@ def _decisions(record: Mapping[str, Any], student: Skeleton) -> Decisions:
         ) from None
 
 
-def _misfit(teacher: Skeleton, student: Skeleton, record: Mapping[str, Any] | None, reason: str) -> UserError:
+def _misfit(teacher: Skeleton, student: Skeleton, record: Record | None, reason: str) -> UserError:
     if record is None:
         return UserError(
             f"{student.name} has no trimoe.json to say what it was made from, and {teacher.name} is not of its shape: {reason}."

@@ -17,18 +17,20 @@ import torch
 from trimoe import team
 from trimoe.checkpoint.atomic import write_text
 from trimoe.checkpoint.headers import DTYPES
+from trimoe.checkpoint.side_files import RECORD
 from trimoe.checkpoint.whole import lost, lost_adapter, refuse_lost
 from trimoe.errors import Diverged, UserError
 from trimoe.journal import ANSWERS, FOLDER, Journal
 from trimoe.model import transformers5
 from trimoe.model.skeleton import Skeleton
 from trimoe.output import card
+from trimoe.output.record import Record
 from trimoe.output.rewriter import Rewriter
 from trimoe.plan import memory, recovery_memory
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe.recover import Recover, parsed
 from trimoe.recover import adapters, apart, experts, layers
-from trimoe.recover.inputs import record_of, refuse_inside, refuse_packed, teacher_of, text_for, went_over, why_held
+from trimoe.recover.inputs import refuse_inside, refuse_packed, teacher_of, text_for, went_over, why_held
 from trimoe.recover.loop import Training, TrainingJob, WithExperts, distilled, launcher, numbers, text_loss
 from trimoe.recover.pairs import pairs
 from trimoe.recover.teacher import Teacher
@@ -57,7 +59,7 @@ class RecoveryRun:
 
     student: Skeleton
     teacher: Skeleton | None
-    record: dict[str, Any]
+    record: Record
     spec: Recover
     text: Calibration
     count: int
@@ -101,11 +103,11 @@ def recover(
         )
     reporter = (reporter if processes.is_main_process else QUIET).fresh()
     call = f"trimoe.recover({str(folder)!r}, out, {spec.to_json()!r}, teacher={None if teacher is None else str(teacher)!r}, seed={seed!r}, device={device!r})"
-    record = record_of(Path(folder))
+    record = Record.to_train(Path(folder))
     with reporter.stage("Read headers"):
         student = Skeleton.of(str(folder))
         dtype = recovery_memory.precision(spec, student, device)
-        original = teacher_of(spec, teacher, Path(folder), record, student, dtype)
+        original = teacher_of(spec, teacher, record, student, dtype)
     refuse_packed(spec, student)
     for skeleton in (student, original):
         refuse_inside(out, skeleton)
@@ -113,7 +115,7 @@ def recover(
     if spec.method in ("lora", "logits") and spec.train == "lora":
         adapters.import_peft()
     with reporter.stage("Tokenise the training text"):
-        text, count = text_for(student, record, spec, seed, reporter)
+        text, count = text_for(student, record.calibration_data, spec, seed, reporter)
     inputs = {
         "folder": student.checkpoint.fingerprint,
         "teacher": original.checkpoint.fingerprint if original else None, "recover": spec.to_json(), "seed": seed,
@@ -369,9 +371,7 @@ def _rewrite(run: RecoveryRun, rewriter: Rewriter, changed: Changed, entry: dict
         disk = transformers5.to_disk_format(run.student.model, {name: value().cpu()}, run.student.conversion)
         assert set(disk) == set(run.student.source_keys(name)), f"{name} would be written under other names than it was read from"
         rewriter.put(disk)
-    record = {name: value for name, value in run.record.items() if name not in ("evaluation", "bench")}  # which were of other numbers
-    record["recovered"] = [*record.get("recovered", []), entry]
-    rewriter.finish({"trimoe.json": json.dumps(record, indent=1) + "\n", "README.md": card.text(record)})
+    rewriter.finish(card.files(run.record.with_recovery(entry)))
 
 
 def _keep_adapter(run: RecoveryRun, job: TrainingJob, entry: dict[str, Any]) -> None:
@@ -387,12 +387,11 @@ def _sentence(metrics: dict[str, Any]) -> str:
 
 def _finished(out: Path, spec: Recover, inputs: dict[str, Any], student: Skeleton) -> Recovered | None:
     """The result that `out` holds, if it is the finished one of the same inputs. Raises UserError where it is no longer whole."""
-    record_name, last = (ADAPTER_RECORD, adapters.FILES[-1]) if spec.adapter else ("trimoe.json", "config.json")
-    if not (out / record_name).is_file() or ((out / FOLDER).is_dir() and not (out / last).is_file()):
+    name, last = (ADAPTER_RECORD, adapters.FILES[-1]) if spec.adapter else (RECORD, "config.json")
+    if not (out / name).is_file() or ((out / FOLDER).is_dir() and not (out / last).is_file()):
         return None
     try:
-        record = json.loads((out / record_name).read_text(encoding="utf-8"))
-        entry = record if spec.adapter else record["recovered"][-1]
+        entry = json.loads((out / name).read_text(encoding="utf-8")) if spec.adapter else Record.read(out).recovered[-1]
         if entry["inputs"] != json.loads(json.dumps(inputs)):
             return None
         found = Recovered(out, entry["metrics"])

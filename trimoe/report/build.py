@@ -9,12 +9,14 @@ from typing import Any
 from trimoe.checkpoint import free_disk
 from trimoe.checkpoint.atomic import refuse_odd, write_text
 from trimoe.errors import UserError, reading
+from trimoe.output.record import Record
 from trimoe.progress import QUIET, Reporter
 from trimoe.report import charts, chosen, measured, size
+from trimoe.report.measured import interval
 from trimoe.report.page import charts_page, check_figures, is_ours, write_figures
-from trimoe.report.read import Finished, interval
-from trimoe.report.section import Code, Figure, Section, Table
+from trimoe.report.section import Code, Figure, Section
 from trimoe.show.frontier import of_mean_kl
+from trimoe.show.table import Table
 
 
 def report(
@@ -23,10 +25,10 @@ def report(
     """Write the page `html` on finished folders (one in full, several against each other) and, into the folder `figures`, its charts as SVG
     and PNG. Returns the files, the page first. Raises UserError for folders that are not finished or whose record
     does not make sense, and where `html` or `figures` cannot be written or is a file that is no page of trimoe's."""
-    opened = [Finished.open(folder) for folder in folders]
+    opened = [Record.finished(Path(folder)) for folder in folders]
     if html is not None:
         _check_page(html)
-    with reporter.stage("Draw the page"), reading(Path(", ".join(str(folder.folder / "trimoe.json") for folder in opened))):
+    with reporter.stage("Draw the page"), reading(Path(", ".join(str(one.path) for one in opened))):
         made = full(opened[0]) if len(opened) == 1 else compared(opened)
         page = charts_page(title_of(opened), made, subtitle=subtitle_of(opened)) if html is not None else ""
     if figures is not None:
@@ -52,21 +54,21 @@ def _check_page(html: Path) -> None:
     free_disk.probe(html, "The page")
 
 
-def title_of(folders: Sequence[Finished]) -> str:
+def title_of(folders: Sequence[Record]) -> str:
     if len(folders) > 1:
         return f"{len(folders)} compressed models compared"
     return f"{Path(folders[0].model).name or folders[0].model}, compressed"
 
 
-def subtitle_of(folders: Sequence[Finished]) -> str:
+def subtitle_of(folders: Sequence[Record]) -> str:
     if len(folders) > 1:
         return ", ".join(folder.name for folder in folders)
     return f"{folders[0].folder}: {folders[0].method} on {folders[0].model}"
 
 
-def full(folder: Finished) -> list[Section]:
+def full(folder: Record) -> list[Section]:
     """Everything there is to say of one folder; sections without data are left out."""
-    said = [folder.record["plan"].get("warnings") or (), *(step.metrics.get("warnings") or () for step in folder.steps)]
+    said = [folder.plan.get("warnings") or (), *(step.metrics.get("warnings") or () for step in folder.steps)]
     warnings = [str(warning) for warnings in said for warning in warnings]
     first = Section(name="summary", title="Summary", tiles=size.tiles(folder), warnings=warnings)
     speed = size.speed(folder)
@@ -76,7 +78,7 @@ def full(folder: Finished) -> list[Section]:
     ]  # fmt: skip
 
 
-def compared(folders: Sequence[Finished]) -> list[Section]:
+def compared(folders: Sequence[Record]) -> list[Section]:
     """Size against quality of several."""
     names = unique([folder.name for folder in folders])
     points = [point for folder, name in zip(folders, names, strict=True) if (point := point_of(folder, name)) is not None]
@@ -125,7 +127,7 @@ def unique(names: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)]
 
 
-def point_of(folder: Finished, name: str) -> dict[str, Any] | None:
+def point_of(folder: Record, name: str) -> dict[str, Any] | None:
     """A point of the frontier; None where the folder was not evaluated."""
     if folder.kl is None:
         return None
@@ -135,7 +137,7 @@ def point_of(folder: Finished, name: str) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _by_text(folders: Sequence[Finished], names: Sequence[str]) -> list[Figure]:
+def _by_text(folders: Sequence[Record], names: Sequence[str]) -> list[Figure]:
     rows = []
     for folder, name in zip(folders, names, strict=True):
         for row in folder.texts:

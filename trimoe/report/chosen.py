@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from trimoe.methods import evidence
+from trimoe.model.decision import LayerDecision
+from trimoe.output.record import Record, Step
 from trimoe.report import charts, experts, searched
 from trimoe.report.experts import DENSE_CELLS, by_layer
-from trimoe.report.read import Finished, Step, layer_rows
-from trimoe.report.section import Figure, Section, Table
+from trimoe.report.section import Figure, Section
 from trimoe.show.format import GONE
+from trimoe.show.table import Table
 
 DENSE = -1  # the rank of a matrix that was left whole
 
 
-def sections(folder: Finished) -> list[Section]:
+def sections(record: Record) -> list[Section]:
     """Those that the record has something to say on."""
-    made: list[Section | None] = [experts.section(folder)]
-    for of_step in (searched.section, lambda step: _ranks(folder, step), _depth):
-        made += _of_steps(folder, of_step)
-    made += [_numbers(folder), _decisions(folder)]
+    made: list[Section | None] = [experts.section(record)]
+    for of_step in (searched.section, lambda step: _ranks(record, step), _depth):
+        made += _of_steps(record, of_step)
+    made += [_numbers(record), _decisions(record)]
     return [section for section in made if section is not None]
 
 
-def _of_steps(folder: Finished, of_step: Callable[[Step], Section | None]) -> list[Section]:
+def _of_steps(record: Record, of_step: Callable[[Step], Section | None]) -> list[Section]:
     """The section on each step that has one; where several steps have one of the same kind, each says which it is."""
-    found = [(number, step, section) for number, step in enumerate(folder.steps, 1) if (section := of_step(step)) is not None]
+    found = [(number, step, section) for number, step in enumerate(record.steps, 1) if (section := of_step(step)) is not None]
     if len(found) == 1:
         return [found[0][2]]
     made: list[Section] = []
@@ -41,25 +42,25 @@ def _of_steps(folder: Finished, of_step: Callable[[Step], Section | None]) -> li
 # ---- ranks
 
 
-def _ranks(folder: Finished, step: Step) -> Section | None:
+def _ranks(record: Record, step: Step) -> Section | None:
     if step.name != "low_rank":
         return None
     blocks = []
     for key, what in (("in", "first projection (gate and up)"), ("out", "last projection")):
-        blocks += [figure for figure in (_rank_map(folder, key, what), _spectra(step, key, what)) if figure is not None]
+        blocks += [figure for figure in (_rank_map(record, key, what), _spectra(step, key, what)) if figure is not None]
     return Section(
         name="ranks", title="Ranks and singular values", blocks=blocks,
         text=f"Each expert's matrices became products of two factors (rank: {step.fields.get('rank')}, ratio {step.fields.get('ratio')}).",
     )  # fmt: skip
 
 
-def _rank_map(folder: Finished, key: str, what: str) -> Figure | None:
-    found = {index: decision for index, decision in folder.decisions.items() if decision.get(f"{key}_ranks")}
+def _rank_map(record: Record, key: str, what: str) -> Figure | None:
+    found = {index: decision for index, decision in record.decisions.items() if getattr(decision, f"{key}_ranks")}
     if not found:
         return None
     rows = [
         {"layer": index, "expert": expert, "rank": None if rank == DENSE else rank, "whole": rank == DENSE}
-        for index, decision in found.items() for expert, rank in zip(decision["keep"], decision[f"{key}_ranks"], strict=True)
+        for index, decision in found.items() for expert, rank in zip(decision.keep, getattr(decision, f"{key}_ranks"), strict=True)
     ]  # fmt: skip
     width = max(row["expert"] for row in rows) + 1
     some = any(row["whole"] for row in rows)
@@ -69,7 +70,7 @@ def _rank_map(folder: Finished, key: str, what: str) -> Figure | None:
         note="Empty cells are experts that were dropped." + (" A cross marks matrices that were left whole." if some else ""),
         wide=90 + 22 * width if width > 10 else 0, dense=len(rows) > DENSE_CELLS,
         table=Table(
-            caption=f"Ranks, {what}", head=("layer", "rank by expert"), prose=True,
+            caption=f"Ranks, {what}", head=("layer", "rank by expert"), words=range(2),
             rows=[
                 (str(index), ", ".join(f"{row['expert']}: {'whole' if row['whole'] else row['rank']}" for row in rows if row["layer"] == index))
                 for index in found
@@ -145,19 +146,15 @@ def _depth(step: Step) -> Section | None:
 # ---- bits, zeros; everything
 
 
-def _numbers(folder: Finished) -> Section | None:
+def _numbers(record: Record) -> Section | None:
     """Bits and zeros of every layer's experts."""
-    found = {
-        index: decision
-        for index, decision in folder.decisions.items()
-        if decision.get("bits") or decision.get("sparsity") or decision.get("pattern")
-    }
+    found = {index: decision for index, decision in record.decisions.items() if decision.bits or decision.sparsity or decision.pattern}
     if not found:
         return None
-    step = next((step for step in folder.steps if step.name in ("quantize", "weight_prune")), None)
-    recorded = layer_rows(step) if step is not None else {}
-    zeros = {index: recorded.get(index, {}).get("zeros", _zeros(decision)) for index, decision in found.items() if not decision.get("bits")}
-    bits = {index: decision["bits"] for index, decision in found.items() if decision.get("bits")}
+    step = next((step for step in record.steps if step.name in ("quantize", "weight_prune")), None)
+    recorded = step.layers if step is not None else {}
+    zeros = {index: recorded.get(index, {}).get("zeros", _zeros(decision)) for index, decision in found.items() if not decision.bits}
+    bits = {index: decision.bits for index, decision in found.items() if decision.bits}
     blocks = []
     if bits:
         blocks.append(by_layer("bits", "Bits of each expert weight, by layer", bits, "bits", ""))
@@ -176,41 +173,50 @@ def _numbers(folder: Finished) -> Section | None:
     return Section(name="numbers", title="Bits and zeros", text=" ".join(text), blocks=blocks)
 
 
-def _zeros(decision: dict[str, Any]) -> float:
-    if decision.get("pattern"):
-        keep, of = decision["pattern"]
+def _zeros(decision: LayerDecision) -> float | None:
+    if decision.pattern:
+        keep, of = decision.pattern
         return 1 - keep / of
-    return decision["sparsity"]
+    return decision.sparsity
 
 
-def _decisions(folder: Finished) -> Section:
-    before = {row["layer"]: row["experts"] for row in folder.layers}
+def _decisions(record: Record) -> Section:
+    before = {row["layer"]: row["experts"] for row in record.layers}
     rows = []
-    for index, decision in sorted(folder.decisions.items()):
-        done = [GONE[decision["gone"]]] if decision.get("gone") else []
-        for key, what in (("in_ranks", "first"), ("out_ranks", "last")):
-            if decision.get(key) and not decision.get("gone"):
-                done.append(f"{what} ranks " + " ".join("whole" if rank == DENSE else str(rank) for rank in decision[key]))
-        done += ["multiplied out again"] if decision.get("merged") else []
-        done += [f"{decision['bits']} bits, groups of {decision.get('group')}"] if decision.get("bits") else []
-        done += [f"{decision['sparsity']:.0%} zeros"] if decision.get("sparsity") else []
-        done += ["{} of {} stay".format(*decision["pattern"])] if decision.get("pattern") else []
-        done += [f"also {', '.join(decision['linears'])}"] if decision.get("linears") else []
-        keep, count = decision.get("keep") or [], before.get(index, 0)
-        gone = [str(expert) for expert in range(count) if expert not in set(keep)] if not decision.get("gone") else []
-        rows.append((str(index), str(count), str(0 if decision.get("gone") else len(keep)), " ".join(gone) or "-", "; ".join(done) or "-"))
+    for index, decision in sorted(record.decisions.items()):
+        done = [GONE[decision.gone]] if decision.gone else []
+        for ranks, what in ((decision.in_ranks, "first"), (decision.out_ranks, "last")):
+            if ranks and not decision.gone:
+                done.append(f"{what} ranks " + " ".join("whole" if rank == DENSE else str(rank) for rank in ranks))
+        done += ["multiplied out again"] if decision.merged else []
+        done += [f"{decision.bits} bits, groups of {decision.group}"] if decision.bits else []
+        done += [f"{decision.sparsity:.0%} zeros"] if decision.sparsity else []
+        done += ["{} of {} stay".format(*decision.pattern)] if decision.pattern else []
+        done += [f"also {', '.join(decision.linears)}"] if decision.linears else []
+        count = before.get(index, 0)
+        gone = [str(expert) for expert in range(count) if expert not in set(decision.keep)] if not decision.gone else []
+        rows.append(
+            (str(index), str(count), str(0 if decision.gone else len(decision.keep)), " ".join(gone) or "-", "; ".join(done) or "-")
+        )
     return Section(
         name="decisions", title="The decisions",
         text="Everything that was decided, layer by layer; trimoe.json holds the same, and a checkpoint is the source plus these.",
-        blocks=[*_evidence(folder), Table(caption="Decisions by layer", head=("layer", "experts before", "after", "dropped", "and"), rows=rows, prose=True)],
+        blocks=[
+            *_evidence(record),
+            Table(caption="Decisions by layer", head=("layer", "experts before", "after", "dropped", "and"), rows=rows, words=range(5)),
+        ],
     )  # fmt: skip
 
 
-def _evidence(folder: Finished) -> list[Table]:
+def _evidence(record: Record) -> list[Table]:
     """On how much text each step was decided."""
     rows = [
         (f"{number}, {step.name}: {name}", *cells)
-        for number, step in enumerate(folder.steps, 1)
+        for number, step in enumerate(record.steps, 1)
         for name, *cells in evidence.rows(step.metrics.get("measured_on") or {})
     ]
-    return [Table(caption="On how much text it was decided", head=("step", *evidence.HEAD[1:]), rows=rows, prose=True)] if rows else []
+    return (
+        [Table(caption="On how much text it was decided", head=("step", *evidence.HEAD[1:]), rows=rows, words=range(len(evidence.HEAD)))]
+        if rows
+        else []
+    )

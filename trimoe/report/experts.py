@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimoe.output.record import Record
 from trimoe.report import charts
 from trimoe.report.charts import alt
-from trimoe.report.read import Finished, layer_rows
-from trimoe.report.section import Figure, Section, Table
+from trimoe.report.section import Figure, Section
+from trimoe.show.table import Table
 
 DENSE_CELLS = 3000  # cells from which a heat map is painted, not drawn
 
 
-def section(folder: Finished) -> Section | None:
-    blocks = [figure for figure in (_importance(folder), _counts(folder), *_minded(folder)) if figure is not None]
+def section(record: Record) -> Section | None:
+    blocks = [figure for figure in (_importance(record), _counts(record), *_minded(record)) if figure is not None]
     if not blocks:
         return None
     return Section(
@@ -22,11 +23,11 @@ def section(folder: Finished) -> Section | None:
     )  # fmt: skip
 
 
-def _importance(folder: Finished) -> Figure | None:
+def _importance(record: Record) -> Figure | None:
     """Scores of a drop in all of the original's experts; where there was none, the importance or the tokens that low_rank went by."""
-    before = {row["layer"]: row["experts"] for row in folder.layers}
-    for step in folder.steps:
-        scores = {index: row["score"] for index, row in layer_rows(step).items() if row.get("score")}
+    before = {row["layer"]: row["experts"] for row in record.layers}
+    for step in record.steps:
+        scores = {index: row["score"] for index, row in step.layers.items() if row.get("score")}
         title = str(step.fields.get("score", "leave_one_out"))
         if step.name == "low_rank":
             scores = {int(index): values for index, values in (step.metrics.get("score") or {}).items()}
@@ -35,17 +36,17 @@ def _importance(folder: Finished) -> Figure | None:
             break
     else:
         routed: dict[str, Any] = next(
-            (step.metrics["tokens_per_expert"] for step in folder.steps if step.metrics.get("tokens_per_expert")), {}
+            (step.metrics["tokens_per_expert"] for step in record.steps if step.metrics.get("tokens_per_expert")), {}
         )
         scores = {int(index): values for index, values in routed.items() if before.get(int(index)) == len(values)}
         title = "tokens routed"
     if not scores:
         return None
-    tokens = {index: row.get("tokens_per_expert") for step in folder.steps for index, row in layer_rows(step).items()}
+    tokens = {index: row.get("tokens_per_expert") for step in record.steps for index, row in step.layers.items()}
     rows = []
     for index, values in sorted(scores.items()):
-        kept, most = set(folder.decisions[index]["keep"]), max(values) or 1.0
-        gone = folder.decisions[index].get("gone") is not None
+        kept, most = set(record.decisions[index].keep), max(values) or 1.0
+        gone = record.decisions[index].gone is not None
         counts = tokens.get(index) or []
         total = sum(counts)
         for expert, value in enumerate(values):
@@ -68,18 +69,18 @@ def _importance(folder: Finished) -> Figure | None:
         table=Table(
             caption=f"scores of each expert ({title.replace('_', ' ')})", head=("layer", "kept", "dropped", "scores, expert 0 first (dropped in brackets)"),
             rows=[
-                (str(index), str(len(folder.decisions[index]["keep"])),
+                (str(index), str(len(record.decisions[index].keep)),
                  ", ".join(str(row["expert"]) for row in rows if row["layer"] == index and row["dropped"]) or "none",
                  ", ".join(f"[{row['score']:.3g}]" if row["dropped"] else f"{row['score']:.3g}" for row in rows if row["layer"] == index))
                 for index in sorted(scores)
             ],
-            prose=True,
+            words=range(4),
         ),
     )  # fmt: skip
 
 
-def _counts(folder: Finished) -> Figure | None:
-    found = [row for row in folder.layers if row["experts"]]
+def _counts(record: Record) -> Figure | None:
+    found = [row for row in record.layers if row["experts"]]
     if all(row["kept"] == row["experts"] for row in found):
         return None
     rows = [{"layer": row["layer"], "experts": row["kept"], "what": "kept"} for row in found]
@@ -95,12 +96,12 @@ def _counts(folder: Finished) -> Figure | None:
     )  # fmt: skip
 
 
-def _minded(folder: Finished) -> list[Figure]:
+def _minded(record: Record) -> list[Figure]:
     """Per layer: the mean leave-one-out loss, and the measured sensitivity of the model's end."""
     figures = []
-    for number, step in enumerate(folder.steps):
+    for number, step in enumerate(record.steps):
         mean, which = {}, f"-{number + 1}" if number else ""
-        for index, row in layer_rows(step).items():
+        for index, row in step.layers.items():
             values = row.get("leave_one_out") or (row.get("score") if step.fields.get("score") == "leave_one_out" else None)
             if values:
                 mean[index] = sum(values) / len(values)

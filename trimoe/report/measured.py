@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimoe.output.record import Record
 from trimoe.report import charts
-from trimoe.report.read import Finished, interval
-from trimoe.report.section import Figure, Section, Table
+from trimoe.report.section import Figure, Section
+from trimoe.show.table import Table
 
 BEFORE, AFTER = "original", "compressed"
 SIDES = [BEFORE, AFTER]
@@ -14,9 +15,9 @@ WAYS = ("greedy", "sampled")  # to continue a prompt
 SURE = 1.96  # standard errors either side hold 95 %
 
 
-def sections(folder: Finished) -> list[Section]:
+def sections(record: Record) -> list[Section]:
     """Those that the record has numbers for."""
-    made = [_texts(folder), _tasks(folder), _generation(folder), _recovery(folder), _traffic(folder)]
+    made = [_texts(record), _tasks(record), _generation(record), _recovery(record), _traffic(record)]
     return [section for section in made if section is not None]
 
 
@@ -25,11 +26,17 @@ def ranged(value: str, low: float | None, high: float | None, form: str) -> str:
     return value if low is None or high is None else f"{value} ({low:{form}} to {high:{form}})"
 
 
+def interval(row: dict[str, Any], name: str) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of a text's number, where the evaluation has one."""
+    low, high = (row.get("intervals") or {}).get(name) or (None, None)
+    return low, high
+
+
 # ---- text
 
 
-def _texts(folder: Finished) -> Section | None:
-    texts = folder.texts
+def _texts(record: Record) -> Section | None:
+    texts = record.texts
     if not texts:
         return None
     against = [row for row in texts if row.get("against")]
@@ -40,7 +47,7 @@ def _texts(folder: Finished) -> Section | None:
             _one_number(against, "kl", "KL to the original, by text", "KL, nats/token", ".4f"),
             _one_number(against, "agreement", "How often the most likely next token is the original's", "top-1 agreement", ".1%"),
         ]
-    windows = f"Windows of {folder.evaluation['length']} tokens, stride {folder.evaluation['stride']}."
+    windows = f"Windows of {record.evaluation['length']} tokens, stride {record.evaluation['stride']}."
     units = sorted({str(row["resampled"]) for row in texts if row.get("resampled")})
     return Section(
         name="quality", title="Quality on held-out text", blocks=blocks,
@@ -89,8 +96,8 @@ def _one_number(texts: list[dict[str, Any]], key: str, title: str, unit: str, fo
 # ---- tasks
 
 
-def _tasks(folder: Finished) -> Section | None:
-    tasks = folder.evaluation.get("tasks") or []
+def _tasks(record: Record) -> Section | None:
+    tasks = record.evaluation.get("tasks") or []
     if not tasks:
         return None
     rows, differences = [], []
@@ -147,8 +154,8 @@ def _with_error(value: float | None, error: float | None, sign: str = "") -> str
 # ---- generation
 
 
-def _generation(folder: Finished) -> Section | None:
-    found = folder.evaluation.get("generation")
+def _generation(record: Record) -> Section | None:
+    found = record.evaluation.get("generation")
     if not found:
         return None
     sides = [(side, found[key]) for side, key in ((BEFORE, "against"), (AFTER, "model")) if found.get(key)]
@@ -177,7 +184,7 @@ def _generation(folder: Finished) -> Section | None:
         if how in sample
     ]
     if samples:
-        blocks.append(Table(caption="Samples", head=("model", "decoding", "prompt", "continuation"), rows=samples, prose=True))
+        blocks.append(Table(caption="Samples", head=("model", "decoding", "prompt", "continuation"), rows=samples, words=range(4)))
     count = f"{found['prompts']} prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones. " if "prompts" in found else ""
     return Section(
         name="generation", title="Generation",
@@ -188,12 +195,12 @@ def _generation(folder: Finished) -> Section | None:
 # ---- recovery
 
 
-def _recovery(folder: Finished) -> Section | None:
-    if not folder.recovered:
+def _recovery(record: Record) -> Section | None:
+    if not record.recovered:
         return None
     blocks: list[Figure | Table] = []
     words = []
-    for number, entry in enumerate(folder.recovered, 1):
+    for number, entry in enumerate(record.recovered, 1):
         metrics, data = entry["metrics"], entry["data"]
         words.append(
             f"Trained by {entry['method']}" + (f" from {entry['teacher']}" if entry.get("teacher") else "")
@@ -247,8 +254,8 @@ def _curves(metrics: dict[str, Any], number: int) -> list[Figure]:
 # ---- traffic
 
 
-def _traffic(folder: Finished) -> Section | None:
-    ways = (folder.evaluation.get("traffic") or {}).get("ways") or {}
+def _traffic(record: Record) -> Section | None:
+    ways = (record.evaluation.get("traffic") or {}).get("ways") or {}
     found = [
         (ranks, side, seen[key]) for ranks, seen in ways.items() for side, key in ((BEFORE, "against"), (AFTER, "model")) if seen.get(key)
     ]

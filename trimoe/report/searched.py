@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from trimoe.output.record import Step
 from trimoe.report import charts
-from trimoe.report.read import Step, layer_rows
-from trimoe.report.section import Figure, Section, Table
+from trimoe.report.section import Figure, Section
 from trimoe.show.format import runs
+from trimoe.show.table import Table
 
 OPTIMUM = "all sets (optimum)"
 STEPS = 40  # points of an averaged trace
@@ -17,7 +18,7 @@ INSTEAD = " In layers {layers} the experts of the lowest gate went in their plac
 
 
 def section(step: Step) -> Section | None:
-    layers = {index: row for index, row in layer_rows(step).items() if row.get("losses") and row.get("greedy") is not None}
+    layers = {index: row for index, row in step.layers.items() if row.get("losses") and row.get("greedy") is not None}
     if not layers:
         return None
     way = step.fields.get("search")

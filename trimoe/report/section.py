@@ -6,22 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LONG = 6000  # letters in a table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Cells are text as it is shown. The first column names the row; the others are right-aligned unless `prose`."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    prose: bool = False
-
-    @property
-    def long(self) -> bool:
-        """Whether it is folded away until it is asked for."""
-        return sum(len(cell) for row in self.rows for cell in row) > LONG
+from trimoe.show.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,13 @@ from typing import Any
 import yaml
 
 from trimoe.output.card import SPEEDS
+from trimoe.output.record import Record
 from trimoe.report import charts
 from trimoe.report.measured import AFTER, BEFORE, SIDES
-from trimoe.report.read import Finished
-from trimoe.report.section import Code, Figure, Section, Table, Tile
+from trimoe.report.section import Code, Figure, Section, Tile
 from trimoe.show.form import form_of
 from trimoe.show.format import COUNTS, PARTS, human, short, three
+from trimoe.show.table import Table
 
 OUTSIDE = "outside the layers"
 SIZES = {
@@ -24,11 +25,11 @@ SIZES = {
 HELD = {"load_s": "loading, s", "resident_bytes": "memory at the end", "peak_bytes": "peak memory", "disk_bytes": "on disk"}
 
 
-def tiles(folder: Finished) -> list[Tile]:
+def tiles(record: Record) -> list[Tile]:
     """The numbers that matter most."""
-    before, after = folder.before, folder.after
+    before, after = record.before, record.after
     made = [
-        Tile(label="Size on disk", value=human(after["file_bytes"]), detail=f"{folder.share:.1%} of {human(before['file_bytes'])}"),
+        Tile(label="Size on disk", value=human(after["file_bytes"]), detail=f"{record.share:.1%} of {human(before['file_bytes'])}"),
         *(
             Tile(label=label, value=short(after[key], COUNTS), detail=f"{after[key] / before[key]:.1%} of {short(before[key], COUNTS)}")
             for label, key in (("Parameters", "parameters"), ("Active per token", "active"))
@@ -36,9 +37,9 @@ def tiles(folder: Finished) -> list[Tile]:
     ]
     if before["experts"]:
         made.append(Tile(label="Routed experts", value=f"{after['experts'] / before['experts']:.1%}", detail="of their parameters stay"))
-    texts = [row for row in folder.texts if row.get("against")]
-    if folder.kl is not None:
-        made.append(Tile(label="KL to the original", value=f"{folder.kl:.4f}", detail=f"nats/token, mean over {len(texts)} texts"))
+    texts = [row for row in record.texts if row.get("against")]
+    if record.kl is not None:
+        made.append(Tile(label="KL to the original", value=f"{record.kl:.4f}", detail=f"nats/token, mean over {len(texts)} texts"))
     if texts:
         worst = max(texts, key=lambda row: row["perplexity"] / row["against"]["perplexity"])
         agreement = sum(row["agreement"] for row in texts) / len(texts)
@@ -47,36 +48,35 @@ def tiles(folder: Finished) -> list[Tile]:
             Tile(label="Perplexity, worst text", value=f"{worst['perplexity'] / worst['against']['perplexity'] - 1:+z.1%}",
                  detail=f"{worst['name']}: {worst['against']['perplexity']:.2f} to {worst['perplexity']:.2f}")
         )  # fmt: skip
-    decode = (folder.bench.get("ratio") or {}).get("decode_tokens_s")
+    decode = (record.bench.get("ratio") or {}).get("decode_tokens_s")
     if decode:
         made.append(Tile(label="Decoding", value=f"{decode['median']:.2f}x", detail="tokens/s of the original's"))
     return made
 
 
-def size(folder: Finished) -> Section:
+def size(record: Record) -> Section:
     """Bytes by part, by layer, and which engines load them."""
-    before, after = folder.before, folder.after
+    before, after = record.before, record.after
     blocks: list[Figure | Table] = [
         Table(
             caption="Before and after", head=("quantity", "before", "after", "share"),
             rows=[(name, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}" if before[key] else "-") for name, key in SIZES.items()],
         )
     ]  # fmt: skip
-    parts = folder.record.get("parts")
-    if parts:
-        blocks += [_by_part(parts), _by_layer(parts)]
-    loads = folder.record["plan"].get("loads_in") or {}
+    if record.parts:
+        blocks += [_by_part(record.parts), _by_layer(record.parts)]
+    loads = record.plan.get("loads_in") or {}
     blocks.append(
         Table(
             caption="What loads it",
             head=("engine", "loads it"),
             rows=[(str(name), str(answer)) for name, answer in loads.items()],
-            prose=True,
+            words=range(2),
         )
     )
     return Section(
         name="size", title="Size", blocks=blocks,
-        text=f"Written as a {form_of(folder.record['plan'])} checkpoint, which trimoe's plan foretells to the byte.",
+        text=f"Written as a {form_of(record.plan)} checkpoint, which trimoe's plan foretells to the byte.",
     )  # fmt: skip
 
 
@@ -114,9 +114,9 @@ def _by_layer(parts: dict[str, Any]) -> Figure:
     )  # fmt: skip
 
 
-def speed(folder: Finished) -> Section | None:
+def speed(record: Record) -> Section | None:
     """What trimoe bench measured, if it did."""
-    bench = folder.bench
+    bench = record.bench
     if not bench:
         return None
     models, ratio = bench["models"], bench.get("ratio")
@@ -148,36 +148,35 @@ def speed(folder: Finished) -> Section | None:
     )  # fmt: skip
 
 
-def origin(folder: Finished) -> Section:
+def origin(record: Record) -> Section:
     """The exact command, the recipe, versions, seeds, fingerprints."""
-    record = folder.record
-    given = record["calibration"]
+    given, inputs = record.calibration, record.inputs
     facts = [
-        ("model", folder.model), ("seed", str(record["seed"])), ("trimoe", str(record["trimoe"])),
-        *((str(name), str(version)) for name, version in record["versions"].items()),
+        ("model", record.model), ("seed", str(record.seed)), ("trimoe", record.version),
+        *((str(name), str(version)) for name, version in record.versions.items()),
         (
             "calibration",
             f"{given['samples']} samples of {given['length']} tokens: {', '.join(map(str, given['domains']))}" if given["samples"] else "none",
         ),
-        *((f"fingerprint, {name}", str(value)) for name, value in (record.get("inputs") or {}).items() if name in ("model", "calibration")),
-        *((f"{name} of the run", str(value)) for name, value in (record.get("inputs") or {}).items() if name == "dtype"),
+        *((f"fingerprint, {name}", str(value)) for name, value in inputs.items() if name in ("model", "calibration")),
+        *((f"{name} of the run", str(value)) for name, value in inputs.items() if name == "dtype"),
     ]  # fmt: skip
     blocks: list[Code | Table] = [
-        Code(title="Command", text=str(record["command"])),
-        *(Code(title=f"Then, to recover ({entry['method']})", text=str(entry["command"])) for entry in folder.recovered),
-        *(Code(title=f"To measure {' and '.join(names)}", text=command) for command, names in _measured(folder).items()),
-        Code(title="Recipe", text=yaml.safe_dump(_said(record["recipe"]), sort_keys=False, allow_unicode=True).strip()),
-        Table(caption="Seeds, versions, inputs", head=("what", "value"), rows=facts, prose=True),
+        Code(title="Command", text=record.command),
+        *(Code(title=f"Then, to recover ({entry['method']})", text=str(entry["command"])) for entry in record.recovered),
+        *(Code(title=f"To measure {' and '.join(names)}", text=command) for command, names in _measured(record).items()),
+        Code(title="Recipe", text=yaml.safe_dump(_said(record.recipe), sort_keys=False, allow_unicode=True).strip()),
+        Table(caption="Seeds, versions, inputs", head=("what", "value"), rows=facts, words=range(2)),
     ]
     return Section(name="origin", title="How it was made", text="With these the same bytes come out again.", blocks=blocks)
 
 
-def _measured(folder: Finished) -> dict[str, list[str]]:
+def _measured(record: Record) -> dict[str, list[str]]:
     """Command lines of evaluations and benchmarks, and what each measured; a demo's own made the folder too and is said already."""
     found: dict[str, list[str]] = {}
-    given = dict(folder.evaluation.get("commands") or {}) | ({"speed": folder.bench["command"]} if "command" in folder.bench else {})
+    given = dict(record.evaluation.get("commands") or {}) | ({"speed": record.bench["command"]} if "command" in record.bench else {})
     for name, command in given.items():
-        if command != folder.record["command"]:
+        if command != record.command:
             found.setdefault(str(command), []).append(str(name))
     return found
 

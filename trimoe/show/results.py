@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimoe.show.format import counted, three
-from trimoe.show.plan import Fitting, Whole, show, table
+from trimoe.show.table import Fitting, Table, show
 
 
 def evaluation(report: dict[str, Any]) -> None:
@@ -35,20 +35,20 @@ def _texts(report: dict[str, Any], versus: bool) -> None:
                ("agreement", "top-1 agreement", ".1%")]  # fmt: skip
     columns = columns if versus else columns[1:2]
 
-    def made(intervals: bool) -> Whole:
-        shown = table("text", "tokens", *(label for _, label, _ in columns), gap=2)
+    def made(intervals: bool) -> Table:
+        rows = []
         for row in report["texts"]:
             values = row | ({"against_perplexity": row["against"]["perplexity"]} if versus else {})
             cells = [row["name"], f"{row['tokens']:,}"]
             for key, _, form in columns:
                 ends = (row["intervals"] or {}).get(key) if intervals else None
                 cells.append(f"{values[key]:{form}}" + (f"\n{_range(ends, form)}" if ends else ""))
-            shown.add(*cells)
-        shown.title, shown.caption = _title(report, versus), f"windows of {report['length']} tokens, stride {report['stride']}"
-        shown.caption += f"; 95 % intervals: paired bootstrap over {' or '.join(drawn)}" if drawn and intervals else ""
-        return shown
+            rows.append(cells)
+        caption = f"windows of {report['length']} tokens, stride {report['stride']}"
+        caption += f"; 95 % intervals: paired bootstrap over {' or '.join(drawn)}" if drawn and intervals else ""
+        return Table(head=("text", "tokens", *(label for _, label, _ in columns)), rows=rows, title=_title(report, versus), caption=caption)
 
-    show(Fitting((lambda: made(True), lambda: made(False)), wraps=True))
+    show(Fitting([made(intervals=True), made(intervals=False)], wraps=True, gap=2))
 
 
 def _range(ends: list[float], form: str) -> str:
@@ -76,11 +76,8 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
             f"requests longer than the context of {settings['context']} tokens lost their beginning: "
             + ", ".join(f"{name} {count:,}" for name, count in cut.items())
         )
-    made = table("task", "metric", "n", *(["before", "after", "difference"] if versus else ["value"]), left=2)
-    made.title, made.caption = _title(report, versus), "; ".join(notes)
+    lines = []
     for row in shown:
-        if row["kind"] == "average":
-            made.add_section()
         cells = [row["task"], f"{row['metric']}, {row['filter']}" if "filter" in row else row["metric"], f"{row['n']:,}"]
         if versus:
             sure = row["difference_stderr"] is not None and abs(row["difference"]) > 2 * row["difference_stderr"]
@@ -88,8 +85,11 @@ def _tasks(report: dict[str, Any], versus: bool) -> None:
             cells.append(_with_error(row["difference"], row["difference_stderr"], "+") + ("*" if sure else " "))
         else:
             cells.append(_with_error(row["value"], row["stderr"]))
-        made.add(*cells)
-    show(made)
+        lines.append(cells)
+    show(Fitting([Table(
+        head=("task", "metric", "n", *(["before", "after", "difference"] if versus else ["value"])), rows=lines, words=range(2),
+        title=_title(report, versus), caption="; ".join(notes), parted=[at for at, row in enumerate(shown) if row["kind"] == "average"],
+    )]))  # fmt: skip
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
@@ -97,32 +97,29 @@ def _with_error(value: float, error: float | None, sign: str = "") -> str:
 
 
 def _generation(found: dict[str, Any], versus: bool) -> None:
-    made = table("", "loops", "empty", "distinct")
-    made.title = "Generation"
-    made.caption = (
-        f"{found['prompts']} prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones; loops: ends in a repeated n-gram; "
-        "distinct: share of 3-grams that differ"
-    )
+    rows = []
     for key, label in (("against", "before"), ("model", "after")) if versus else (("model", ""),):
         for how in ("greedy", "sampled"):
             seen = found[key][how]
             share = f"{seen['distinct']:.1%}" if seen["distinct"] is not None else "-"
-            made.add(f"{label} {how}".strip(), f"{seen['loops']:.0%}", f"{seen['empty']:.0%}", share)
-    show(made)
+            rows.append((f"{label} {how}".strip(), f"{seen['loops']:.0%}", f"{seen['empty']:.0%}", share))
+    show(Fitting([Table(
+        head=("", "loops", "empty", "distinct"), rows=rows, title="Generation",
+        caption=f"{found['prompts']} prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones; "
+        "loops: ends in a repeated n-gram; distinct: share of 3-grams that differ",
+    )]))  # fmt: skip
 
 
 def _traffic(ways: dict[str, Any], versus: bool) -> None:
     """All-to-all traffic per expert-parallel degree; "-" where a layer has fewer experts than ranks."""
     columns = [("model", "")] if not versus else [("against", " before"), ("model", " after")]
     names = [f"{what}{when}" for what in ("bytes/token", "imbalance") for _, when in columns]
-    made = table("ranks", *names[: len(columns)], *(["saving"] if versus else []), *names[len(columns) :])
-    made.title = "Expert parallelism"
-    made.caption = "bf16 hidden states that all-to-all dispatch and combine would send; imbalance: busiest rank / mean, mean / worst layer"
-    for number, seen in ways.items():
-        found = [seen[model] for model, _ in columns]
-        if any(found):
-            made.add(number, *traffic_cells(found))
-    show(made)
+    seen = [(number, [models[model] for model, _ in columns]) for number, models in ways.items()]
+    show(Fitting([Table(
+        head=("ranks", *names[: len(columns)], *(["saving"] if versus else []), *names[len(columns) :]), title="Expert parallelism",
+        rows=[(number, *traffic_cells(found)) for number, found in seen if any(found)],
+        caption="bf16 hidden states that all-to-all dispatch and combine would send; imbalance: busiest rank / mean, mean / worst layer",
+    )]))  # fmt: skip
 
 
 def traffic_cells(found: list[dict[str, Any] | None]) -> list[str]:
@@ -142,19 +139,15 @@ def bench(report: dict[str, Any]) -> None:
 
     models, ratio = report["models"], report["ratio"]
     names = [f"{model['model']}\n{', '.join([model['dtype'], *(model['backends'] or {})])}" for model in models]
-    made = table("", *names, *(["ratio"] if ratio else []), fold=True)
-    made.title = (
-        f"{report['batch']} x {report['prompt']} tokens, {report['generate']} new, {report['device']}, threads: {report['threads']}"
-    )
-    made.caption = f"medians (quartiles) of {counted(report['rounds'], 'round')} in turns; {report['machine']}"
+    rows = []
     for name, label in (
         ("prefill_tokens_s", "prefill, tokens/s"),
         ("decode_tokens_s", "decode, tokens/s"),
         ("first_token_s", "first token, s"),
     ):
         spreads = [model[name] for model in models] + ([ratio[name]] if ratio else [])
-        made.add(label, *(f"{three(s['median'])} ({three(s['low'])}-{three(s['high'])})" for s in spreads))
-    made.add("loading, s", *(f"{model['load_s']:.1f}" for model in models), *([f"{ratio['load_s']:.2f}"] if ratio else []))
+        rows.append((label, *(f"{three(s['median'])} ({three(s['low'])}-{three(s['high'])})" for s in spreads)))
+    rows.append(("loading, s", *(f"{model['load_s']:.1f}" for model in models), *([f"{ratio['load_s']:.2f}"] if ratio else [])))
     for name, label in (
         ("before_bytes", "memory before loading"),
         ("resident_bytes", "memory at the end"),
@@ -162,5 +155,10 @@ def bench(report: dict[str, Any]) -> None:
         ("disk_bytes", "on disk"),
     ):
         share = [f"{ratio[name]:.2f}" if name in ratio else ""] if ratio else []
-        made.add(label, *(human(model[name]) for model in models), *share)
-    show(made)
+        rows.append((label, *(human(model[name]) for model in models), *share))
+    made = Table(
+        head=("", *names, *(["ratio"] if ratio else [])), rows=rows,
+        title=f"{report['batch']} x {report['prompt']} tokens, {report['generate']} new, {report['device']}, threads: {report['threads']}",
+        caption=f"medians (quartiles) of {counted(report['rounds'], 'round')} in turns; {report['machine']}",
+    )  # fmt: skip
+    show(Fitting([made], fold=True))

@@ -6,14 +6,14 @@ import csv
 import io
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trimoe.checkpoint.atomic import write_text
 from trimoe.errors import UserError
+from trimoe.output.record import Record
 from trimoe.progress import Reporter
 from trimoe.show.frontier import of_mean_kl, unbeaten
 from trimoe.sweep.grid import Variant
@@ -46,19 +46,17 @@ class Row:
     accuracy_before: float | None = None
 
     @classmethod
-    def of(cls, variant: Variant, record: dict[str, Any], *, kept: bool) -> Row:
-        """From a finished folder's trimoe.json with its evaluation."""
-        before, after, report = record["plan"]["before"], record["plan"]["after"], record["evaluation"]
-        texts = report["texts"]
-        steps = [next(iter(step)) for step in record["recipe"]["steps"]]
-        trained = [entry["method"] for entry in record.get("recovered", ())]
-        low, high = of_mean_kl(report["texts"])
+    def of(cls, variant: Variant, record: Record, *, kept: bool) -> Row:
+        """From a finished folder's record with its evaluation."""
+        before, after, report, texts = record.before, record.after, record.evaluation, record.texts
+        steps, trained = [step.name for step in record.steps], [entry["method"] for entry in record.recovered]
+        low, high = of_mean_kl(texts)
         asked = [row for row in report.get("tasks") or () if row["part_of"] is None]
         shown = [row for row in report.get("tasks") or () if row["part_of"] in (None, *(row["task"] for row in asked))]
         accuracies = [row for row in asked if row["metric"] == "acc"]
         return cls(
             name=variant.name, varied=variant.varied, method=" + ".join([*steps, *trained]), bytes=after["file_bytes"],
-            share=after["file_bytes"] / before["file_bytes"], experts=after["experts"] / before["experts"],
+            share=record.share, experts=after["experts"] / before["experts"],
             active=after["active"] / before["active"], kl=report["mean_kl"], kl_low=low, kl_high=high,
             agreement=sum(text["agreement"] for text in texts) / len(texts),
             perplexity=_geometric([text["perplexity"] for text in texts]),
@@ -126,27 +124,21 @@ def _finite(value: Any) -> Any:
 def table(rows: Sequence[Row]) -> None:
     """The rows on standard output, the smallest first; a star is on the frontier. Where there is little room, without the columns that
     matter least."""
-    from trimoe.show.plan import fitting, show
+    from trimoe.show.table import Fitting, Table, show
 
-    show(fitting(partial(_table, rows), ["95 %"], ["95 %", "agrees"], ["95 %", "agrees", "active"]))
-    print("* no other variant is as small and as near to the original.\n  KL(original || variant) in nats/token, mean of texts")
-
-
-def _table(rows: Sequence[Row], left_out: Collection[str]) -> Any:
-    from trimoe.show import plan
-
-    left_out = [*left_out, *(() if any(row.accuracy is not None for row in rows) else ("acc",))]
-    names = ("", "variant", "bytes", "active", "KL", "95 %", "agrees", "perplexity", "acc")
-    shown, best = plan.table(*names, left=2, left_out=left_out), frontier(rows)
+    cells, best = [], frontier(rows)
     for row in sorted(rows, key=lambda row: (row.bytes, row.kl)):
         between = f"{row.kl_low:.4f}-{row.kl_high:.4f}" if row.kl_low is not None else ""
-        shown.add("*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}", between, f"{row.agreement:.1%}",
-            f"{row.perplexity:.2f}", _accuracy(row.accuracy))  # fmt: skip
+        cells.append(("*" if row.name in best else "", row.name, f"{row.share:.1%}", f"{row.active:.1%}", f"{row.kl:.4f}", between, f"{row.agreement:.1%}",
+            f"{row.perplexity:.2f}", _accuracy(row.accuracy)))  # fmt: skip
     if rows:
-        shown.add(
-            "", "original", "100.0%", "100.0%", "0", "", "100.0%", f"{rows[0].perplexity_before:.2f}", _accuracy(rows[0].accuracy_before)
-        )
-    return shown
+        before, accuracy = f"{rows[0].perplexity_before:.2f}", _accuracy(rows[0].accuracy_before)
+        cells.append(("", "original", "100.0%", "100.0%", "0", "", "100.0%", before, accuracy))
+    made = Table(head=("", "variant", "bytes", "active", "KL", "95 %", "agrees", "perplexity", "acc"), rows=cells, words=range(2))
+    if not any(row.accuracy is not None for row in rows):
+        made = made.without("acc")
+    show(Fitting([made, made.without("95 %"), made.without("95 %", "agrees"), made.without("95 %", "agrees", "active")]))
+    print("* no other variant is as small and as near to the original.\n  KL(original || variant) in nats/token, mean of texts")
 
 
 def _accuracy(value: float | None) -> str:
@@ -158,7 +150,8 @@ def plot(out: Path, rows: Sequence[Row], reporter: Reporter) -> None:
     try:
         from trimoe.report.charts import frontier as chart
         from trimoe.report.page import charts_page, write_figures
-        from trimoe.report.section import Figure, Section, Table
+        from trimoe.report.section import Figure, Section
+        from trimoe.show.table import Table
     except (ImportError, UserError):
         reporter.say("The frontier is not drawn: that needs the plotting libraries; pip install 'trimoe[report]', then run this again.")
         return

@@ -24,6 +24,7 @@ import yaml
 from trimoe import team
 from trimoe.checkpoint import free_disk
 from trimoe.checkpoint.atomic import write_text
+from trimoe.checkpoint.side_files import RECORD
 from trimoe.checkpoint.whole import lost
 from trimoe.compress import Job, job_of, possible, record_of, text_of, with_calibration
 from trimoe.errors import UserError
@@ -33,6 +34,7 @@ from trimoe.evaluate.texts import Ends, of_sources
 from trimoe.journal import Journal
 from trimoe.model.precision import dtype_name
 from trimoe.output import card
+from trimoe.output.record import Record
 from trimoe.plan import disk
 from trimoe.plan.plan import Plan, skeleton_for
 from trimoe.plan.warnings import reads_text
@@ -47,7 +49,6 @@ from trimoe.version import VERSION
 from trimoe.walk.hidden_states import BUDGET
 
 KEEPS = ("none", "frontier", "all")
-RECORD = "trimoe.json"
 HELD = 16 << 30  # bytes of the original's hidden states that are kept in temporary files
 
 
@@ -193,7 +194,7 @@ class VariantJob:
     job: Job
     plan: Plan
 
-    def record(self) -> dict[str, Any] | None:
+    def record(self) -> Record | None:
         return record_of(self.folder, self.job.inputs, self.job.recipe.recover)
 
     def refuse_other(self) -> None:
@@ -201,7 +202,8 @@ class VariantJob:
             raise UserError(f"{self.folder} holds a result of the same name and another recipe; give another folder.")
 
     def measured(self) -> bool:
-        return bool((self.record() or {}).get("evaluation", {}).get("texts"))
+        record = self.record()
+        return record is not None and bool(record.texts)
 
     def kept(self) -> bool:
         """Whether the weights are there."""
@@ -254,7 +256,7 @@ class _Race:
             try:
                 if not entry.measured():
                     self._make(entry, shared.get(name))
-                    card.add_evaluation(entry.folder, self.score(entry.folder))
+                    card.keep(Record.read(entry.folder).with_evaluation(self.score(entry.folder)))
                     done += 1
                     left = (time.monotonic() - start) / done * (len(open_) - done)
                     self.reporter.say(f"[{done}/{len(open_)}] {entry.row()}" + (f"; about {duration(left)} left" if left else ""))
@@ -286,7 +288,7 @@ class _Race:
         record = entry.record()
         assert record is not None
         self._make(entry, stats)
-        card.add_evaluation(entry.folder, record["evaluation"])
+        card.keep(Record.read(entry.folder).with_evaluation(record.evaluation))
 
     def _rows(self) -> list[Row]:
         return [entry.row() for entry in self.entries if entry.measured()]
