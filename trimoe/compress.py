@@ -207,7 +207,9 @@ class Job:
             decisions, metrics = unchanged(skeleton.sites), {}
             for number, step in enumerate(parsed.steps):
                 name = f"{number}.{step.name}"
-                decisions, metrics[name] = decide(run, journal, number, step, decisions, given if number == 0 else None)
+                decisions, metrics[name] = decide(
+                    replace(run, number=number, decisions=decisions, journal=journal, given=given if number == 0 else None)
+                )
             final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel(), str(run.device))
             run.team.from_main(lambda: free_disk.check(out, final.disk, final.spill))
             layout = Layout(skeleton, decisions)

@@ -10,7 +10,6 @@ from trimoe.errors import UserError
 from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune, budget
 from trimoe.methods.depth import candidates as parts
 from trimoe.methods.low_rank.low_rank import MULTIPLE, factor_share
-from trimoe.methods.scope import with_linears
 from trimoe.model import sublayer
 from trimoe.model.decision import Decisions, LayerDecision, decided_sites, unchanged
 from trimoe.model.moe_block import MoeBlock
@@ -51,7 +50,7 @@ class Outline:
                 self.slack += more
                 self.open_ranks = self.open_ranks or (step.rank == "optimal" and step.form == "factored")
             elif isinstance(step, Quantize | WeightPrune):
-                new = with_linears(skeleton, {**self.decisions, **step.decide(sites, self.decisions)}, step, sites)
+                new = step.with_linears(skeleton, sites, self.decisions)
             else:
                 new = self._without(step)
             self.decisions = {**self.decisions, **new}
@@ -62,12 +61,12 @@ class Outline:
 
     def _without(self, step: LayerDrop | BlockDrop) -> Decisions:
         """Which layers go is open; here those that weigh least or most, as the steps before leave them."""
-        left = parts.left(self.skeleton, self.decisions, blocks=isinstance(step, BlockDrop) or step.blocks)
+        left = parts.left(self.skeleton, self.decisions, blocks=step.whole)
         if isinstance(step, LayerDrop):
             for index in left.moe:
                 sublayer.dropped_entry(self.skeleton, index)  # raises where dropping is not the identity
         total, candidates = step.total(left), step.candidates(left)
-        step.pick(dict.fromkeys(candidates, 0.0), left, total, mixed=step.blocks)  # raises where no consecutive run can be had
+        step.pick(dict.fromkeys(candidates, 0.0), left, total)  # raises where no consecutive run can be had
         self._count(step, left, total)
         before = Layout(self.skeleton, self.decisions)
         self.open_depth = self.open_depth or isinstance(step, LayerDrop) or total is None or not _alike(before, left)
@@ -78,10 +77,10 @@ class Outline:
             if kind == "moe":
                 without = {**self.decisions, index: replace(self.decisions[index], gone="moe")}
                 weight[kind, index] -= Layout(self.skeleton, without, only=index).groups[index + 1].nbytes
-        order = sorted(candidates, key=lambda part: weight[part] / left.cost(part, (), mixed=step.blocks), reverse=self.largest)
+        order = sorted(candidates, key=lambda part: weight[part] / left.cost(part, (), mixed=step.mixed), reverse=self.largest)
         chosen: list[parts.Part] = []
         for part in order if total is not None or self.largest else ():
-            chosen = left.add(chosen, part, total, mixed=step.blocks)
+            chosen = left.add(chosen, part, total, mixed=step.mixed)
         if self.open_counts:  # a dropped layer may have kept more or fewer experts than the stand-in says
             for _, index in chosen:
                 if index in left.moe:
@@ -91,11 +90,11 @@ class Outline:
 
     def _count(self, step: LayerDrop | BlockDrop, left: parts.Depth, total: int | None) -> None:
         """How many decoder layers and MoE sub-layers the step takes away, at least and at most."""
-        least, most = (0, left.most(step.candidates(left), mixed=step.blocks)) if total is None else (total, total)
+        least, most = (0, left.most(step.candidates(left), mixed=step.mixed)) if total is None else (total, total)
         without = len(left.layers) - len(left.moe)  # layers that have no MoE sub-layer to take with them
         if not isinstance(step, LayerDrop):
             block, moe = (least, most), (max(0, least - without), min(most, len(left.moe) - 1))
-        elif step.blocks:  # sub-layers are counted, of which a decoder layer has two; the last one may find nothing that fits
+        elif step.mixed:  # sub-layers are counted, of which a decoder layer has two; the last one may find nothing that fits
             block = (0, most if left.emptied else most // 2)
             moe = (0 if left.emptied else max(0, (least - 1) // 2 - without), min(most, len(left.moe) - 1))
         else:

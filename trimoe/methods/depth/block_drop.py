@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from trimoe.calibration.statistics import Stats
 from trimoe.methods.depth import candidates as parts
-from trimoe.methods.method import DepthDrop
+from trimoe.methods.depth.depth_drop import DepthDrop
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -25,7 +25,9 @@ class BlockDrop(DepthDrop):
 
     name: ClassVar[str] = "block_drop"
 
-    blocks: ClassVar[bool] = False
+    @property
+    def whole(self) -> bool:
+        return True
 
     def candidates(self, depth: parts.Depth) -> list[parts.Part]:
         return [("block", index) for index in depth.blocks]

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from trimoe.calibration.statistics import Stats
 from trimoe.errors import UserError
 from trimoe.methods.depth import candidates as parts
-from trimoe.methods.method import DepthDrop
+from trimoe.methods.depth.depth_drop import DepthDrop
 from trimoe.model.decision import Decisions
 from trimoe.model.moe_block import MoeBlock
 
@@ -33,6 +33,14 @@ class LayerDrop(DepthDrop):
 
     metric: Literal["residual", "output"] = "residual"
     blocks: bool = False
+
+    @property
+    def mixed(self) -> bool:
+        return self.blocks
+
+    @property
+    def whole(self) -> bool:
+        return self.blocks
 
     def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         super().shape(sites, decisions)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from trimoe.calibration.statistics import LayerStats
@@ -16,88 +16,17 @@ from trimoe.errors import UserError
 from trimoe.methods import budget
 from trimoe.methods.expert_drop import scores
 from trimoe.methods.expert_drop import search as find
+from trimoe.methods.expert_drop.choice import Choice
+from trimoe.methods.expert_drop.options import STRICT, Drop, Exhaustive, Greedy, Random, ReceptiveField, Search, by_name
 from trimoe.methods.expert_drop.subset import SubsetLoss
-from trimoe.methods.method import share_of
+from trimoe.methods.lab import Lab
+from trimoe.methods.method import Method, share_of
 from trimoe.model.decision import Decisions, LayerDecision
 from trimoe.model.moe_block import MoeBlock
 
-STRICT = ConfigDict(extra="forbid")
-Drop = tuple[int, ...]
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Genetic:
-    """MoE-I2's search over sets of experts: elitist, children drawn from the union of two parents, then single swaps.
-
-    population       sets in a generation
-    generations      how many generations, at most
-    max_evaluations  losses computed in one layer, at most
-    """
-
-    population: Annotated[int, Field(ge=4, le=100_000)] = 100
-    generations: Annotated[int, Field(ge=1, le=100_000)] = 50
-    max_evaluations: Annotated[int, Field(ge=1)] = 5000
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Exhaustive:
-    """Every set (NAEE).
-
-    limit  more sets than this in a layer are refused
-    """
-
-    limit: Annotated[int, Field(ge=1)] = 2_000_000
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Greedy:
-    """Backward elimination on the exact loss."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Random:
-    """The best of some random sets.
-
-    draws  how many
-    """
-
-    draws: Annotated[int, Field(ge=1)] = 1
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ReceptiveField:
-    """Block-wise KT-Reception Field: all combinations of the best sets of a few successive layers are tried.
-
-    k     how many of a layer's best sets take part
-    t     MoE layers in a block; k to the power of t is at most 1,000
-    mode  `progressive`: a block starts from what the blocks before it, compressed, give; `layerwise`: from the original's hidden states
-    """
-
-    k: Annotated[int, Field(ge=1, le=8)] = 3
-    t: Annotated[int, Field(ge=1, le=6)] = 3
-    mode: Literal["progressive", "layerwise"] = "progressive"
-
-
-SEARCHES: dict[str, type] = {"genetic": Genetic, "exhaustive": Exhaustive, "greedy": Greedy, "random": Random}
-
-
-def _by_name(value: Any) -> Any:
-    """`none`, a search's name, or {name: {its fields}}."""
-    if value is None or value == "none" or isinstance(value, tuple(SEARCHES.values())):
-        return None if value == "none" else value
-    name, fields = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
-    if not isinstance(name, str) or name not in SEARCHES:
-        raise ValueError(f"{value!r} is not a search; there are none, {', '.join(SEARCHES)}")
-    if fields is not None and not isinstance(fields, dict):
-        raise ValueError(f"the fields of {name} must be a mapping, not {fields!r}")
-    return TypeAdapter(SEARCHES[name]).validate_python(fields or {})
-
-
-Search = Genetic | Exhaustive | Greedy | Random
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ExpertDrop:
+class ExpertDrop(Method):
     """Remove experts.
 
     ratio           share of all routed experts that goes; or
@@ -124,7 +53,7 @@ class ExpertDrop:
     count: Annotated[int, Field(ge=0)] | None = None
     score: Literal["leave_one_out", "reap", "gate", "frequency", "output_norm", "coactivation", "weights", "random"] = "leave_one_out"
     counts: Literal["importance", "uniform", "optimal", "global"] = "importance"
-    search: Annotated[Search | None, BeforeValidator(_by_name)] = None
+    search: Annotated[Search | None, BeforeValidator(by_name)] = None
     receptive_field: ReceptiveField | None = None
     normalize: Literal["none", "relative"] = "none"
     layer_limit: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = 3.0
@@ -133,7 +62,9 @@ class ExpertDrop:
 
     # ---- on paper
 
-    gathers: ClassVar[bool] = True
+    @property
+    def gathers(self) -> bool:
+        return True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -222,7 +153,10 @@ class ExpertDrop:
             f"least {site.rule.min_experts} (top-{site.rule.top_k}), so at most {site.num_experts - site.rule.min_experts} can go."
         )
 
-    # ---- statistics in, decisions out
+    # ---- from measurements to decisions
+
+    def decide(self, lab: Lab) -> tuple[Decisions, dict[str, Any]]:
+        return Choice.of(self, lab).decided()
 
     def importance(self, stats: LayerStats, seed: int) -> torch.Tensor:
         """The score of each expert, [E] float64 (higher stays)."""
@@ -328,7 +262,7 @@ class ExpertDrop:
         drop = sorted((order_GE + torch.arange(space.groups).unsqueeze(1) * size).flatten().tolist())
         return find.Found(drops=(tuple(drop),), losses=(float("nan"),), evaluations=0, history=())
 
-    def decide(self, decisions: Decisions, drops: Mapping[int, Drop]) -> Decisions:
+    def without(self, decisions: Decisions, drops: Mapping[int, Drop]) -> Decisions:
         """The decisions after these experts (numbered among the survivors so far) have gone."""
         return {
             index: LayerDecision(keep=tuple(expert for place, expert in enumerate(decision.keep) if place not in set(drops.get(index, ()))))

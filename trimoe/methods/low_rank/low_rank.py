@@ -24,19 +24,23 @@ from trimoe.calibration.statistics import LayerStats
 from trimoe.errors import UserError
 from trimoe.methods import budget
 from trimoe.methods.expert_drop import scores
+from trimoe.methods.lab import Lab
 from trimoe.methods.low_rank import knapsack
+from trimoe.methods.method import Method
 from trimoe.model.decision import Decisions, LayerDecision
 from trimoe.model.expert import activate, matrices, run_expert
 from trimoe.model.moe_block import MoeBlock
 from trimoe.modeling_trimoe import DENSE, FactoredExperts, first_projection
 from trimoe.walk.expert_inputs import DAMP, ExpertInputs, LayerInputs, damped
+from trimoe.walk.sensitivity import shrunk
 
 MULTIPLE = 8  # ranks: grouped matrix products want strides in multiples of 16 bytes
+POINTS = 32  # of a spectrum that are recorded
 RIDGE = 0.03  # of the mean diagonal, added to second moments where the last projection is refitted
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class LowRank:
+class LowRank(Method):
     """Replace each expert's matrices by products of two factors.
 
     ratio    share of the (remaining) routed-expert parameters that goes
@@ -115,7 +119,29 @@ class LowRank:
 
     # ---- statistics in, decisions out
 
-    def decide(
+    def decide(self, lab: Lab) -> tuple[Decisions, dict[str, Any]]:
+        """Importance is measured again, on the model as the earlier steps leave it."""
+        if not self.needs:
+            return self.ranked(lab.sites, lab.decisions, {}), {}
+        stats = lab.statistics(self.needs, self.reach(lab.sites), self.spectra if "spectra" in self.needs else None)
+        sensitive: dict[int, float] | None = None
+        probed: dict[str, Any] = {}
+        if "sensitivity" in self.needs:
+            sensitive, probed = lab.sensitivity(dict.fromkeys(lab.sites, shrunk), {})
+        decided = self.ranked(lab.sites, lab.decisions, stats.layers, sensitivity=sensitive)
+        routed = {index: layer.routed for index, layer in stats.layers.items() if layer.search}
+        metrics: dict[str, Any] = {
+            "tokens_per_expert": {str(i): layer["count_E"].tolist() for i, layer in stats.layers.items()},
+            "sensitivity": None if sensitive is None else {str(i): value for i, value in sensitive.items()},
+            "measured_on": probed | lab.text_seen(stats, routed),
+        }
+        if "spectra" in self.needs:
+            metrics["spectra"] = {str(i): recorded_spectra(layer) for i, layer in stats.layers.items()}
+        else:
+            metrics["score"] = {str(i): scores.leave_one_out(layer).tolist() for i, layer in stats.layers.items()}
+        return decided, metrics
+
+    def ranked(
         self,
         sites: Mapping[int, MoeBlock],
         decisions: Decisions,
@@ -326,6 +352,19 @@ def _refit(experts: Any, expert: int, given: ExpertInputs, cut_in: Cut | Joined,
     ridge = torch.diag_embed((RIDGE * moment.diagonal().mean() + 1e-12).expand(len(moment)))
     target = torch.linalg.solve(moment + ridge, (w_out.double() @ (cross + ridge)).T).T
     return target.to(w_out.dtype), damped(moment, DAMP)
+
+
+def recorded_spectra(layer: LayerStats) -> dict[str, Any]:
+    """Singular values of a layer's experts as they were factored (whitened): at POINTS ranks the least, middle and largest over the
+    experts, as shares of each matrix's largest."""
+    made: dict[str, Any] = {}
+    for name in ("in", "out"):
+        value_ER = layer[f"{name}_spectrum_ER"].clamp_min(0).sqrt()
+        share_ER = value_ER / value_ER[:, :1].clamp_min(1e-30)
+        at = torch.linspace(0, share_ER.shape[1] - 1, min(POINTS, share_ER.shape[1])).round().long()
+        low, middle, high = (share_ER[:, at].quantile(q, 0).tolist() for q in (0.0, 0.5, 1.0))
+        made[name] = {"rank": (at + 1).tolist(), "low": low, "median": middle, "high": high}
+    return made
 
 
 def factor_share(decision: LayerDecision, site: MoeBlock) -> int:

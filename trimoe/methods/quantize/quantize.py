@@ -81,7 +81,7 @@ class Quantize(Fitted):
         known = [group for group in KERNEL_GROUPS if group <= self.group and common_group(widths, group) == group]
         return most if most == self.group or not known else max(known)
 
-    def decide(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> Decisions:
+    def forms(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> Decisions:
         """Bits and group of every layer that has experts left."""
         group = self.group_of(sites.values())
         return {index: replace(decisions[index], bits=self.bits, group=group) for index in sites}

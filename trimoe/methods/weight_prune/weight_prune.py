@@ -97,7 +97,7 @@ class WeightPrune(Fitted):
     def n_of_m(self) -> Pattern | None:
         return None if self.pattern is None else Pattern.parse(self.pattern)
 
-    def decide(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> Decisions:
+    def forms(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> Decisions:
         """Sparsity and form of every layer that has experts left."""
         pattern = (self.n_of_m.keep, self.n_of_m.of) if self.n_of_m else None
         made = dict(sparsity=self.ratio, pattern=pattern, bitmask=self.form == "bitmask")
