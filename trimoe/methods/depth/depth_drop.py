@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,9 +13,10 @@ from trimoe.calibration.statistics import Stats
 from trimoe.methods.depth import candidates
 from trimoe.methods.depth.candidates import Depth, Part
 from trimoe.methods.lab import Lab
-from trimoe.methods.method import Method
+from trimoe.methods.method import WIDEST, Measure, Method, Outlined, Paper
 from trimoe.model.decision import Decisions, LayerDecision
 from trimoe.model.moe_block import MoeBlock
+from trimoe.model.skeleton import Skeleton
 from trimoe.walk.versions import skipped, without_moe
 
 
@@ -24,6 +25,8 @@ class DepthDrop(Method):
     """The parts whose output is most like their input go; the class that extends this says which parts there are."""
 
     paper: ClassVar[str] = "arXiv 2406.02500"
+    mildest: ClassVar[Mapping[str, Any]] = {"threshold": 0.99}
+    sub_layers: ClassVar[bool]  # whether MoE sub-layers are candidates
 
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     count: Annotated[int, Field(ge=1)] | None = None
@@ -61,10 +64,55 @@ class DepthDrop(Method):
     def similarity(self, candidates: list[Part], stats: Stats) -> dict[Part, float]:
         raise NotImplementedError
 
+    def bounds(self, left: Depth, least: int, most: int) -> dict[str, tuple[int, int]]:
+        """How many decoder layers and MoE sub-layers go, at least and at most, if `least` to `most` of the candidates do."""
+        raise NotImplementedError
+
+    def parts(self, skeleton: Skeleton, sites: Sequence[MoeBlock]) -> int:
+        """Of how many parts `ratio` is the share, before any step."""
+        raise NotImplementedError
+
     def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         candidates.check(
             self.name, self.ratio, self.count, self.threshold, consecutive=self.choose == "consecutive", rerank=self.rerank == "kl"
         )
+
+    def outline(self, paper: Paper) -> Outlined:
+        """Which layers go is open; here those that weigh least or most, as the steps before leave them."""
+        left = candidates.left(paper.skeleton, paper.decisions, blocks=self.whole)
+        self.refuse(paper.skeleton, left)
+        total, parts = self.total(left), self.candidates(left)
+        self.pick(dict.fromkeys(parts, 0.0), left, total)  # raises where no consecutive run can be had
+        weight = {}
+        for kind, index in parts:
+            weight[kind, index] = paper.layer_bytes(index)
+            if kind == "moe":
+                weight[kind, index] -= paper.layer_bytes(index, replace(paper.decisions[index], gone="moe"))
+        order = sorted(parts, key=lambda part: weight[part] / left.cost(part, (), mixed=self.mixed), reverse=paper.largest)
+        chosen: list[Part] = []
+        for part in order if total is not None or paper.largest else ():
+            chosen = left.add(chosen, part, total, mixed=self.mixed)
+        slack = 0
+        if "counts" in paper.open:  # a dropped layer may have kept more or fewer experts than the stand-in says
+            sites = [paper.skeleton.sites[index] for _, index in chosen if index in left.moe]
+            slack = sum(site.num_experts * site.expert_parameters * WIDEST for site in sites)
+        least, most = (0, left.most(parts, mixed=self.mixed)) if total is None else (total, total)
+        alike = not self.sub_layers and total is not None and paper.alike(left.blocks, left.layers)
+        gone = {index: replace(paper.decisions.get(index, LayerDecision()), gone=kind) for kind, index in chosen}
+        return Outlined(gone, slack, frozenset({"layers"} if alike else {"layers", "depth"}), self.bounds(left, least, most))
+
+    def refuse(self, skeleton: Skeleton, left: Depth) -> None:
+        """Raises UserError where a candidate cannot go."""
+
+    def measures(self, skeleton: Skeleton, sites: Iterable[MoeBlock]) -> dict[str, Measure]:
+        if self.rerank == "none" or self.threshold is not None:
+            return {}
+        parts = self.count if self.count is not None else round((self.ratio or 0) * self.parts(skeleton, list(sites)))
+        return {"Rerank": Measure(2 * parts + 3, rounds=parts)}
+
+    @property
+    def amount(self) -> float | None:
+        return self.ratio
 
     def pick(self, similar: Mapping[Part, float], depth: Depth, total: int | None) -> list[Part]:
         """The most similar parts. Raises UserError where no consecutive run can be had."""

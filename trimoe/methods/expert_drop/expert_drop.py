@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,15 +14,17 @@ from pydantic.dataclasses import dataclass
 from trimoe.calibration.statistics import LayerStats
 from trimoe.errors import UserError
 from trimoe.methods import budget
-from trimoe.methods.expert_drop import scores
+from trimoe.methods.expert_drop import receptive_field, scores, stability
 from trimoe.methods.expert_drop import search as find
 from trimoe.methods.expert_drop.choice import Choice
 from trimoe.methods.expert_drop.options import STRICT, Drop, Exhaustive, Greedy, Random, ReceptiveField, Search, by_name
 from trimoe.methods.expert_drop.subset import SubsetLoss
 from trimoe.methods.lab import Lab
-from trimoe.methods.method import Method, share_of
+from trimoe.methods.method import Measure, Method, Outlined, Paper, Topic, plain, share_of
 from trimoe.model.decision import Decisions, LayerDecision
 from trimoe.model.moe_block import MoeBlock
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.sensitivity import streams
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -48,6 +50,9 @@ class ExpertDrop(Method):
 
     name: ClassVar[str] = "expert_drop"
     paper: ClassVar[str] = "arXiv 2411.01016"
+
+    mildest: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
+    usual: ClassVar[tuple[float, str] | None] = 0.25, "KL rose from 0.0075 at 25 % to 0.086 at 50 %"
 
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     count: Annotated[int, Field(ge=0)] | None = None
@@ -124,6 +129,21 @@ class ExpertDrop(Method):
                 self.space(sites[index], dropped, ()).check()
                 self._refuse_too_many(index, self.space(sites[index], dropped, ()))
 
+    def outline(self, paper: Paper) -> Outlined:
+        counts, kept = self.uniform(paper.sites), {index: paper.decisions[index].keep for index in paper.sites}
+        return Outlined(
+            {index: LayerDecision(keep=kept[index][: len(kept[index]) - count]) for index, count in counts.items()},
+            open=frozenset({"counts"} if self.counts != "uniform" else ()),
+        )
+
+    def measures(self, skeleton: Skeleton, sites: Iterable[MoeBlock]) -> dict[str, Measure]:
+        made = {}
+        if self.counts == "optimal":
+            made["Sensitivity"] = Measure(streams([site.layer for site in sites], skeleton.dtype))
+        if self.receptive_field is not None:
+            made["Receptive field"] = Measure(receptive_field.streams(self.receptive_field), to_the_end=False)
+        return made
+
     def uniform(self, sites: Mapping[int, MoeBlock]) -> dict[int, int]:
         """How many go in each layer if all lose alike; raises if the ratio cannot be had."""
         if self.count is not None:
@@ -152,6 +172,51 @@ class ExpertDrop(Method):
             f"expert_drop: {given} is not possible: layer {index} has {site.num_experts} experts{groups} and its router needs at "
             f"least {site.rule.min_experts} (top-{site.rule.top_k}), so at most {site.num_experts - site.rule.min_experts} can go."
         )
+
+    # ---- for people
+
+    def to_json(self) -> dict[str, Any]:
+        search = None if self.search is None else {type(self.search).__name__.lower(): plain(self.search)}
+        return super().to_json() | {"search": search}
+
+    @property
+    def reads_text(self) -> bool:
+        return bool(self.needs) or self.protect_super_experts or self.score not in ("weights", "random")
+
+    @property
+    def text_hint(self) -> str | None:
+        if not self.protect_super_experts or replace(self, protect_super_experts=False).reads_text:
+            return None
+        return "Text is read only to know which experts are never dropped; with protect_super_experts: false none is needed."
+
+    @property
+    def amount(self) -> float | None:
+        return self.ratio
+
+    @property
+    def stock_settings(self) -> dict[str, str]:
+        return {"counts": "uniform"} if self.counts != "uniform" else {}
+
+    def cautions(self, sites: Mapping[int, MoeBlock]) -> dict[Topic, str]:
+        if self.total(sites) != 0:
+            return {}
+        experts = sum(site.num_experts for site in sites.values())
+        return {"amount": f"expert_drop drops nothing: {self.share(sites):.3g} of {experts:,} routed experts is rounded to none."}
+
+    def foretell(self, sites: Mapping[int, MoeBlock], layers: Iterable[tuple[int, LayerStats]]) -> tuple[list[str], dict[int, Drop]]:
+        """Whether kept sets are stable, and of equal shares the experts with the lowest leave-one-out scores."""
+        dropped, rows, drops = self.uniform(sites), {}, {}
+        for index, layer in layers:
+            site, count = sites[index], dropped[index]
+            halves = stability.halves(self, site, layer, count)
+            rows[str(index)] = {
+                "dropped": count, "tokens_per_expert": layer["count_E"],
+                "stability": halves.jaccard(site.num_experts) if halves is not None else None,
+            }  # fmt: skip
+            found = self.lowest(self.space(site, count, ()), scores.leave_one_out(layer)) if count and layer.search else None
+            drops[index] = () if found is None else found.drops[0]
+        unstable = stability.warning(rows)
+        return [] if unstable is None else [unstable], drops
 
     # ---- from measurements to decisions
 
