@@ -16,6 +16,7 @@ from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 
 if TYPE_CHECKING:
+    from trimoe.methods.fitting import LayerFit
     from trimoe.methods.lab import Lab
 
 WIDEST = 4  # bytes of a weight, at most, when bounding what is still open
@@ -74,6 +75,7 @@ class Method:
     mildest: ClassVar[Mapping[str, Any]] = {}  # settings; what is refused with these is refused for the model's sake
     usual: ClassVar[tuple[float, str] | None] = None  # the share that went without much harm in our runs, and what more of it did
     writes_computed: ClassVar[bool] = False  # whether weights are written from what was computed with
+    progressive: ClassVar[bool] = True  # whether matrices are fitted to what changed layers before give, not to the original's inputs
     trainable: ClassVar[bool] = True  # whether what it leaves can be trained
 
     # ---- on paper
@@ -143,7 +145,17 @@ class Method:
         """What the statistics of all layers say of the step beforehand: warnings, and experts that may go from each layer."""
         return [], {}
 
-    # ---- what the last walk takes
+    # ---- the last walk
+
+    def fit(self, layer: LayerFit) -> tuple[Any, dict[str, Any]]:
+        """Change a layer's matrices in place. Returns what is written where that is not the matrices themselves (factors, integers),
+        and what is recorded of the layer."""
+        raise NotImplementedError
+
+    @property
+    def divides(self) -> bool:
+        """Whether each expert can be fitted without the others."""
+        return True
 
     @property
     def calibrated(self) -> bool:

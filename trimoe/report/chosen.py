@@ -154,8 +154,8 @@ def _numbers(folder: Finished) -> Section | None:
     }
     if not found:
         return None
-    step = next((step for step in folder.steps if step.name in ("quantize", "weight_prune")), None)
-    recorded = layer_rows(step) if step is not None else {}
+    step = folder.steps[-1]  # what changes matrices comes last
+    recorded = layer_rows(step)
     zeros = {index: recorded.get(index, {}).get("zeros", _zeros(decision)) for index, decision in found.items() if not decision.get("bits")}
     bits = {index: decision["bits"] for index, decision in found.items() if decision.get("bits")}
     blocks = []
@@ -166,7 +166,7 @@ def _numbers(folder: Finished) -> Section | None:
     borrowed = sum(row.get("borrowed", 0) for row in recorded.values())
     unseen = sum(row.get("unseen_experts", 0) for row in recorded.values())
     text = []
-    share = step.metrics.get("quantized_share") if step is not None else None
+    share = step.metrics.get("quantized_share")
     if share is not None:
         text.append(f"{share:.1%} of the expert weights are held as integers.")
     if borrowed:

@@ -46,7 +46,7 @@ class BlockDrop(DepthDrop):
         without = len(left.layers) - len(left.moe)  # layers that have no MoE sub-layer to take with them
         return {"block": (least, most), "moe": (max(0, least - without), min(most, len(left.moe) - 1))}
 
-    def parts(self, skeleton: Skeleton, sites: Sequence[MoeBlock]) -> int:
+    def counted(self, skeleton: Skeleton, sites: Sequence[MoeBlock]) -> int:
         return len(skeleton.layers)
 
     def similarity(self, candidates: list[parts.Part], stats: Stats) -> dict[parts.Part, float]:

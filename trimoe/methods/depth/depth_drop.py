@@ -68,7 +68,7 @@ class DepthDrop(Method):
         """How many decoder layers and MoE sub-layers go, at least and at most, if `least` to `most` of the candidates do."""
         raise NotImplementedError
 
-    def parts(self, skeleton: Skeleton, sites: Sequence[MoeBlock]) -> int:
+    def counted(self, skeleton: Skeleton, sites: Sequence[MoeBlock]) -> int:
         """Of how many parts `ratio` is the share, before any step."""
         raise NotImplementedError
 
@@ -107,7 +107,7 @@ class DepthDrop(Method):
     def measures(self, skeleton: Skeleton, sites: Iterable[MoeBlock]) -> dict[str, Measure]:
         if self.rerank == "none" or self.threshold is not None:
             return {}
-        parts = self.count if self.count is not None else round((self.ratio or 0) * self.parts(skeleton, list(sites)))
+        parts = self.count if self.count is not None else round((self.ratio or 0) * self.counted(skeleton, list(sites)))
         return {"Rerank": Measure(2 * parts + 3, rounds=parts)}
 
     @property

@@ -76,7 +76,7 @@ class LayerDrop(DepthDrop):
         fewest = 0 if left.emptied else max(0, (least - 1) // 2 - without)
         return {"block": (0, most if left.emptied else most // 2), "moe": (fewest, min(most, len(left.moe) - 1))}
 
-    def parts(self, skeleton: Skeleton, sites: Sequence[MoeBlock]) -> int:
+    def counted(self, skeleton: Skeleton, sites: Sequence[MoeBlock]) -> int:
         return len(sites)
 
     def stock_method(self, skeleton: Skeleton) -> str | None:

@@ -24,6 +24,7 @@ from trimoe.calibration.statistics import LayerStats
 from trimoe.errors import UserError
 from trimoe.methods import budget
 from trimoe.methods.expert_drop import scores
+from trimoe.methods.fitting import LayerFit
 from trimoe.methods.lab import Lab
 from trimoe.methods.low_rank import knapsack
 from trimoe.methods.method import WIDEST, Measure, Method, Outlined, Paper, Topic
@@ -62,6 +63,7 @@ class LowRank(Method):
     mildest: ClassVar[Mapping[str, Any]] = {"ratio": 0.01}
     usual: ClassVar[tuple[float, str] | None] = 0.4, "KL rose from 0.011 at 40 % to 0.065 at 60 %"
     writes_computed: ClassVar[bool] = True
+    progressive: ClassVar[bool] = False  # the original's inputs were better on every model and ratio tried (LOG.md)
 
     ratio: Annotated[float, Field(gt=0, lt=1)]
     rank: Literal["importance", "uniform", "optimal"] = "importance"
@@ -259,6 +261,24 @@ class LowRank(Method):
         for (index, name, expert, options), choice in zip(owners, picked, strict=True):
             ranks[index][name == "out"][expert] = options[choice]
         return ranks
+
+    def fit(self, layer: LayerFit) -> tuple[Any, dict[str, Any]]:
+        """The layer's experts, factored; the same experts where the factors were multiplied out."""
+        part, decision = layer.part, layer.decision
+        if part is None or decision.in_ranks is None or decision.out_ranks is None:
+            return None, {}
+        new = None if part.empty else self.transform(part.experts, part.site, part.decision(decision), part.seen)
+        if decision.merged:
+            part.complete()
+            return part.whole, {}
+        if part.team.count == 1:
+            return new, {}
+        made = part.team.everyone({} if new is None else dict(new.named_parameters(recurse=False)))
+        out = FactoredExperts(part.whole, list(decision.in_ranks), list(decision.out_ranks), decision.separate)
+        for name, parameter in out.named_parameters(recurse=False):
+            if not name.endswith("_bias"):  # biases are the experts' own
+                parameter.copy_(torch.cat([own[name] for own in made if name in own]))
+        return out, {}
 
     # ---- tensors in, tensors out
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from trimoe.checkpoint.packed import Packed
 from trimoe.errors import UserError
+from trimoe.methods.fitting import LayerFit
 from trimoe.methods.method import Fitted, Topic
 from trimoe.methods.quantize.rounding import awq_scale, clipped, common_group, gptq, rounded
 from trimoe.model.decision import Decisions, LayerDecision
@@ -99,6 +100,23 @@ class Quantize(Fitted):
         return {
             "speed": "4-bit experts speed up single-stream decoding (1.9 to 2.2 times here); weight-only kernels halve the speed of prefill."
         }
+
+    def fit(self, layer: LayerFit) -> tuple[Any, dict[str, Any]]:
+        """The integers of all the layer's experts and linears; the layer computes with them from here on."""
+        group, part, packed = layer.decision.group or 0, layer.part, QuantizedLayer()
+        if part is not None:
+            own = QuantizedLayer()
+            if not part.empty:
+                own = self.transform(part.experts, part.site, part.seen, group, layer.stored(None))
+            for other in part.team.everyone(own):
+                packed.first += other.first
+                packed.last += other.last
+                packed.borrowed += other.borrowed
+            put_back(part.whole, packed)
+        packed.linears |= layer.each_linear(lambda path: self.linear(layer.weights[path], layer.moments[path], group, layer.stored(path)))
+        for path, weight in layer.weights.items():
+            weight.copy_(packed.linears[path].dense())
+        return packed, {"borrowed": packed.borrowed}
 
     # ---- tensors in, tensors out
 

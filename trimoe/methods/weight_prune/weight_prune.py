@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trimoe.errors import UserError
+from trimoe.methods.fitting import LayerFit
 from trimoe.methods.method import Fitted, Topic
 from trimoe.methods.weight_prune.masks import (
     Pattern,
@@ -34,6 +35,7 @@ from trimoe.model.decision import Decisions
 from trimoe.model.expert import activate, matrices
 from trimoe.model.moe_block import MoeBlock
 from trimoe.walk.expert_inputs import FEW, ExpertInputs, LayerInputs, LayerSample
+from trimoe.walk.expert_shards import Share
 from trimoe.walk.finite import checked
 
 
@@ -126,6 +128,37 @@ class WeightPrune(Fitted):
             return {}
         return {
             "stored": "zeros are stored like other numbers: weight_prune makes nothing smaller (but with form: bitmask) and nothing faster."
+        }
+
+    # ---- the last walk
+
+    @property
+    def divides(self) -> bool:
+        return self.compare == "row"
+
+    def fit(self, layer: LayerFit) -> tuple[Any, dict[str, Any]]:
+        def thinned(path: str) -> torch.Tensor:
+            self.linear(layer.weights[path], layer.moments[path])
+            return layer.weights[path]
+
+        about = {} if layer.part is None else self._shared(layer.part)
+        for path, made in layer.each_linear(thinned).items():
+            layer.weights[path].copy_(made)
+        return None, about
+
+    def _shared(self, part: Share) -> dict[str, Any]:
+        """Prunes all the layer's experts; what there is to know about it: counts added up, shares averaged."""
+        own = {} if part.empty else self.transform(part.experts, part.site, part.seen)
+        part.complete()
+        sizes = [span.stop - span.start for span in part.spans]
+        rows = [(size, about) for size, about in zip(sizes, part.team.everyone(own), strict=True) if size]
+        if len(rows) == 1:
+            return rows[0][1]
+        return {
+            name: sum(about[name] for _, about in rows)
+            if isinstance(value, int)
+            else sum(size * about[name] for size, about in rows) / part.whole.num_experts
+            for name, value in rows[0][1].items()
         }
 
     # ---- tensors in, tensors out
