@@ -69,14 +69,14 @@ def transform(run: Lab, decisions: Decisions, writer: Writer, journal: Journal) 
                     transformers5.load_into(run.skeleton.model, dense, walk.device, run.skeleton.dtype)
                 walk.advance(index, layer)
                 continue
-            seen, inputs = _watched(run, walk, index, layer, site, decisions[index].linears, progressive=change is not None)
-            about, made = _fitted(run, writer, index, layer, site, seen, inputs)
+            given = _watched(run, walk, index, layer, site, decisions[index].linears, progressive=change is not None)
+            about, made = _fitted(run, writer, index, layer, site, given)
             if change is not None:
                 journal.put(f"changed-{index}", about)
             _put(run, writer, index + 1, partial(writer.layout.form, index, layer, made))
             if change is not None:
                 walk.advance(index, layer)
-            del seen, inputs, made  # not beside the next layer
+            del given, made  # not beside the next layer
     if change is None:
         return {}
     known = {str(i): journal.get(f"changed-{i}") or {} for i in computed}
@@ -90,10 +90,10 @@ def transform(run: Lab, decisions: Decisions, writer: Writer, journal: Journal) 
 
 
 def _fitted(
-    run: Lab, writer: Writer, index: int, layer: nn.Module, site: MoeBlock | None, seen: LayerInputs | None, inputs: Inputs | None,
-) -> tuple[dict[str, Any], Any]:  # fmt: skip
+    run: Lab, writer: Writer, index: int, layer: nn.Module, site: MoeBlock | None, given: tuple[LayerInputs | None, Inputs | None]
+) -> tuple[dict[str, Any], Any]:
     """One layer's matrices, changed by one step after the other: what is recorded of it, and what the last step made."""
-    layout = writer.layout
+    layout, (seen, inputs) = writer.layout, given
     decision, steps = layout.decisions[index], [step for step in run.steps if step.label is not None]
 
     def stored(path: str | None) -> torch.dtype:
