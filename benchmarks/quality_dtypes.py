@@ -15,13 +15,13 @@ import time
 from typing import Any
 
 import torch
-from quality_expert_drop import Memory, PeakMemory
+from quality_expert_drop import PeakMemory
 
 import trimoe
 from trimoe.calibration.gather import statistics
 from trimoe.methods import ExpertDrop
-from trimoe.methods.expert_drop.expert_drop import Greedy
-from trimoe.methods.lab import Lab, _decide_drops
+from trimoe.methods.expert_drop.options import Greedy
+from trimoe.methods.lab import Lab
 from trimoe.model.decision import Decisions, unchanged
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
@@ -79,8 +79,9 @@ def main() -> None:
         sites = dict(skeleton.sites)
         stats = statistics(skeleton, batches, reach=max(step.reach(sites) for step in steps), seed=given.seed)
         for step in steps:
-            run = Lab(skeleton, (step,), spec, batches, given.seed, "cpu", {}, QUIET, domains=text.domains)
-            decisions, metrics = _decide_drops(run, Memory(), 0, step, sites, unchanged(sites), stats)  # type: ignore[arg-type]
+            lab = Lab(skeleton, (step,), spec, batches, given.seed, "cpu", {}, QUIET, domains=text.domains,
+                      decisions=unchanged(sites), given=stats)  # fmt: skip
+            decisions, metrics = step.decide(lab)
             chosen[step.ratio or 0][name] = (kept(decisions), metrics)
             print(f"{name} {step.ratio:.1%} decided after {time.monotonic() - began:.0f} s", flush=True)
     skeleton = Skeleton.of(given.model)

@@ -19,9 +19,9 @@ import trimoe
 from trimoe.calibration.gather import statistics
 from trimoe.evaluate.texts import windows
 from trimoe.methods import ExpertDrop
-from trimoe.methods.expert_drop.expert_drop import Exhaustive, Genetic, Greedy, ReceptiveField
+from trimoe.methods.expert_drop.options import Exhaustive, Genetic, Greedy, ReceptiveField
 from trimoe.methods.expert_drop.subset import SubsetLoss
-from trimoe.methods.lab import Lab, _decide_drops
+from trimoe.methods.lab import Lab
 from trimoe.model.decision import unchanged
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
@@ -56,15 +56,6 @@ class PeakMemory:
                 total += float(((log_p.exp() * (log_p - self._log_p(ids))).sum(-1) * mask).sum())
             out.append(total / float(entry.scored_NL.sum()))
         return out
-
-
-class Memory:
-    """A journal that forgets."""
-
-    def get_stats(self, stage: str) -> None:
-        return None
-
-    def put_stats(self, stage: str, stats: object) -> None: ...
 
 
 def main() -> None:
@@ -110,8 +101,9 @@ def main() -> None:
             if given.only and name not in given.only:
                 continue
             recipe = Recipe(steps=(step,), calibration=spec)
-            run = Lab(skeleton, recipe.steps, recipe.calibration, batches, given.seed, "cpu", {}, QUIET)
-            decisions, metrics = _decide_drops(run, Memory(), 0, step, dict(skeleton.sites), unchanged(skeleton.sites), stats)  # type: ignore[arg-type]
+            lab = Lab(skeleton, recipe.steps, recipe.calibration, batches, given.seed, "cpu", {}, QUIET,
+                      decisions=unchanged(skeleton.sites), given=stats)  # fmt: skip
+            decisions, metrics = step.decide(lab)
             losses = []
             with contextlib.ExitStack() as stack:
                 for index, decision in decisions.items():

@@ -26,8 +26,7 @@ from trimoe.calibration.gather import statistics
 from trimoe.calibration.search_tokens import ENOUGH, USUAL, gram_bytes
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import stability
-from trimoe.methods.expert_drop.expert_drop import Greedy
-from trimoe.methods.recorded import routed
+from trimoe.methods.expert_drop.options import Greedy
 from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton
 from trimoe.plan.disk import search_spilled
@@ -85,7 +84,7 @@ def counted() -> None:
             reach = step.reach(skeleton.sites)
             batches = [torch.randint(3, 96, (8, 256), generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
             layers = statistics(skeleton, batches, reach=reach, search_memory=MEMORY, needs=frozenset()).layers.values()
-            counts = [(own, int(every)) for one in layers for own, every in zip(routed(one), one["count_E"].tolist(), strict=True)]
+            counts = [(own, int(every)) for one in layers for own, every in zip(one.routed, one["count_E"].tolist(), strict=True)]
             tokens, taken = sum(batch.numel() for batch in batches), len(next(iter(layers)).search["weight_T"])
             middle = sorted(own for own, _ in counts)[len(counts) // 2]
             print(
@@ -124,7 +123,7 @@ def quality(given: argparse.Namespace) -> None:
             stats = statistics(
                 skeleton, text.batches(), reach=reach, search_tokens=tokens, search_memory=64, seed=seed, needs=frozenset()
             ).layers
-            least = min(count for layer in stats.values() for count in routed(layer))
+            least = min(count for layer in stats.values() for count in layer.routed)
             for ratio, step in steps.items():
                 count = step.uniform(sites)
                 halves = {index: stability.halves(step, one, stats[index], count[index]) for index, one in sites.items()}

@@ -36,7 +36,7 @@ BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "belo
 def classes() -> dict[str, Any]:
     """Every dataclass that a recipe is made of, by its name."""
     from trimoe.methods import METHODS
-    from trimoe.methods.expert_drop.expert_drop import SEARCHES, ReceptiveField
+    from trimoe.methods.expert_drop.options import SEARCHES, ReceptiveField
     from trimoe.recipe.recipe import Recipe
     from trimoe.recipe.recover import Recover
     from trimoe.text.spec import CalibrationSpec

@@ -19,9 +19,9 @@ from trimoe.calibration.gather import statistics
 from trimoe.calibration.statistics import LayerStats
 from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import receptive_field, scores, search, stability
-from trimoe.methods.expert_drop.expert_drop import Drop, Greedy, ReceptiveField
+from trimoe.methods.expert_drop.options import Drop, Greedy, ReceptiveField
 from trimoe.methods.expert_drop.subset import SubsetLoss
-from trimoe.methods.lab import Lab, _decide_drops
+from trimoe.methods.lab import Lab
 from trimoe.model.decision import unchanged
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.record import Step
@@ -81,8 +81,9 @@ def test_the_lowest_gate_goes_where_it_does_better(
         stats = statistics(skeleton, batches, reach=steps[0].reach(skeleton.sites), search_tokens=16, seed=seed)
         gone: list[dict[int, Drop]] = []
         for step in steps:
-            run = Lab(skeleton, (step,), CalibrationSpec(), batches, seed, "cpu", {}, QUIET)
-            decided, metrics = _decide_drops(run, None, 0, step, dict(skeleton.sites), unchanged(skeleton.sites), stats)  # type: ignore[arg-type]
+            as_it_is = unchanged(skeleton.sites)
+            lab = Lab(skeleton, (step,), CalibrationSpec(), batches, seed, "cpu", {}, QUIET, decisions=as_it_is, given=stats)
+            decided, metrics = step.decide(lab)
             gone.append({index: tuple(e for e in range(8) if e not in decision.keep) for index, decision in decided.items()})
         for index, layer in stats.layers.items():
             found = metrics["layers"][str(index)]["by_other_half"]

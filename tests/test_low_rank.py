@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimoe.methods.low_rank.low_rank import factor, leading, spectrum
+from trimoe.methods.low_rank.factors import factor, leading, spectrum
 from trimoe.modeling_trimoe import DENSE
 from trimoe.walk.expert_inputs import POOL_WEIGHT, ExpertInputs, LayerSample
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import trimoe
-from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
+from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Method, Quantize, WeightPrune
 from trimoe.model.skeleton import Skeleton
 from trimoe.recipe import recipe
 from trimoe.text.samples import calibrate
@@ -206,12 +206,12 @@ def paper_drop() -> dict[str, Any]:
     return {"normalize": "none", "layer_limit": None, "protect_super_experts": False, "cross_check": False}
 
 
-def check(steps: Sequence[Step], name: str) -> None:
+def check(steps: Sequence[Method], name: str) -> None:
     for step in steps:
         check_step(step, name)
 
 
-def check_step(step: Step, name: str) -> None:
+def check_step(step: Method, name: str) -> None:
     if isinstance(step, ExpertDrop):
         assert {field: getattr(step, field) for field in paper_drop()} == paper_drop(), name
         assert step.counts != "optimal", name

@@ -20,7 +20,7 @@ from trimoe.calibration import gather
 from trimoe.checkpoint import free_disk
 from trimoe.errors import UserError
 from trimoe.methods import ExpertDrop
-from trimoe.methods.expert_drop.expert_drop import Greedy
+from trimoe.methods.expert_drop.options import Greedy
 from trimoe.model.skeleton import Skeleton
 from trimoe.plan import disk, engines, inspection
 from trimoe.plan.limits import IMPORTS

@@ -12,7 +12,7 @@ import yaml
 
 from trimoe.errors import UserError
 from trimoe.methods import ExpertDrop, LowRank
-from trimoe.methods.expert_drop.expert_drop import Exhaustive, Genetic, Greedy, Random, ReceptiveField
+from trimoe.methods.expert_drop.options import Exhaustive, Genetic, Greedy, Random, ReceptiveField
 from trimoe.recipe import recipe
 from trimoe.recipe.recipe import Recipe, load, recovery, text_of
 from trimoe.text.spec import CalibrationSpec

@@ -18,7 +18,6 @@ from trimoe import UserError
 from trimoe.checkpoint.folder import Checkpoint
 from trimoe.evaluate.texts import windows
 from trimoe.model.skeleton import Skeleton
-from trimoe.plan.warnings import reads_text
 from trimoe.progress import QUIET
 from trimoe.recipe.recipe import parse
 from trimoe.text.data_set import Named, several
@@ -342,7 +341,7 @@ WITHOUT: dict[str, Any] = {
 def test_a_recipe_that_reads_no_text_needs_no_tokenizer(name: str, source: Path, text_file: Path, tmp_path: Path) -> None:
     """And gives what it gives beside one."""
     recipe = {"steps": [WITHOUT[name]]}
-    assert not any(map(reads_text, parse(recipe, "the recipe").steps))
+    assert not parse(recipe, "the recipe").reads_text
     trimoe.compress(source, recipe, tmp_path / "with", calibration=str(text_file), length=32)
     for path in source.glob("tokenizer*"):
         path.unlink()

@@ -27,7 +27,7 @@ import trimoe
 from trimoe import cli
 from trimoe.evaluate.texts import windows
 from trimoe.methods.expert_drop import receptive_field
-from trimoe.methods.expert_drop.expert_drop import ReceptiveField
+from trimoe.methods.expert_drop.options import ReceptiveField
 from trimoe.model.skeleton import Skeleton
 from trimoe.progress import QUIET
 from trimoe.text.samples import load_tokenizer

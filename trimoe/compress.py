@@ -18,7 +18,7 @@ from trimoe.checkpoint.headers import read_json
 from trimoe.checkpoint.whole import lost, refuse_lost
 from trimoe.errors import UserError, reading
 from trimoe.journal import FOLDER, STAGE, Journal
-from trimoe.methods import ExpertDrop
+from trimoe.methods import FARTHEST
 from trimoe.methods.lab import Lab, decide, rounded
 from trimoe.model.decision import Decisions, unchanged
 from trimoe.model.precision import compute_dtype, dtype_name
@@ -30,7 +30,6 @@ from trimoe.output.record import Record
 from trimoe.output.writer import Writer
 from trimoe.plan import disk, memory, size_by_part
 from trimoe.plan.plan import Plan, final_plan, plan, skeleton_for
-from trimoe.plan.warnings import reads_text
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe import recipe as recipes
 from trimoe.recipe.recipe import Recipe, with_calibration
@@ -205,7 +204,9 @@ class Job:
             decisions, metrics = unchanged(skeleton.sites), {}
             for number, step in enumerate(parsed.steps):
                 name = f"{number}.{step.name}"
-                decisions, metrics[name] = decide(run, journal, number, step, decisions, given if number == 0 else None)
+                decisions, metrics[name] = decide(
+                    replace(run, number=number, decisions=decisions, journal=journal, given=given if number == 0 else None)
+                )
             final = final_plan(skeleton, decisions, parsed, text.samples_NL.numel(), str(run.device))
             run.team.from_main(lambda: free_disk.check(out, final.disk, final.spill))
             layout = Layout(skeleton, decisions)
@@ -231,8 +232,7 @@ def gather_statistics(
     reporter: Reporter = QUIET,
 ) -> Stats:  # fmt: skip
     """The statistics pass alone, saved to the file `out`; every score, ratio and search then starts from it."""
-    widest = ExpertDrop(ratio=0.25, layer_limit=None)  # of all steps the one that reaches for the most experts of a token
-    base, device = Recipe(steps=(widest,)), str(device)
+    base, device = Recipe(steps=(FARTHEST,)), str(device)
     precision = compute_dtype(dtype, device)
     with team(device) as processes:
         reporter = (reporter if processes.main else QUIET).fresh()
@@ -266,7 +266,7 @@ def gather_statistics(
             Path(out).parent.mkdir(parents=True, exist_ok=True)
         with logged(reporter, Path(f"{out}.log"), call, main=processes.main):
             stats = statistics(
-                skeleton, _batches(text, place, processes), reach=widest.reach(skeleton.sites), search_tokens=spec.search_tokens,
+                skeleton, _batches(text, place, processes), reach=FARTHEST.reach(skeleton.sites), search_tokens=spec.search_tokens,
                 search_memory=spec.search_memory, seed=seed, device=place, about=about, reporter=reporter, team=processes,
             )  # fmt: skip
             if processes.main:
@@ -279,17 +279,14 @@ def gather_statistics(
 
 def text_of(skeleton: Skeleton, parsed: Recipe, seed: int, reporter: Reporter) -> Calibration:
     """The recipe's calibration text; none where no step reads any: then the model needs no tokenizer."""
-    if not any(map(reads_text, parsed.steps)):
+    if not parsed.reads_text:
         return NO_TEXT
     try:
         return calibration_for(skeleton, parsed.calibration, seed, reporter)
     except UserError as mistake:
-        lone = [step for step in parsed.steps if isinstance(step, ExpertDrop) and step.protect_super_experts]
-        spared = [replace(step, protect_super_experts=False) if step in lone else step for step in parsed.steps]
-        if "has no tokenizer" in str(mistake) and lone and not any(map(reads_text, spared)):
-            raise UserError(
-                f"{mistake} Text is read only to know which experts are never dropped; with protect_super_experts: false none is needed."
-            ) from None
+        hints = [step.text_hint for step in parsed.steps if step.reads_text]
+        if "has no tokenizer" in str(mistake) and None not in hints:
+            raise UserError(f"{mistake} {hints[0]}") from None
         raise
 
 

@@ -102,6 +102,13 @@ class LayerStats:
         return len(self.sums["count_E"])
 
     @property
+    def routed(self) -> list[int]:
+        """How many search tokens chose each expert."""
+        chosen_TK = self.rule.route(self.search["logits_TE"], self.bias_E)[1]
+        counts: list[int] = torch.bincount(chosen_TK.flatten(), minlength=self.num_experts).tolist()
+        return counts
+
+    @property
     def output_norm(self) -> float:
         """||F(X)||_F over all calibration tokens."""
         return float(self.sums["energy_EE"].sum().clamp_min(0).sqrt())

@@ -29,6 +29,11 @@ class MoeBlock:
     rule: RoutingRule
     factored: bool = False
 
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one expert."""
+        return self.first * self.hidden + self.hidden * self.width
+
     def expert_paths(self) -> list[str]:
         """The tensors of the experts proper, biases included."""
         return [path for path in self.expert_axes if path.startswith(self.experts + ".")]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -145,6 +146,18 @@ class Layout:
                 f"quantize: {self.skeleton.name} keeps the experts of layer {index} stacked in one tensor ({found.key or found.whole[0][0]}), "
                 "which the compressed-tensors format has no place for; not supported yet."
             )
+
+    def form(self, index: int, layer: nn.Module, made: Any) -> dict[str, torch.Tensor]:
+        """The tensors of a layer that the last walk has changed, under the output's keys. `made`: its factored experts, or integers;
+        pruned matrices are in the layer."""
+        decision = self.decisions[index]
+        if decision.bits is not None:
+            return self.packed_form(index, made)
+        if decision.pruned:
+            return self.pruned_form(index, layer)
+        site = self.skeleton.sites[index]
+        named = {f"{site.block}.{site.experts}.{name}": tensor_at(made, name).detach() for name in self.made(index)}
+        return self.disk_form(index, named)
 
     def packed_form(self, index: int, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
         """The tensors of quantised matrices under the output's keys: integers and scales go the way that the matrices themselves would."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from trimoe.methods import LowRank
 from trimoe.model.skeleton import Skeleton
 from trimoe.plan import measurements
 from trimoe.plan.outline import search_bytes
@@ -40,7 +39,7 @@ def spilled(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
     """Bytes of files in TMPDIR: hidden states, of one walk or of all versions walked side by side, inputs that one layer's experts are
     fitted to, and search tokens of all layers, beyond their budgets in memory."""
     hidden = tokens * next(iter(skeleton.sites.values())).hidden * skeleton.dtype.itemsize
-    fitted = any(isinstance(step, LowRank) or getattr(step, "calibrated", False) for step in recipe.steps)
+    fitted = any(step.records for step in recipe.steps)
     walked = max(0, hidden - BUDGET) * (2 if fitted else 1)
     sites = list(skeleton.sites.values())
     made = [one.nbytes for step in recipe.steps for one in measurements.of_step(skeleton, step, sites, recipe.calibration, tokens)]

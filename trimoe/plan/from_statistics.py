@@ -11,10 +11,8 @@ import torch
 
 from trimoe.calibration.statistics import Stats
 from trimoe.errors import UserError
-from trimoe.methods import ExpertDrop
-from trimoe.methods.expert_drop import scores, stability
+from trimoe.methods.expert_drop import stability
 from trimoe.model.skeleton import Skeleton
-from trimoe.plan.warnings import reads_text
 from trimoe.progress import QUIET, Reporter
 from trimoe.recipe.recipe import Recipe
 from trimoe.text.samples import calibrate, is_here
@@ -33,31 +31,20 @@ def known(skeleton: Skeleton, recipe: Recipe, path: Path, reporter: Reporter = Q
         *_other_text(skeleton, recipe, stats, path),
         *stability.scarce({index: layer["count_E"].tolist() for index, layer in stats.layers.items()}),
     ]
-    if not isinstance(step, ExpertDrop):
-        return warnings, {}
-    dropped, rows = step.uniform(skeleton.sites), {}
+    said, drops = step.foretell(skeleton.sites, reporter.track(stats.layers.items(), "Stability and traffic", len(stats.layers)))
     before, after = Traffic(), Traffic()
-    for index, layer in reporter.track(stats.layers.items(), "Stability and traffic", len(stats.layers)):
-        site = skeleton.sites[index]
-        halves = stability.halves(step, site, layer, dropped[index])
-        row = {
-            "dropped": dropped[index],
-            "tokens_per_expert": layer["count_E"],
-            "stability": halves.jaccard(site.num_experts) if halves is not None else None,
-        }
-        rows[str(index)] = row
+    for index, drop in drops.items():
+        site, layer = skeleton.sites[index], stats.layers[index]
         if not layer.search:
             continue
         logits_TE, weight_T = layer.search["logits_TE"], layer.search["weight_T"]
         before.add(index, site.num_experts, site.hidden, site.rule.route(logits_TE, layer.bias_E)[1], weight_T)
-        drop = step.lowest(step.space(site, dropped[index], ()), scores.leave_one_out(layer)).drops[0] if dropped[index] else ()
         keep_E = torch.ones(site.num_experts, dtype=torch.bool)
         keep_E[list(drop)] = False
         number_E = keep_E.long().cumsum(0) - 1  # experts that stay are numbered anew
         chosen = number_E[site.rule.route(logits_TE, layer.bias_E, keep_E)[1]]
         after.add(index, site.num_experts - len(drop), site.hidden, chosen, weight_T)
-    unstable = stability.warning(rows)
-    return warnings + ([unstable] if unstable else []), _ways(before, after)
+    return warnings + said, _ways(before, after)
 
 
 def _other_text(skeleton: Skeleton, recipe: Recipe, stats: Stats, path: Path) -> Iterator[str]:
@@ -75,7 +62,7 @@ def _other_text(skeleton: Skeleton, recipe: Recipe, stats: Stats, path: Path) ->
     seed = int(stats.about.get("seed", 0))
     if seed:
         yield f"{path} was gathered with --seed {seed}: give compress the same."
-    if not any(map(reads_text, recipe.steps)):
+    if not recipe.reads_text:
         return
     held = int(next(iter(stats.layers.values()))["tokens"])
     if not all(map(is_here, spec.sources)):

@@ -83,20 +83,12 @@ def _costs(skeleton: Skeleton) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# Each method with the mildest settings: what is refused with these is refused for the model's sake.
-MILD: dict[str, dict[str, Any]] = {
-    "expert_drop": {"ratio": 0.0}, "layer_drop": {"threshold": 0.99}, "block_drop": {"threshold": 0.99}, "low_rank": {"ratio": 0.01},
-    "weight_prune": {"ratio": 0.01},
-    "quantize": {},
-}  # fmt: skip
-
-
 def _methods(skeleton: Skeleton) -> dict[str, str]:
     """Which methods apply, and why not, as plan would say it."""
     answers = {}
-    for name in METHODS:
+    for name, method in METHODS.items():
         try:
-            check(skeleton, {"steps": [{name: MILD[name]}]})
+            check(skeleton, {"steps": [{name: dict(method.mildest)}]})
             answers[name] = "yes"
         except UserError as reason:
             answers[name] = f"no: {reason}"

@@ -13,8 +13,7 @@ import torch
 
 from trimoe.calibration.search_tokens import gram_bytes, most_held, search_budget
 from trimoe.errors import UserError
-from trimoe.methods import LowRank, Quantize, Step, WeightPrune
-from trimoe.methods.low_rank.low_rank import factor_share
+from trimoe.methods.method import Method
 from trimoe.model.decision import Decisions, unchanged
 from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import LOGITS, Skeleton
@@ -142,7 +141,7 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
         kept = max(
             kept, _grams(skeleton, step, recipe, tokens) + int(1.5 * _sums(skeleton, step))
         )  # of sums, which are gathered in pieces, then joined
-        recorded = hidden + _fit(site, step) if "spectra" in step.needs else 0
+        recorded = hidden + step.fit_bytes(site) if "spectra" in step.needs else 0
         recorded = max(recorded, _candidates(skeleton, step, recipe, tokens))  # one after the other
         yield "statistics", max(outside + hidden - kept, layer + batch + hidden + recorded), kept, staging
         measured = measurements.of_step(skeleton, step, list(skeleton.sites.values()), recipe.calibration, tokens)
@@ -150,15 +149,15 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
             logits = TABLES * 4 * min(together, wide * skeleton.config.get_text_config().vocab_size)
             streams = min(streams_budget(skeleton.largest_layer, torch.device(device)), max(one.nbytes for one in measured))
             yield "measuring", streams + max(layer + batch, outside + logits), kept, staging
-    last = [step for step in recipe.steps if isinstance(step, LowRank | Quantize | WeightPrune)]
+    last = [step for step in recipe.steps if step.label is not None]
     if not last:
         largest = 2 * max(info.nbytes for info in skeleton.checkpoint.tensors.values())  # a stack is read to be cut
         yield "writing", 0, kept + largest, 0
         return
-    fitted = any(isinstance(step, LowRank) or step.calibrated for step in last)
+    fitted = any(step.records for step in last)
     recorded = 2 * hidden + batch if fitted else 0
     made = sum(_made(skeleton, decisions, step) for step in last)
-    beside = max(staging, cut, made + max(_fit(site, step) for step in last))
+    beside = max(staging, cut, made + max(step.fit_bytes(site) for step in last))
     yield "writing", max(outside + hidden - kept, recorded + skeleton.largest_layer + beside), kept, max(staging, cut, made)
 
 
@@ -182,11 +181,6 @@ def _compute(skeleton: Skeleton, key: str) -> int:
     return max(info.nbytes, math.prod(info.shape) * skeleton.dtype.itemsize)
 
 
-def _experts(site: MoeBlock) -> int:
-    """Parameters of one expert."""
-    return site.first * site.hidden + site.hidden * site.width
-
-
 def _cut(skeleton: Skeleton, decisions: Decisions) -> int:
     """Bytes of the larger stack of those experts that stay, while the whole stack is still there."""
     cuts = [
@@ -202,7 +196,7 @@ def _batch(site: MoeBlock, tokens: int, item: int) -> int:
     return tokens * item * ((8 + 2 * site.rule.top_k) * site.hidden + 2 * (site.hidden + site.first + site.width))
 
 
-def _grams(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
+def _grams(skeleton: Skeleton, step: Method, recipe: Recipe, tokens: int) -> int:
     """Bytes of search tokens in memory: of all layers up to a budget, and of the one layer that is searched, which may lie in a file."""
     every, reach, spec = list(skeleton.sites.values()), step.reach(skeleton.sites), recipe.calibration
     count = min(tokens, search_budget(every, reach, spec.search_tokens, spec.search_memory))
@@ -210,7 +204,7 @@ def _grams(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
     return whole if whole <= BUDGET else BUDGET + most
 
 
-def _candidates(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> int:
+def _candidates(skeleton: Skeleton, step: Method, recipe: Recipe, tokens: int) -> int:
     """Bytes of what one layer's search tokens are chosen from: inputs and logits of some tokens, the experts of all."""
     sites = list(skeleton.sites.values())
     count = min(
@@ -225,7 +219,7 @@ def _candidates(skeleton: Skeleton, step: Step, recipe: Recipe, tokens: int) -> 
     )
 
 
-def _sums(skeleton: Skeleton, step: Step) -> int:
+def _sums(skeleton: Skeleton, step: Method) -> int:
     """Bytes of all layers' statistics in float64, search tokens aside."""
     total = 0
     for site in skeleton.sites.values():
@@ -235,25 +229,7 @@ def _sums(skeleton: Skeleton, step: Step) -> int:
     return 8 * total
 
 
-def _fit(site: MoeBlock, step: Step) -> int:
-    """Bytes of one expert's factorisations: moments, their factors and eigenvectors, the matrix itself, in float64."""
-    if isinstance(step, Quantize | WeightPrune) and not step.calibrated:
-        return 4 * 6 * max(site.first * site.hidden, site.hidden * site.width)
-    return 8 * max(6 * n * n + 6 * m * n for m, n in ((site.first, site.hidden), (site.hidden, site.width)))
-
-
-def _made(skeleton: Skeleton, decisions: Decisions, step: Step) -> int:
-    """Bytes of what a layer's experts become, and of its copy on the way to the disk."""
-    most = 0
-    for index, site in skeleton.sites.items():
-        decision = decisions[index]
-        if decision.gone is not None:
-            continue
-        whole = len(decision.keep) * _experts(site)
-        if isinstance(step, Quantize):
-            most = max(most, 3 * whole)  # int8, stacked, packed
-        elif isinstance(step, LowRank) and decision.factored:
-            most = max(most, 2 * factor_share(decision, site) * skeleton.dtype.itemsize)
-        else:
-            most = max(most, whole * skeleton.dtype.itemsize)
-    return most
+def _made(skeleton: Skeleton, decisions: Decisions, step: Method) -> int:
+    """Bytes of what a layer's experts become, at most, and of its copy on the way to the disk."""
+    left = [(site, decisions[index]) for index, site in skeleton.sites.items() if decisions[index].gone is None]
+    return max((step.made_bytes(site, decision, skeleton.dtype.itemsize) for site, decision in left), default=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trimoe.methods import LowRank, Quantize, Step, WeightPrune
+from trimoe.methods.method import Method, last_label
 from trimoe.model.decision import Decisions, decided_sites, kept_layers
 from trimoe.model.skeleton import Skeleton
 from trimoe.output.layout import Layout
@@ -46,7 +46,7 @@ def passes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> list[dict[str, An
     return [row.__dict__ for row in made]
 
 
-def _deciding(skeleton: Skeleton, recipe: Recipe, step: Step, before: Decisions, tokens: int) -> list[Pass]:
+def _deciding(skeleton: Skeleton, recipe: Recipe, step: Method, before: Decisions, tokens: int) -> list[Pass]:
     if not step.gathers:
         return []
     layers, spec = kept_layers(skeleton, before), recipe.calibration
@@ -54,9 +54,8 @@ def _deciding(skeleton: Skeleton, recipe: Recipe, step: Step, before: Decisions,
     sites = list(decided_sites(skeleton.sites, before).values())
     length = min(spec.length, skeleton.context)
     for one in measurements.of_step(skeleton, step, sites, spec, tokens):
-        rounds = measurements.dropped_parts(skeleton, step, sites) if one.name == "Rerank" else 1  # type: ignore[arg-type]
-        each = _walk(skeleton, layers) + (0 if one.name == "Receptive field" else _ends(skeleton, "embeddings"))
-        made.append(Pass(one.name, rounds, one.samples * length, one.streams + 1, rounds * each, 0))
+        rounds, each = one.of.rounds, _walk(skeleton, layers) + (_ends(skeleton, "embeddings") if one.of.to_the_end else 0)
+        made.append(Pass(one.name, rounds, one.samples * length, one.of.streams + 1, rounds * each, 0))
     return made
 
 
@@ -64,15 +63,12 @@ def _writing(skeleton: Skeleton, recipe: Recipe, tokens: int) -> Pass:
     """The last walk: layers that are fitted run on the text, what stays as it is gets copied."""
     decisions = Outline(skeleton, replace(recipe, recover=None), largest=True).decisions
     layout = Layout(skeleton, decisions)
-    factor = next((step for step in recipe.steps if isinstance(step, LowRank)), None)
-    change = next((step for step in recipe.steps if isinstance(step, Quantize | WeightPrune)), None)
-    fitted = any(step is not None and step.calibrated for step in (factor, change))
+    fitted = any(step.calibrated for step in recipe.steps)
     computed = [i for i in layout.place if (d := decisions.get(i)) and (d.changed or (d.gone is None and d.in_ranks is not None))]
     loaded = list(layout.place) if computed and fitted else computed
     copied = sum(skeleton.checkpoint.tensors[entry.source].nbytes for group in layout.groups for entry in group if entry.source is not None)
     read = copied + (_walk(skeleton, loaded) if computed else 0)
-    label = f"{change.label} and write" if change else "Factor and write" if factor else "Write"
-    return Pass(label, 1, tokens if computed and fitted else 0, read_bytes=read, written_bytes=layout.tensor_bytes)
+    return Pass(last_label(recipe.steps), 1, tokens if computed and fitted else 0, read_bytes=read, written_bytes=layout.tensor_bytes)
 
 
 def _walk(skeleton: Skeleton, layers: list[int]) -> int:

@@ -11,7 +11,7 @@ import torch
 from trimoe.checkpoint.folder import Checkpoint
 from trimoe.checkpoint.headers import DTYPES
 from trimoe.errors import UserError
-from trimoe.methods import LowRank, Quantize, WeightPrune
+from trimoe.methods.method import WIDEST
 from trimoe.model.decision import Decisions, LayerDecision, unchanged
 from trimoe.model.linears import linears
 from trimoe.model.moe_block import MoeBlock
@@ -21,7 +21,7 @@ from trimoe.output.layout import Layout
 from trimoe.plan import measurements, memory, recovery_memory
 from trimoe.plan.disk import output_need, spilled
 from trimoe.plan.engines import check_target, loading
-from trimoe.plan.outline import WIDEST, Outline
+from trimoe.plan.outline import Outline
 from trimoe.plan.token_cost import LayerCosts, context_of, head_matrix, of_layers
 from trimoe.plan.warnings import advice
 from trimoe.recipe.recipe import Recipe, with_calibration
@@ -124,7 +124,7 @@ def plan(
     tokens = most_tokens(spec.sources, spec.samples, min(spec.length, skeleton.context))
     open_ = Bounds(
         slack=most.slack + _header_slack(layout) if most.open_bytes else 0, parameters=most.slack // WIDEST, least_bytes=smaller.nbytes,
-        counts=most.open_counts, layers=most.open_layers, ranks=most.open_counts or most.open_ranks, gone=most.gone,
+        counts="counts" in most.open, layers="layers" in most.open, ranks=bool(most.open & {"counts", "ranks"}), gone=most.gone,
     )  # fmt: skip
     made = describe(skeleton, layout, parsed, native=forms.native, tokens=tokens, open_=open_, device=device)
     if parsed.recover is not None:
@@ -157,20 +157,20 @@ def skeleton_for(
 
 def _writes_computed(recipe: Recipe) -> bool:
     """Factors, pruned weights, and matrices that stay dense beside them, are written from what was computed with."""
-    return any(isinstance(step, LowRank | WeightPrune) for step in recipe.steps)
+    return any(step.writes_computed for step in recipe.steps)
 
 
 def _refuse_narrow(recipe: Recipe, skeleton: Skeleton) -> None:
     """Raises UserError where writing what was computed with would round stored weights."""
     names = [f"{skeleton.layer_name(i)}.{site.block}.{path}" for i, site in skeleton.sites.items() for path in site.expert_paths()]
-    if any(isinstance(step, WeightPrune) and step.scope != "experts" for step in recipe.steps):
+    if any(step.writes_computed and step.beyond_experts for step in recipe.steps):
         names += [
             f"{skeleton.layer_name(i)}.{path}.weight" for i in range(len(skeleton.layers)) for path in linears(skeleton, i, block=True)
         ]
     keys = [key for name in names for key in skeleton.source_keys(name)]
     stored = {DTYPES[skeleton.checkpoint.tensors[key].dtype] for key in keys}
     wider = [dtype for dtype in stored if torch.promote_types(dtype, skeleton.dtype) != skeleton.dtype]
-    step = next((step for step in recipe.steps if isinstance(step, LowRank | WeightPrune)), None)
+    step = next((step for step in recipe.steps if step.writes_computed), None)
     if wider and step is not None:
         raise UserError(
             f"{step.name} in {skeleton.dtype} would round weights that {skeleton.name} keeps in {wider[0]}; give --dtype float32."
@@ -197,14 +197,14 @@ def _forms(skeleton: Skeleton, recipe: Recipe) -> _Forms:
     if skeleton.checkpoint.scheme is not None:
         raise UserError(f"{skeleton.name} is already quantised; give the bf16, fp16 or fp32 checkpoint it was made from.")
     most = Outline(skeleton, recipe, largest=False)
-    least = Outline(skeleton, recipe, largest=True) if most.open_depth else most  # the two differ in the layers that go
+    least = Outline(skeleton, recipe, largest=True) if "depth" in most.open else most  # the two differ in the layers that go
     layout = Layout(skeleton, most.decisions).examined()
-    smaller = Layout(skeleton, least.decisions).examined() if least.open_depth else layout
+    smaller = Layout(skeleton, least.decisions).examined() if "depth" in least.open else layout
     stored = layout.native or smaller.native
-    check_target(recipe, stored or most.open_counts, skeleton, least.decisions)
+    check_target(recipe, native := stored or "counts" in most.open, skeleton, least.decisions)
     _refuse_lone_experts(stored, skeleton, least.decisions)
     _refuse_narrow(recipe, skeleton)
-    return _Forms(most, layout, smaller, stored or most.open_counts)
+    return _Forms(most, layout, smaller, native)
 
 
 def _refuse_lone_experts(native: bool, skeleton: Skeleton, decisions: Decisions) -> None:
@@ -239,9 +239,10 @@ def _check_recovery(recipe: Recipe) -> None:
         raise UserError(
             "recover: adapter: true in a recipe would lose the folder that the adapter belongs to; compress first, then trimoe recover."
         )
-    if recipe.recover is not None and any(isinstance(step, Quantize) for step in recipe.steps):
+    fixed = next((step.name for step in recipe.steps if not step.trainable), None)
+    if recipe.recover is not None and fixed is not None:
         raise UserError(
-            "recover: training cannot change packed integers; leave quantize out, or train adapters with trimoe recover --adapter."
+            f"recover: training cannot change packed integers; leave {fixed} out, or train adapters with trimoe recover --adapter."
         )
 
 

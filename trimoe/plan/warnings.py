@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop, LowRank, Quantize, Step, WeightPrune
-from trimoe.model.depth_config import zero_block
+from trimoe.methods.method import Topic
 from trimoe.model.skeleton import Skeleton
 from trimoe.recipe.recipe import Recipe
 from trimoe.text.samples import BUILTIN_DOMAINS
@@ -13,53 +12,26 @@ from trimoe.text.spec import CalibrationSpec
 
 ENOUGH = 512  # tokens an expert, on average: experts are used unevenly, and one that saw fewer than 128 is fitted to its layer's inputs
 
-# The share that went without much harm in our runs, and what more of it did.
-USUAL: dict[str, tuple[float, str]] = {
-    "expert_drop": (0.25, "KL rose from 0.0075 at 25 % to 0.086 at 50 %"),
-    "low_rank": (0.4, "KL rose from 0.011 at 40 % to 0.065 at 60 %"),
-    "weight_prune": (0.5, "KL rose from 0.12 at 50 % to 0.83 at 70 %"),
-    "layer_drop": (0.25, "KL rose from 0.16 at 25 % to 0.53 at 50 %"),
-    "block_drop": (0.125, "KL rose from 0.15 at an eighth to 0.35 at a quarter"),
-}
-
 NATIVE_SOURCE = (
     "the model is in trimoe's own form, and so is the result: it loads in transformers only, and no field of the recipe changes that; "
     "for another engine compress the original."
 )
 
 
-def reads_text(step: Step) -> bool:
-    """Whether what the step decides or fits depends on calibration text."""
-    if isinstance(step, ExpertDrop):
-        return bool(step.needs) or step.protect_super_experts or step.score not in ("weights", "random")
-    return (
-        step.calibrated
-        if isinstance(step, Quantize | WeightPrune)
-        else not isinstance(step, LowRank) or step.whiten == "input" or bool(step.needs)
-    )
-
-
 def advice(skeleton: Skeleton, recipe: Recipe, share: float, *, tokens: int, native: bool) -> list[str]:
     """`share`: of the routed-expert parameters that stay; `tokens` of calibration text."""
     found = skeleton.left_out()
-    for step in recipe.steps:
-        if isinstance(step, ExpertDrop) and step.total(skeleton.sites) == 0:
-            experts = sum(site.num_experts for site in skeleton.sites.values())
-            found.append(f"expert_drop drops nothing: {step.share(skeleton.sites):.3g} of {experts:,} routed experts is rounded to none.")
-    found += _beyond(recipe, share)
-    if any(isinstance(step, WeightPrune) and step.form == "dense" for step in recipe.steps):
-        found.append("zeros are stored like other numbers: weight_prune makes nothing smaller (but with form: bitmask) and nothing faster.")
-    if any(isinstance(step, LowRank) and step.form == "dense" for step in recipe.steps):
-        found.append("low_rank with form: dense stores the products as large as before: the file gets no smaller and nothing gets faster.")
+    cautions = [step.cautions(skeleton.sites) for step in recipe.steps]
+
+    def said(topic: Topic) -> list[str]:
+        return [words[topic] for words in cautions if topic in words]
+
+    found += [*said("amount"), *_beyond(recipe, share)]
+    found += reversed(said("stored"))  # what is stored is first of all what the last step leaves
     if native and recipe.target == "transformers":
         found += _native(skeleton, recipe) if skeleton.spec is None else [NATIVE_SOURCE]
-    if any(isinstance(step, Quantize) for step in recipe.steps):
-        found.append(
-            "4-bit experts speed up single-stream decoding (1.9 to 2.2 times here); weight-only kernels halve the speed of prefill."
-            if any(isinstance(step, Quantize) and step.bits == 4 for step in recipe.steps)
-            else "8-bit experts run weight-only; run trimoe bench before you count on speed."
-        )
-    if any(map(reads_text, recipe.steps)):
+    found += said("speed")
+    if recipe.reads_text:
         found += [*_domains(recipe.calibration), *_amount(skeleton, tokens)]
     return found
 
@@ -68,37 +40,23 @@ def _beyond(recipe: Recipe, share: float) -> Iterator[str]:
     """Shares that are not usual without recovery, and what hides the harm."""
     recovered = recipe.recover is not None
     for step in recipe.steps:
-        ratio = _ratio(step)
-        if ratio is not None and step.name in USUAL and not recovered:
-            usual, seen = USUAL[step.name]
-            if ratio > usual + 1e-6:
-                yield f"{step.name} of {ratio:.0%} is beyond the usual {usual:.3g}: on mini-mixtral {seen}; plan recovery (trimoe recover)."
+        if step.amount is not None and step.usual is not None and not recovered:
+            usual, seen = step.usual
+            if step.amount > usual + 1e-6:
+                yield f"{step.name} of {step.amount:.0%} is beyond the usual {usual:.3g}: on mini-mixtral {seen}; plan recovery (trimoe recover)."
     if share < 0.5 - 1e-3 and not recovered:
         yield f"only {share:.0%} of the expert parameters stay; beyond half, recovery training is usually needed."
     if share < 0.75 + 1e-3:
         yield "perplexity flatters here: it may look well while the model's answers change; judge by KL, agreement and tasks (trimoe eval)."
 
 
-def _ratio(step: Step) -> float | None:
-    if isinstance(step, WeightPrune) and step.n_of_m is not None:
-        return 1 - step.n_of_m.keep / step.n_of_m.of
-    if isinstance(step, ExpertDrop | LowRank | WeightPrune | LayerDrop | BlockDrop):
-        return step.ratio
-    return None
-
-
 def _native(skeleton: Skeleton, recipe: Recipe) -> Iterator[str]:
     """What would make the result load elsewhere, and what that costs."""
-    changes, dense, dropped = [], [], False
-    for number, step in enumerate(recipe.steps):
-        if isinstance(step, ExpertDrop) and step.counts != "uniform":
-            changes.append(f"steps.{number}.counts=uniform")
-        if (isinstance(step, LowRank) and step.form == "factored") or (isinstance(step, WeightPrune) and step.form == "bitmask"):
-            changes.append(f"steps.{number}.form=dense")
-            dense.append(step.name)
-        dropped = dropped or (isinstance(step, LayerDrop) and any(zero_block(skeleton, index) is None for index in skeleton.sites))
+    changes = [f"steps.{n}.{name}={value}" for n, step in enumerate(recipe.steps) for name, value in step.stock_settings.items()]
+    dense = [step.name for step in recipe.steps if "form" in step.stock_settings]
+    others = {step.name: other for step in recipe.steps if (other := step.stock_method(skeleton)) is not None}
     ways = [f"--set {' --set '.join(changes)}"] if changes else []
-    ways += ["block_drop in the place of layer_drop"] if dropped else []
+    ways += [f"{other} in the place of {name}" for name, other in others.items()]
     if ways:
         yield f"the result loads in transformers only; vLLM, SGLang and llama.cpp would need {' and '.join(ways)}."
     if dense:

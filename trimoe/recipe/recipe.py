@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import InstanceOf, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from trimoe.errors import UserError, first_line
-from trimoe.methods import METHODS, Step
+from trimoe.methods import METHODS
+from trimoe.methods.method import Method, plain
 from trimoe.recipe.recover import Recover
 from trimoe.show.format import counted, listed
 from trimoe.text.spec import STRICT, CalibrationSpec
@@ -34,30 +35,21 @@ class Recipe:
     recover      training afterwards; none unless it is given
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[InstanceOf[Method], ...]
     calibration: CalibrationSpec = dataclasses.field(default_factory=CalibrationSpec)
     target: Literal["transformers", "vllm", "llama.cpp", "any"] = "transformers"
     recover: Recover | None = None
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether any step depends on calibration text."""
+        return any(step.reads_text for step in self.steps)
+
     def to_json(self) -> dict[str, Any]:
         """In the form of the YAML file, every field spelled out."""
-        steps = []
-        for step in self.steps:
-            body = _plain(step)
-            search = getattr(step, "search", None)
-            if search is not None:
-                body["search"] = {type(search).__name__.lower(): _plain(search)}
-            steps.append({step.name: body})
-        body = {"steps": steps, "calibration": _plain(self.calibration), "target": self.target}
+        steps = [{step.name: step.to_json()} for step in self.steps]
+        body = {"steps": steps, "calibration": plain(self.calibration), "target": self.target}
         return body if self.recover is None else {**body, "recover": self.recover.to_json()}
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    out = {}
-    for entry in fields(value):
-        item = getattr(value, entry.name)
-        out[entry.name] = _plain(item) if dataclasses.is_dataclass(item) else list(item) if isinstance(item, tuple) else item
-    return out
 
 
 def names() -> list[str]:

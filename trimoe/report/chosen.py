@@ -151,8 +151,8 @@ def _numbers(record: Record) -> Section | None:
     found = {index: decision for index, decision in record.decisions.items() if decision.bits or decision.sparsity or decision.pattern}
     if not found:
         return None
-    step = next((step for step in record.steps if step.name in ("quantize", "weight_prune")), None)
-    recorded = step.layers if step is not None else {}
+    step = record.steps[-1]  # what changes matrices comes last
+    recorded: dict[int, Any] = step.layers
     zeros = {index: recorded.get(index, {}).get("zeros", _zeros(decision)) for index, decision in found.items() if not decision.bits}
     bits = {index: decision.bits for index, decision in found.items() if decision.bits}
     blocks = []
@@ -163,7 +163,7 @@ def _numbers(record: Record) -> Section | None:
     borrowed = sum(row.get("borrowed", 0) for row in recorded.values())
     unseen = sum(row.get("unseen_experts", 0) for row in recorded.values())
     text = []
-    share = step.metrics.get("quantized_share") if step is not None else None
+    share = step.metrics.get("quantized_share")
     if share is not None:
         text.append(f"{share:.1%} of the expert weights are held as integers.")
     if borrowed:

@@ -11,7 +11,6 @@ from pathlib import Path
 from trimoe.calibration.gather import statistics
 from trimoe.calibration.search_tokens import gram_side, search_budget
 from trimoe.calibration.statistics import Stats
-from trimoe.methods import BlockDrop, ExpertDrop, LayerDrop
 from trimoe.methods.lab import Lab
 from trimoe.progress import Reporter
 
@@ -93,7 +92,7 @@ def _searched(run: Lab) -> str | None:
     """What of the search tokens the first step is given: among how many experts in each layer, and how many tokens. None where it cannot
     start from shared statistics."""
     step, sites = run.steps[0], dict(run.skeleton.sites)
-    if not isinstance(step, ExpertDrop | LayerDrop | BlockDrop) and step.needs != {"search"}:
+    if not step.gathers or "spectra" in step.needs:
         return None
     reach = step.reach(sites)
     if not reach:

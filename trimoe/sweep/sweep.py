@@ -37,7 +37,6 @@ from trimoe.output import card
 from trimoe.output.record import Record
 from trimoe.plan import disk
 from trimoe.plan.plan import Plan, skeleton_for
-from trimoe.plan.warnings import reads_text
 from trimoe.progress import LOG, QUIET, Reporter, logged
 from trimoe.recipe.recipe import Recipe
 from trimoe.show.format import counted, duration, listed
@@ -137,7 +136,7 @@ def sweep(
 
     def ready(variant: Variant) -> Job:
         parsed, _ = plans[variant.name]
-        spec = json.dumps([parsed.to_json()["calibration"], any(map(reads_text, parsed.steps))])
+        spec = json.dumps([parsed.to_json()["calibration"], parsed.reads_text])
         if spec not in read:
             read[spec] = text_of(skeleton, parsed, seed, reporter)
         command = _command(model, out, variant, seed, device, precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -11,9 +11,12 @@ from pydantic.dataclasses import dataclass
 from trimoe.calibration.statistics import Stats
 from trimoe.errors import UserError
 from trimoe.methods.depth import candidates as parts
-from trimoe.methods.method import DepthDrop
+from trimoe.methods.depth.depth_drop import DepthDrop
 from trimoe.model.decision import Decisions
+from trimoe.model.depth_config import zero_block
 from trimoe.model.moe_block import MoeBlock
+from trimoe.model.skeleton import Skeleton
+from trimoe.model.sublayer import dropped_entry
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -30,9 +33,19 @@ class LayerDrop(DepthDrop):
     """
 
     name: ClassVar[str] = "layer_drop"
+    usual: ClassVar[tuple[float, str] | None] = 0.25, "KL rose from 0.16 at 25 % to 0.53 at 50 %"
+    sub_layers: ClassVar[bool] = True
 
     metric: Literal["residual", "output"] = "residual"
     blocks: bool = False
+
+    @property
+    def mixed(self) -> bool:
+        return self.blocks
+
+    @property
+    def whole(self) -> bool:
+        return self.blocks
 
     def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         super().shape(sites, decisions)
@@ -50,6 +63,24 @@ class LayerDrop(DepthDrop):
         if self.blocks:
             return parts.wanted(self.name, self.ratio, self.count, 2 * len(depth.layers) - len(depth.emptied), most, "sub-layers")
         return parts.wanted(self.name, self.ratio, self.count, len(depth.moe), most, "MoE layers")
+
+    def refuse(self, skeleton: Skeleton, left: parts.Depth) -> None:
+        for index in left.moe:
+            dropped_entry(skeleton, index)  # raises where dropping is not the identity
+
+    def bounds(self, left: parts.Depth, least: int, most: int) -> dict[str, tuple[int, int]]:
+        if not self.blocks:
+            return {"block": (0, 0), "moe": (least, most)}
+        # sub-layers are counted, of which a decoder layer has two; the last one may find nothing that fits
+        without = len(left.layers) - len(left.moe)  # layers that have no MoE sub-layer to take with them
+        fewest = 0 if left.emptied else max(0, (least - 1) // 2 - without)
+        return {"block": (0, most if left.emptied else most // 2), "moe": (fewest, min(most, len(left.moe) - 1))}
+
+    def counted(self, skeleton: Skeleton, sites: Sequence[MoeBlock]) -> int:
+        return len(sites)
+
+    def stock_method(self, skeleton: Skeleton) -> str | None:
+        return "block_drop" if any(zero_block(skeleton, index) is None for index in skeleton.sites) else None
 
     def similarity(self, candidates: list[parts.Part], stats: Stats) -> dict[parts.Part, float]:
         return {part: parts.similarity(part, stats, self.metric) for part in candidates}

@@ -3,101 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from trimoe.calibration.statistics import LayerStats
 from trimoe.errors import UserError
 from trimoe.methods import budget
-from trimoe.methods.expert_drop import scores
+from trimoe.methods.expert_drop import receptive_field, scores, stability
 from trimoe.methods.expert_drop import search as find
+from trimoe.methods.expert_drop.choice import Choice
+from trimoe.methods.expert_drop.options import STRICT, Drop, Exhaustive, Greedy, Random, ReceptiveField, Search, by_name
 from trimoe.methods.expert_drop.subset import SubsetLoss
-from trimoe.methods.method import share_of
+from trimoe.methods.lab import Lab
+from trimoe.methods.method import Measure, Method, Outlined, Paper, Topic, plain, share_of
 from trimoe.model.decision import Decisions, LayerDecision
 from trimoe.model.moe_block import MoeBlock
-
-STRICT = ConfigDict(extra="forbid")
-Drop = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Genetic:
-    """MoE-I2's search over sets of experts: elitist, children drawn from the union of two parents, then single swaps.
-
-    population       sets in a generation
-    generations      how many generations, at most
-    max_evaluations  losses computed in one layer, at most
-    """
-
-    population: Annotated[int, Field(ge=4, le=100_000)] = 100
-    generations: Annotated[int, Field(ge=1, le=100_000)] = 50
-    max_evaluations: Annotated[int, Field(ge=1)] = 5000
+from trimoe.model.skeleton import Skeleton
+from trimoe.walk.sensitivity import streams
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Exhaustive:
-    """Every set (NAEE).
-
-    limit  more sets than this in a layer are refused
-    """
-
-    limit: Annotated[int, Field(ge=1)] = 2_000_000
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Greedy:
-    """Backward elimination on the exact loss."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Random:
-    """The best of some random sets.
-
-    draws  how many
-    """
-
-    draws: Annotated[int, Field(ge=1)] = 1
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ReceptiveField:
-    """Block-wise KT-Reception Field: all combinations of the best sets of a few successive layers are tried.
-
-    k     how many of a layer's best sets take part
-    t     MoE layers in a block; k to the power of t is at most 1,000
-    mode  `progressive`: a block starts from what the blocks before it, compressed, give; `layerwise`: from the original's hidden states
-    """
-
-    k: Annotated[int, Field(ge=1, le=8)] = 3
-    t: Annotated[int, Field(ge=1, le=6)] = 3
-    mode: Literal["progressive", "layerwise"] = "progressive"
-
-
-SEARCHES: dict[str, type] = {"genetic": Genetic, "exhaustive": Exhaustive, "greedy": Greedy, "random": Random}
-
-
-def _by_name(value: Any) -> Any:
-    """`none`, a search's name, or {name: {its fields}}."""
-    if value is None or value == "none" or isinstance(value, tuple(SEARCHES.values())):
-        return None if value == "none" else value
-    name, fields = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
-    if not isinstance(name, str) or name not in SEARCHES:
-        raise ValueError(f"{value!r} is not a search; there are none, {', '.join(SEARCHES)}")
-    if fields is not None and not isinstance(fields, dict):
-        raise ValueError(f"the fields of {name} must be a mapping, not {fields!r}")
-    return TypeAdapter(SEARCHES[name]).validate_python(fields or {})
-
-
-Search = Genetic | Exhaustive | Greedy | Random
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ExpertDrop:
+class ExpertDrop(Method):
     """Remove experts.
 
     ratio           share of all routed experts that goes; or
@@ -120,11 +51,14 @@ class ExpertDrop:
     name: ClassVar[str] = "expert_drop"
     paper: ClassVar[str] = "arXiv 2411.01016"
 
+    mildest: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
+    usual: ClassVar[tuple[float, str] | None] = 0.25, "KL rose from 0.0075 at 25 % to 0.086 at 50 %"
+
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     count: Annotated[int, Field(ge=0)] | None = None
     score: Literal["leave_one_out", "reap", "gate", "frequency", "output_norm", "coactivation", "weights", "random"] = "leave_one_out"
     counts: Literal["importance", "uniform", "optimal", "global"] = "importance"
-    search: Annotated[Search | None, BeforeValidator(_by_name)] = None
+    search: Annotated[Search | None, BeforeValidator(by_name)] = None
     receptive_field: ReceptiveField | None = None
     normalize: Literal["none", "relative"] = "none"
     layer_limit: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = 3.0
@@ -133,7 +67,9 @@ class ExpertDrop:
 
     # ---- on paper
 
-    gathers: ClassVar[bool] = True
+    @property
+    def gathers(self) -> bool:
+        return True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -193,6 +129,21 @@ class ExpertDrop:
                 self.space(sites[index], dropped, ()).check()
                 self._refuse_too_many(index, self.space(sites[index], dropped, ()))
 
+    def outline(self, paper: Paper) -> Outlined:
+        counts, kept = self.uniform(paper.sites), {index: paper.decisions[index].keep for index in paper.sites}
+        return Outlined(
+            {index: LayerDecision(keep=kept[index][: len(kept[index]) - count]) for index, count in counts.items()},
+            open=frozenset({"counts"} if self.counts != "uniform" else ()),
+        )
+
+    def measures(self, skeleton: Skeleton, sites: Iterable[MoeBlock]) -> dict[str, Measure]:
+        made = {}
+        if self.counts == "optimal":
+            made["Sensitivity"] = Measure(streams([site.layer for site in sites], skeleton.dtype))
+        if self.receptive_field is not None:
+            made["Receptive field"] = Measure(receptive_field.streams(self.receptive_field), to_the_end=False)
+        return made
+
     def uniform(self, sites: Mapping[int, MoeBlock]) -> dict[int, int]:
         """How many go in each layer if all lose alike; raises if the ratio cannot be had."""
         if self.count is not None:
@@ -222,7 +173,55 @@ class ExpertDrop:
             f"least {site.rule.min_experts} (top-{site.rule.top_k}), so at most {site.num_experts - site.rule.min_experts} can go."
         )
 
-    # ---- statistics in, decisions out
+    # ---- for people
+
+    def to_json(self) -> dict[str, Any]:
+        search = None if self.search is None else {type(self.search).__name__.lower(): plain(self.search)}
+        return super().to_json() | {"search": search}
+
+    @property
+    def reads_text(self) -> bool:
+        return bool(self.needs) or self.protect_super_experts or self.score not in ("weights", "random")
+
+    @property
+    def text_hint(self) -> str | None:
+        if not self.protect_super_experts or replace(self, protect_super_experts=False).reads_text:
+            return None
+        return "Text is read only to know which experts are never dropped; with protect_super_experts: false none is needed."
+
+    @property
+    def amount(self) -> float | None:
+        return self.ratio
+
+    @property
+    def stock_settings(self) -> dict[str, str]:
+        return {"counts": "uniform"} if self.counts != "uniform" else {}
+
+    def cautions(self, sites: Mapping[int, MoeBlock]) -> dict[Topic, str]:
+        if self.total(sites) != 0:
+            return {}
+        experts = sum(site.num_experts for site in sites.values())
+        return {"amount": f"expert_drop drops nothing: {self.share(sites):.3g} of {experts:,} routed experts is rounded to none."}
+
+    def foretell(self, sites: Mapping[int, MoeBlock], layers: Iterable[tuple[int, LayerStats]]) -> tuple[list[str], dict[int, Drop]]:
+        """Whether kept sets are stable, and of equal shares the experts with the lowest leave-one-out scores."""
+        dropped, rows, drops = self.uniform(sites), {}, {}
+        for index, layer in layers:
+            site, count = sites[index], dropped[index]
+            halves = stability.halves(self, site, layer, count)
+            rows[str(index)] = {
+                "dropped": count, "tokens_per_expert": layer["count_E"],
+                "stability": halves.jaccard(site.num_experts) if halves is not None else None,
+            }  # fmt: skip
+            found = self.lowest(self.space(site, count, ()), scores.leave_one_out(layer)) if count and layer.search else None
+            drops[index] = () if found is None else found.drops[0]
+        unstable = stability.warning(rows)
+        return [] if unstable is None else [unstable], drops
+
+    # ---- from measurements to decisions
+
+    def decide(self, lab: Lab) -> tuple[Decisions, dict[str, Any]]:
+        return Choice.of(self, lab).decided()
 
     def importance(self, stats: LayerStats, seed: int) -> torch.Tensor:
         """The score of each expert, [E] float64 (higher stays)."""
@@ -328,7 +327,7 @@ class ExpertDrop:
         drop = sorted((order_GE + torch.arange(space.groups).unsqueeze(1) * size).flatten().tolist())
         return find.Found(drops=(tuple(drop),), losses=(float("nan"),), evaluations=0, history=())
 
-    def decide(self, decisions: Decisions, drops: Mapping[int, Drop]) -> Decisions:
+    def without(self, decisions: Decisions, drops: Mapping[int, Drop]) -> Decisions:
         """The decisions after these experts (numbered among the survivors so far) have gone."""
         return {
             index: LayerDecision(keep=tuple(expert for place, expert in enumerate(decision.keep) if place not in set(drops.get(index, ()))))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trimoe.methods.expert_drop.expert_drop import Drop, ReceptiveField
+from trimoe.methods.expert_drop.options import Drop, ReceptiveField
 from trimoe.model.decision import Decisions, kept_layers
 from trimoe.model.moe_block import MoeBlock
 from trimoe.model.skeleton import Skeleton

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trimoe.calibration.search_tokens import ENOUGH
 from trimoe.calibration.statistics import LayerStats
-from trimoe.methods import ExpertDrop
 from trimoe.methods.expert_drop import scores, search
-from trimoe.methods.expert_drop.expert_drop import Drop
+from trimoe.methods.expert_drop.options import Drop
 from trimoe.methods.expert_drop.subset import SubsetLoss
 from trimoe.model.moe_block import MoeBlock
 from trimoe.walk.expert_inputs import FEW
+
+if TYPE_CHECKING:
+    from trimoe.methods.expert_drop.expert_drop import ExpertDrop
 
 AGREED = 0.5  # of the way from chance to sameness, over all layers, below which kept sets are called unstable
 

@@ -10,33 +10,37 @@ that make one matrix (2: gate and up apart).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass as plain_dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from scipy.linalg import eigh
 from torch import nn
 
 from trimoe.calibration.statistics import LayerStats
 from trimoe.errors import UserError
 from trimoe.methods import budget
 from trimoe.methods.expert_drop import scores
+from trimoe.methods.fitting import LayerFit
+from trimoe.methods.lab import Lab
 from trimoe.methods.low_rank import knapsack
+from trimoe.methods.low_rank.factors import Cut, Joined, apart, factor, refit, spectrum
+from trimoe.methods.method import WIDEST, Measure, Method, Outlined, Paper, Topic
 from trimoe.model.decision import Decisions, LayerDecision
-from trimoe.model.expert import activate, matrices, run_expert
+from trimoe.model.expert import matrices, run_expert
 from trimoe.model.moe_block import MoeBlock
+from trimoe.model.skeleton import Skeleton
 from trimoe.modeling_trimoe import DENSE, FactoredExperts, first_projection
-from trimoe.walk.expert_inputs import DAMP, ExpertInputs, LayerInputs, damped
+from trimoe.walk.expert_inputs import DAMP, LayerInputs, damped
+from trimoe.walk.sensitivity import shrunk, streams
 
 MULTIPLE = 8  # ranks: grouped matrix products want strides in multiples of 16 bytes
-RIDGE = 0.03  # of the mean diagonal, added to second moments where the last projection is refitted
+POINTS = 32  # of a spectrum that are recorded
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class LowRank:
+class LowRank(Method):
     """Replace each expert's matrices by products of two factors.
 
     ratio    share of the (remaining) routed-expert parameters that goes
@@ -52,6 +56,12 @@ class LowRank:
 
     name: ClassVar[str] = "low_rank"
     paper: ClassVar[str] = "arXiv 2411.01016"
+
+    label: ClassVar[str | None] = "Factor"
+    mildest: ClassVar[Mapping[str, Any]] = {"ratio": 0.01}
+    usual: ClassVar[tuple[float, str] | None] = 0.4, "KL rose from 0.011 at 40 % to 0.065 at 60 %"
+    writes_computed: ClassVar[bool] = True
+    progressive: ClassVar[bool] = False  # the original's inputs were better on every model and ratio tried (LOG.md)
 
     ratio: Annotated[float, Field(gt=0, lt=1)]
     rank: Literal["importance", "uniform", "optimal"] = "importance"
@@ -73,6 +83,10 @@ class LowRank:
         """Whether factors are fitted to what the experts are given."""
         return self.whiten == "input"
 
+    @property
+    def records(self) -> bool:
+        return True
+
     # ---- on paper
 
     def reach(self, sites: Mapping[int, MoeBlock]) -> int:
@@ -88,6 +102,59 @@ class LowRank:
                     f"low_rank: ratio {self.ratio} leaves rank {self.average(site):.1f} in layer {index} (experts of {site.hidden} x {site.width}); "
                     f"at least {MULTIPLE} is needed, so ratio can be at most {1 - MULTIPLE / self._full_average(site):.2f}."
                 )
+
+    def outline(self, paper: Paper) -> Outlined:
+        """Stand-in ranks of the right total."""
+        out, slack = {}, 0
+        optimal = self.rank == "optimal"
+        for index, site in paper.sites.items():
+            ranks = tuple(budget.uniform_ranks(site.num_experts, self.average(site), multiple=MULTIPLE, cap=self.cap(site)))
+            out[index] = self._decision(paper.decisions[index], site, ranks, ranks)
+            if self.form == "factored" and ("counts" in paper.open or optimal):
+                # every rank is a multiple of 8, and one such step in a layer is what rounding can move; `optimal` spends the whole budget
+                slack += MULTIPLE * (site.first + (self.parts(site) + 1) * site.hidden + site.width) * WIDEST
+                if optimal:
+                    slack += abs(self.parameters(site, site.num_experts) - factor_share(out[index], site)) * WIDEST
+        return Outlined(out, slack, frozenset({"ranks"} if optimal and self.form == "factored" else ()))
+
+    def measures(self, skeleton: Skeleton, sites: Iterable[MoeBlock]) -> dict[str, Measure]:
+        if "sensitivity" not in self.needs:
+            return {}
+        return {"Sensitivity": Measure(streams([site.layer for site in sites], skeleton.dtype))}
+
+    def made_bytes(self, site: MoeBlock, decision: LayerDecision, itemsize: int) -> int:
+        if not decision.factored:
+            return super().made_bytes(site, decision, itemsize)
+        return 2 * factor_share(decision, site) * itemsize
+
+    def _decision(self, before: LayerDecision, site: MoeBlock, inside: Sequence[int], outside: Sequence[int]) -> LayerDecision:
+        return LayerDecision(
+            keep=before.keep, in_ranks=tuple(inside), out_ranks=tuple(outside), separate=self.parts(site) > 1,
+            merged=self.form == "dense",
+        )  # fmt: skip
+
+    # ---- for people
+
+    @property
+    def reads_text(self) -> bool:
+        return self.calibrated or bool(self.needs)
+
+    @property
+    def amount(self) -> float | None:
+        return self.ratio
+
+    @property
+    def stock_settings(self) -> dict[str, str]:
+        return {"form": "dense"} if self.form == "factored" else {}
+
+    def cautions(self, sites: Mapping[int, MoeBlock]) -> dict[Topic, str]:
+        if self.form == "factored":
+            return {}
+        return {
+            "stored": "low_rank with form: dense stores the products as large as before: the file gets no smaller and nothing gets faster."
+        }
+
+    # ---- sizes
 
     def parts(self, site: MoeBlock) -> int:
         """Of how many products an expert's first projection is made: 2 where gate and up are factored apart."""
@@ -115,7 +182,29 @@ class LowRank:
 
     # ---- statistics in, decisions out
 
-    def decide(
+    def decide(self, lab: Lab) -> tuple[Decisions, dict[str, Any]]:
+        """Importance is measured again, on the model as the earlier steps leave it."""
+        if not self.needs:
+            return self.ranked(lab.sites, lab.decisions, {}), {}
+        stats = lab.statistics(self.needs, self.reach(lab.sites), self.spectra if "spectra" in self.needs else None)
+        sensitive: dict[int, float] | None = None
+        probed: dict[str, Any] = {}
+        if "sensitivity" in self.needs:
+            sensitive, probed = lab.sensitivity(dict.fromkeys(lab.sites, shrunk), {})
+        decided = self.ranked(lab.sites, lab.decisions, stats.layers, sensitivity=sensitive)
+        routed = {index: layer.routed for index, layer in stats.layers.items() if layer.search}
+        metrics: dict[str, Any] = {
+            "tokens_per_expert": {str(i): layer["count_E"].tolist() for i, layer in stats.layers.items()},
+            "sensitivity": None if sensitive is None else {str(i): value for i, value in sensitive.items()},
+            "measured_on": probed | lab.text_seen(stats, routed),
+        }
+        if "spectra" in self.needs:
+            metrics["spectra"] = {str(i): recorded_spectra(layer) for i, layer in stats.layers.items()}
+        else:
+            metrics["score"] = {str(i): scores.leave_one_out(layer).tolist() for i, layer in stats.layers.items()}
+        return decided, metrics
+
+    def ranked(
         self,
         sites: Mapping[int, MoeBlock],
         decisions: Decisions,
@@ -138,15 +227,7 @@ class LowRank:
                     one = budget.importance_ranks(value, average, alpha=self.alpha, multiple=MULTIPLE, cap=cap)
                 ranks[index] = (one, one)
         return {
-            index: LayerDecision(
-                keep=decisions[index].keep,
-                in_ranks=tuple(inside),
-                out_ranks=tuple(outside),
-                separate=self.parts(sites[index]) > 1,
-                merged=self.form == "dense",
-            )
-            if {*inside, *outside} != {DENSE}
-            else decisions[index]
+            index: self._decision(decisions[index], sites[index], inside, outside) if {*inside, *outside} != {DENSE} else decisions[index]
             for index, (inside, outside) in ranks.items()
         }
 
@@ -179,6 +260,24 @@ class LowRank:
             ranks[index][name == "out"][expert] = options[choice]
         return ranks
 
+    def fit(self, layer: LayerFit) -> tuple[Any, dict[str, Any]]:
+        """The layer's experts, factored; the same experts where the factors were multiplied out."""
+        part, decision = layer.part, layer.decision
+        if part is None or decision.in_ranks is None or decision.out_ranks is None:
+            return None, {}
+        new = None if part.empty else self.transform(part.experts, part.site, part.decision(decision), part.seen)
+        if decision.merged:
+            part.complete()
+            return part.whole, {}
+        if part.team.count == 1:
+            return new, {}
+        made = part.team.everyone({} if new is None else dict(new.named_parameters(recurse=False)))
+        out = FactoredExperts(part.whole, list(decision.in_ranks), list(decision.out_ranks), decision.separate)
+        for name, parameter in out.named_parameters(recurse=False):
+            if not name.endswith("_bias"):  # biases are the experts' own
+                parameter.copy_(torch.cat([own[name] for own in made if name in own]))
+        return out, {}
+
     # ---- tensors in, tensors out
 
     @torch.no_grad()
@@ -202,7 +301,7 @@ class LowRank:
                 assert seen is not None
                 given = seen.of(expert)
                 cut_in = first(w_in, damped(given.moment, DAMP), decision.in_ranks[expert])
-                target, moment = _refit(experts, expert, given, cut_in, w_out)
+                target, moment = refit(experts, expert, given, cut_in, w_out)
                 cut_out = factor(target, moment, decision.out_ranks[expert])
             factored.set_expert(expert, cut_in, cut_out)
             if decision.merged:
@@ -234,98 +333,17 @@ class LowRank:
         stats.sums["in_spectrum_ER"], stats.sums["out_spectrum_ER"] = torch.stack(inside).cpu(), torch.stack(outside).cpu()
 
 
-@plain_dataclass
-class Cut:
-    """W ~ u_mr @ v_rn, or the whole matrix where the decision is to leave it dense."""
-
-    u_mr: torch.Tensor | None
-    v_rn: torch.Tensor | None
-    whole: torch.Tensor | None = None
-
-    @property
-    def product(self) -> torch.Tensor:
-        return self.whole if self.whole is not None else self.u_mr @ self.v_rn  # type: ignore[operator]
-
-
-@plain_dataclass
-class Joined:
-    """The cuts of gate and up, of one rank, stored one behind the other: u_mr [I, 2r], v_rn [2r, H]."""
-
-    cuts: tuple[Cut, ...]
-    concatenated: bool
-    whole: None = None
-
-    @property
-    def u_mr(self) -> torch.Tensor:
-        return torch.cat([cut.u_mr for cut in self.cuts], 1)  # type: ignore[misc]
-
-    @property
-    def v_rn(self) -> torch.Tensor:
-        return torch.cat([cut.v_rn for cut in self.cuts])  # type: ignore[misc]
-
-    @property
-    def product(self) -> torch.Tensor:
-        """In the order that the rows of the first projection have."""
-        parts = [cut.product for cut in self.cuts]
-        return torch.cat(parts) if self.concatenated else torch.stack(parts, 1).flatten(0, 1)
-
-
-def apart(experts: Any, w_OH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gate [I, H], up [I, H]): the halves of the first projection's rows, or every other row."""
-    if experts.is_concatenated:
-        return w_OH[: len(w_OH) // 2], w_OH[len(w_OH) // 2 :]
-    return w_OH[::2], w_OH[1::2]
-
-
-def factor(w_mn: torch.Tensor, moment: torch.Tensor | None, rank: int) -> Cut:
-    """The best rank-r approximation of W under ||(W - UV) S||_F, C = S S^T: U = Q_r, V = Q_r^T W, Q the left singular vectors of W S."""
-    if rank == DENSE:
-        return Cut(None, None, whole=w_mn.clone())
-    w = w_mn.double()
-    whitened = w if moment is None else w @ torch.linalg.cholesky(moment)
-    if w.shape[0] <= w.shape[1]:
-        _, q_mr = leading(whitened @ whitened.T, rank)
-    else:
-        values, right = leading(whitened.T @ whitened, rank)
-        size = values.clamp_min(0).sqrt()
-        q_mr = whitened @ right / size.clamp_min(float(size.max()) * 1e-9 + 1e-300) if rank else whitened[:, :0]
-    return Cut(q_mr.to(w_mn.dtype), (q_mr.T @ w).to(w_mn.dtype))
-
-
-def leading(gram_NN: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest eigenvalues, largest first, and their eigenvectors [N, count], each with its largest number positive: LAPACK's
-    signs turn with the last bits, so with the number of threads. On a CPU its relatively robust representations find a few of the
-    eigenvectors in less time than all of them take (LOG.md)."""
-    size = len(gram_NN)
-    if gram_NN.device.type == "cpu" and 0 < count <= size // 3:
-        span = (size - count, size - 1)
-        values, vectors = (torch.from_numpy(part) for part in eigh(gram_NN.numpy(), subset_by_index=span, driver="evr", check_finite=False))
-    else:
-        values, vectors = (part[..., size - count :] for part in torch.linalg.eigh(gram_NN))
-    vectors = vectors.flip(1)
-    return values.flip(0), vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-
-
-def spectrum(w_mn: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
-    """Squared singular values of W S, largest first, [min(m, n)] float64."""
-    w = w_mn.double()
-    whitened = w if moment is None else w @ torch.linalg.cholesky(moment)
-    gram = whitened @ whitened.T if w.shape[0] <= w.shape[1] else whitened.T @ whitened
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
-
-
-def _refit(experts: Any, expert: int, given: ExpertInputs, cut_in: Cut | Joined, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last projection that, on the factored first one's activations h', best gives back the original outputs W_out h (ridge least
-    squares), and the second moment of h' to whiten it with: M = W_out (C_hh' + mu I)(C_h'h' + mu I)^-1."""
-    old, new = [], []
-    for x in (given.x_SH, given.pool_PH):
-        old.append(run_expert(experts, expert, x)[0])
-        new.append(activate(experts, expert, x @ cut_in.product.T))
-    moment = given.blended(new[0], new[0], new[1], new[1])
-    cross = given.blended(old[0], new[0], old[1], new[1])
-    ridge = torch.diag_embed((RIDGE * moment.diagonal().mean() + 1e-12).expand(len(moment)))
-    target = torch.linalg.solve(moment + ridge, (w_out.double() @ (cross + ridge)).T).T
-    return target.to(w_out.dtype), damped(moment, DAMP)
+def recorded_spectra(layer: LayerStats) -> dict[str, Any]:
+    """Singular values of a layer's experts as they were factored (whitened): at POINTS ranks the least, middle and largest over the
+    experts, as shares of each matrix's largest."""
+    made: dict[str, Any] = {}
+    for name in ("in", "out"):
+        value_ER = layer[f"{name}_spectrum_ER"].clamp_min(0).sqrt()
+        share_ER = value_ER / value_ER[:, :1].clamp_min(1e-30)
+        at = torch.linspace(0, share_ER.shape[1] - 1, min(POINTS, share_ER.shape[1])).round().long()
+        low, middle, high = (share_ER[:, at].quantile(q, 0).tolist() for q in (0.0, 0.5, 1.0))
+        made[name] = {"rank": (at + 1).tolist(), "low": low, "median": middle, "high": high}
+    return made
 
 
 def factor_share(decision: LayerDecision, site: MoeBlock) -> int:

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from trimoe.errors import UserError
-from trimoe.methods.method import Fitted
+from trimoe.methods.fitting import LayerFit
+from trimoe.methods.method import Fitted, Topic
 from trimoe.methods.weight_prune.masks import (
     Pattern,
     input_norms,
@@ -34,6 +35,7 @@ from trimoe.model.decision import Decisions
 from trimoe.model.expert import activate, matrices
 from trimoe.model.moe_block import MoeBlock
 from trimoe.walk.expert_inputs import FEW, ExpertInputs, LayerInputs, LayerSample
+from trimoe.walk.expert_shards import Share
 from trimoe.walk.finite import checked
 
 
@@ -60,7 +62,10 @@ class WeightPrune(Fitted):
 
     name: ClassVar[str] = "weight_prune"
     paper: ClassVar[str] = "arXiv 2410.12013"
-    label: ClassVar[str] = "Prune"
+    label: ClassVar[str | None] = "Prune"
+    mildest: ClassVar[Mapping[str, Any]] = {"ratio": 0.01}
+    usual: ClassVar[tuple[float, str] | None] = 0.5, "KL rose from 0.12 at 50 % to 0.83 at 70 %"
+    writes_computed: ClassVar[bool] = True
 
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     pattern: Annotated[str | None, BeforeValidator(_unread)] = None
@@ -97,7 +102,7 @@ class WeightPrune(Fitted):
     def n_of_m(self) -> Pattern | None:
         return None if self.pattern is None else Pattern.parse(self.pattern)
 
-    def decide(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> Decisions:
+    def forms(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> Decisions:
         """Sparsity and form of every layer that has experts left."""
         pattern = (self.n_of_m.keep, self.n_of_m.of) if self.n_of_m else None
         made = dict(sparsity=self.ratio, pattern=pattern, bitmask=self.form == "bitmask")
@@ -107,6 +112,54 @@ class WeightPrune(Fitted):
         """Whether a matrix outside the experts can be pruned too."""
         of = self.n_of_m.of if self.n_of_m else 1
         return module.in_features % of == 0 and (self.form == "dense" or module.in_features % 8 == 0)
+
+    # ---- for people
+
+    @property
+    def amount(self) -> float | None:
+        return 1 - self.n_of_m.keep / self.n_of_m.of if self.n_of_m is not None else self.ratio
+
+    @property
+    def stock_settings(self) -> dict[str, str]:
+        return {"form": "dense"} if self.form == "bitmask" else {}
+
+    def cautions(self, sites: Mapping[int, MoeBlock]) -> dict[Topic, str]:
+        if self.form == "bitmask":
+            return {}
+        return {
+            "stored": "zeros are stored like other numbers: weight_prune makes nothing smaller (but with form: bitmask) and nothing faster."
+        }
+
+    # ---- the last walk
+
+    @property
+    def divides(self) -> bool:
+        return self.compare == "row"
+
+    def fit(self, layer: LayerFit) -> tuple[Any, dict[str, Any]]:
+        def thinned(path: str) -> torch.Tensor:
+            self.linear(layer.weights[path], layer.moments[path])
+            return layer.weights[path]
+
+        about = {} if layer.part is None else self._shared(layer.part)
+        for path, made in layer.each_linear(thinned).items():
+            layer.weights[path].copy_(made)
+        return None, about
+
+    def _shared(self, part: Share) -> dict[str, Any]:
+        """Prunes all the layer's experts; what there is to know about it: counts added up, shares averaged."""
+        own = {} if part.empty else self.transform(part.experts, part.site, part.seen)
+        part.complete()
+        sizes = [span.stop - span.start for span in part.spans]
+        rows = [(size, about) for size, about in zip(sizes, part.team.everyone(own), strict=True) if size]
+        if len(rows) == 1:
+            return rows[0][1]
+        return {
+            name: sum(about[name] for _, about in rows)
+            if isinstance(value, int)
+            else sum(size * about[name] for size, about in rows) / part.whole.num_experts
+            for name, value in rows[0][1].items()
+        }
 
     # ---- tensors in, tensors out
 
