@@ -75,7 +75,7 @@ def document(row: Any, column: str | None, where: str) -> Document:
     given = {str(name): value for name, value in row.items() if value is not None}
     if column is not None:
         if column not in row:
-            raise UserError(f"{where} has no field {column!r}; its fields are: {', '.join(map(str, row))}.")
+            raise UserError(f"{where} has no field {column!r}; its fields are: {_names(row)}.")
         value = given.get(column)
         found = value if isinstance(value, str) else _conversation(_messages(value), given)
         if found is None:
@@ -83,13 +83,18 @@ def document(row: Any, column: str | None, where: str) -> Document:
     else:
         found = _known(given)
     if found is None:
-        fields = f" (its fields: {', '.join(map(str, row))})" if row else ""
+        fields = f" (its fields: {_names(row)})" if row else ""
         raise UserError(
             f'{where} is not a JSON object with a "text" field that holds text{fields}; what is read is {KNOWN}, or a field by its name '
             "after a #, as in FILE.jsonl#content."
         )
     _check(found, where)
     return found
+
+
+def _names(row: Mapping[Any, Any]) -> str:
+    """The names of a row's fields in one line, whatever they hold."""
+    return ", ".join(" ".join(str(name).split()) for name in row)
 
 
 def _known(given: Mapping[str, Any]) -> Document | None:
