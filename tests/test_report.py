@@ -31,6 +31,7 @@ from trimoe.report.section import Code, Figure, Section, Table
 from trimoe.show import format
 
 Family = Callable[[str], Path]
+pytestmark = pytest.mark.xdist_group("pages")  # on one worker, which makes the folders once
 ALWAYS = {"summary", "quality", "traffic", "size", "decisions", "origin"}
 SHARED = ("qwen2_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe")  # have shared experts
 
