@@ -36,8 +36,12 @@ eval-offline: .venv/eval
 	$(BIN)/python benchmarks/eval_offline.py
 
 # A 4 GB checkpoint under 1.5 GiB of memory, low rank included: 8 GB of disk; as root a memory cgroup is the limit.
-nightly: .venv/ready
+# Then more of what the suite does a little of: kills, damaged inputs, generated ones.
+nightly: .venv/eval
 	$(BIN)/python benchmarks/bigger_than_memory.py --shape many_layers --limit 1.5 --samples 4 --low-rank
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py --kills 60
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --count 20000 --minutes 30
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile nightly tests/test_properties.py
 
 clean:
 	rm -rf .venv demo-mini-mixtral

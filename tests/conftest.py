@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
 import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads of one would wait for those of the others
@@ -16,8 +17,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads of on
 os.environ["TRIMOE_CACHE"] = tempfile.mkdtemp(prefix="trimoe-cache-")  # no test sees results of another run
 
 import families
+import hypothesis
 import pytest
+from forks import TRANSFORMERS, TRIMOE, Forks
 from refusals import Line
+from runs import compress_by
+
+import trimoe
+
+# pytest --hypothesis-profile nightly: more examples, and others every night
+hypothesis.settings.register_profile("suite", max_examples=100, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork share a worker, which imports for all of them. The longest go first: no worker is left alone with one at the end."""
+    for item in items:
+        if {"with_trimoe", "with_transformers"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.xdist_group("new process"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +73,35 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def with_trimoe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """New processes in which trimoe is imported."""
+    yield from forks(TRIMOE, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def with_transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """New processes in which transformers is imported and trimoe is not."""
+    yield from forks(TRANSFORMERS, tmp_path_factory)
+
+
+def forks(modules: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    server = Forks(modules, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hub"))})
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def compressed_by(eight_layers: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], trimoe.Result]:
+    """What a whole recipe makes of `eight_layers`; the same folder every time it is asked for. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("recipes")
+    return functools.cache(lambda recipe: compress_by(recipe, eight_layers, text_file, folder / Path(recipe).stem))
+
+
+@pytest.fixture(scope="session")
 def made(family_folder: Callable[[str], Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A finished and evaluated folder of a recipe of pages.RECIPES; the same every time it is asked for. Tests must not change it."""
     from pages import RECIPES, SMALL
 
-    import trimoe
     from trimoe.output import card
     from trimoe.output.record import Record
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 import transformers
 from damage import shards
+from forks import Forks
 from refusals import BASE, FACTORED, Family, Line, recipe_file, refused, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -289,10 +288,10 @@ def test_odd_names_of_what_is_written(line: Line, source: Path, text_file: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_one_line_in_a_process_of_its_own(family: str, family_folder: Family, text_file: Path, tmp_path: Path) -> None:
+def test_one_line_in_a_process_of_its_own(family: str, family_folder: Family, text_file: Path, with_trimoe: Forks, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, {"steps": [{"expert_drop": {"ratio": 0.95}}]})
     command = ["compress", family_folder(family), "--recipe", recipe, "--out", tmp_path / "out", "--calibration", text_file, *BASE]
-    done = subprocess.run([sys.executable, "-m", "trimoe.cli", *map(str, command)], capture_output=True, text=True, check=False)
+    done = with_trimoe.run("-m", "trimoe.cli", *command)
     assert (done.returncode, done.stdout) == (2, "")
     assert not (tmp_path / "out").exists()
     assert [entry.partition(":")[0] for entry in done.stderr.splitlines()] == ["trimoe"], done.stderr

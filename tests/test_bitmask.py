@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
+from forks import Forks
 from runs import IDS, streamed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -89,16 +87,13 @@ assert "trimoe" not in sys.modules
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("new process")
 @pytest.mark.parametrize("how", ["remote", "stock"])
-def test_bitmask_in_a_new_process(how: str, family_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+def test_bitmask_in_a_new_process(how: str, family_folder: Folder, text_file: Path, with_transformers: Forks, tmp_path: Path) -> None:
     """The code that lies beside the tensors reads them; stock code refuses them aloud."""
     folders = {family: tmp_path / family for family in ("mixtral", "qwen2_moe", "gpt_oss", "granitemoe", "jamba")}
     for family, folder in folders.items():
         compress(family_folder(family), text_file, folder, step(ratio=0.5, form="bitmask"))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", IN_NEW_PROCESS, how, *map(str, folders.values())]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    process = with_transformers.run("-c", IN_NEW_PROCESS, how, *folders.values())
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.count("refused") == (2 * len(folders) if how == "stock" else 0), process.stdout
     for folder in folders.values() if how == "remote" else ():

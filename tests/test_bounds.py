@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import one_worker, small
 
 import trimoe
 from trimoe.model.skeleton import Skeleton
@@ -19,15 +19,6 @@ from trimoe.show import plan, table
 Family = Callable[[str], Path]
 DROP = {"expert_drop": {"count": 2, "counts": "uniform", "search": "greedy"}}
 MANY = {"calibration": {"samples": 4096, "length": 64}}
-
-
-SIZED = {
-    "block-drop": 0.34,
-    "block-drop-int4": 0.34,
-    "layer-drop": 0.34,
-    "layer-drop-int4": 0.34,
-    "layer-drop-full": 0.34,
-}  # of three layers
 STEPS: dict[str, list[dict[str, Any]]] = {
     "threshold": [{"block_drop": {"threshold": 0.5}}],
     "mixed": [{"layer_drop": {"count": 3, "blocks": True}}],
@@ -39,24 +30,23 @@ STEPS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*recipe.names(), *STEPS])
-def test_bounds_are_bounds_and_what_is_exact_comes_true(name: str, family_folder: Family, text_file: Path, tmp_path: Path) -> None:
-    """Every built-in recipe and mixtures with much left open, made and compared with its plan."""
-    parsed = recipe.load({"steps": STEPS[name]}) if name in STEPS else replace(recipe.load(name), recover=None)
-    body = parsed.to_json()
-    for step in body["steps"]:
-        ((method, fields),) = step.items()
-        if method == "quantize":
-            fields["group"] = 8
-        if name in SIZED and method in ("layer_drop", "block_drop"):
-            fields["ratio"] = SIZED[name]
-        if isinstance(fields.get("search"), dict) and "genetic" in fields["search"]:
-            fields["search"]["genetic"] = {"population": 8, "generations": 3}
-    options: dict[str, Any] = {"calibration": [str(text_file)], "samples": 4, "length": 32}
-    folder = str(family_folder("qwen3_moe" if name.startswith("layer-drop") else "mixtral"))
-    before = trimoe.plan(folder, body, **options)
-    made = trimoe.compress(folder, body, tmp_path / "out", **options).plan
-    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+@pytest.mark.parametrize("name", one_worker(recipe.names()))
+def test_bounds_of_recipes_come_true(name: str, eight_layers: Path, compressed_by: Callable[[str], trimoe.Result]) -> None:
+    result = compressed_by(name)
+    come_true(name, trimoe.plan(eight_layers, name, **small(name)), result.plan, result.out)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_bounds_of_mixtures_come_true(name: str, family_folder: Family, text_file: Path, tmp_path: Path) -> None:
+    """With much left open."""
+    folder, steps, options = family_folder("mixtral"), {"steps": STEPS[name]}, {"calibration": [str(text_file)], "samples": 4, "length": 32}
+    before = trimoe.plan(folder, steps, **options)
+    come_true(name, before, trimoe.compress(folder, steps, tmp_path / "out", **options).plan, tmp_path / "out")
+
+
+def come_true(name: str, before: trimoe.Plan, made: trimoe.Plan, folder: Path) -> None:
+    """What was made lies within the plan's bounds, and is the plan where that is exact."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert before.after.least_bytes <= size == made.after.file_bytes <= before.after.file_bytes
     assert made.after.parameters <= before.after.parameters and made.after.experts <= before.after.experts
     assert all(low <= made.depth[kind][1] == made.depth[kind][2] <= high for kind, (_, low, high) in before.depth.items())

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
-import torch
+from forks import Forks
+from runs import compress_by, one_worker
 
 import trimoe
 from trimoe.methods import lab
@@ -21,8 +22,9 @@ from trimoe.recipe import recipe
 
 COMPRESS = """
 import json, sys
-import trimoe
-text, out, *jobs = sys.argv[1:]
+import torch, trimoe
+threads, text, out, *jobs = sys.argv[1:]
+torch.set_num_threads(int(threads))
 for number, job in enumerate(jobs):
     model, recipe = json.loads(job)
     trimoe.compress(model, recipe, f"{out}/{number}", calibration=[text], samples=4, length=32, command="same")
@@ -53,55 +55,46 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if Path(name).name != LOG}
 
 
-def made(jobs: Sequence[tuple[Path, dict[str, Any]]], text: Path, out: Path, threads: int) -> dict[str, bytes]:
-    """Every file of compressions (model, recipe) in a new process, but the logs."""
-    out.mkdir()
-    words = [sys.executable, "-c", COMPRESS, str(text), str(out), *(json.dumps(job, default=str) for job in jobs)]
-    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return files_of(out)
-
-
 def same(one: dict[str, bytes], other: dict[str, bytes]) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
 
 
 @pytest.mark.slow
-def test_new_processes_make_the_same_folders(text_file: Path, tmp_path: Path) -> None:
+def test_new_processes_make_the_same_folders(text_file: Path, with_trimoe: Forks, tmp_path: Path) -> None:
     """With as many threads all bytes are equal: factors, fitted integers and training, too. With another number of threads matrix products
-    differ in their last bits; what is chosen, copied and rounded does not. Large enough that two threads are used."""
+    differ in their last bits; what is chosen, copied and rounded does not. Large enough that two threads are used. One of the processes has
+    a hash seed of its own."""
     large, small = tmp_path / "large", tmp_path / "small"
     families.save("mixtral", large, hidden_size=256, intermediate_size=256, num_hidden_layers=2)
     families.save("mixtral", small, hidden_size=64, intermediate_size=64)
-    decided, computed = [(large, recipe) for recipe in BY_DECISION], [(small, recipe) for recipe in COMPUTED]
-    first, again = (made([*decided, *computed], text_file, tmp_path / name, 1) for name in ("first", "again"))
-    same(first, again)
-    two = made(decided, text_file, tmp_path / "two", 2)
+    decided = [json.dumps([str(large), recipe]) for recipe in BY_DECISION]
+    computed = [json.dumps([str(small), recipe]) for recipe in COMPUTED]
+
+    def words(threads: str, name: str, jobs: list[str]) -> list[str]:
+        return ["-c", COMPRESS, threads, str(text_file), str(tmp_path / name), *jobs]
+
+    anew = [sys.executable, *words("1", "anew", [*decided, *computed])]
+    ran = [
+        with_trimoe.run(*words("1", "one", [*decided, *computed])), with_trimoe.run(*words("2", "two", decided)),
+        subprocess.run(anew, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}, capture_output=True, text=True),
+    ]  # fmt: skip
+    assert not any(done.returncode for done in ran), [done.stderr[-2000:] for done in ran]
+    one, two, other = (files_of(tmp_path / name) for name in ("one", "two", "anew"))
+    same(one, other)
     assert len(two) > 4 * len(decided)
-    same({name: data for name, data in first.items() if int(Path(name).parts[0]) < len(decided)}, two)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    same({name: data for name, data in one.items() if int(Path(name).parts[0]) < len(decided)}, two)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", recipe.names())
-def test_every_recipe_makes_the_same_folder_twice(name: str, eight_layers: Path, text_file: Path, tmp_path: Path, one_thread: None) -> None:
+@pytest.mark.parametrize("name", one_worker(recipe.names()))
+def test_every_recipe_makes_the_same_folder_twice(
+    name: str, eight_layers: Path, text_file: Path, compressed_by: Callable[[str], trimoe.Result], tmp_path: Path
+) -> None:
     """Training too, and the record: nothing in it tells the time or the place."""
-    changes = [f"recover.{field}" for field in ("samples=8", "length=16", "steps=2", "epochs=1")] if recipe.load(name).recover else []
-    for out in ("first", "again"):
-        trimoe.compress(
-            eight_layers, name, tmp_path / out, changes=changes, calibration=[str(text_file)], samples=4, length=16, command="same"
-        )
-    first = files_of(tmp_path / "first")
+    first = files_of(compressed_by(name).out)
     assert {"config.json", "trimoe.json", "README.md"} <= first.keys() and any(file.endswith(".safetensors") for file in first)
-    same(first, files_of(tmp_path / "again"))
+    same(first, files_of(compress_by(name, eight_layers, text_file, tmp_path / "again").out))
 
 
 def test_reported_numbers_have_the_digits_that_threads_leave_alone() -> None:

@@ -1,21 +1,19 @@
-"""Several processes by torchrun: what they write is what one process writes; a process that dies; refusals."""
+"""Several processes: what they write is what one process writes; a process that dies; refusals."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import socket
 import string
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from refusals import snapshot
 from safetensors.torch import load_file
 
@@ -30,7 +28,6 @@ from trimoe.walk.expert_inputs import LayerInputs
 from trimoe.walk.expert_shards import narrowed, share
 
 Family = Callable[[str], Path]
-NEW = pytest.mark.xdist_group("new process")
 LENGTH, SAMPLES = 64, 150  # 5 batches of 2,048 tokens, the last a short one: no even share for 2 or 4 processes
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "drop": [{"expert_drop": {"ratio": 0.25, "counts": "optimal", "search": "genetic", "receptive_field": {"k": 2, "t": 2}}}],
@@ -81,10 +78,13 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def torchrun(count: int, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.run([*launch, *map(str, command)], env=given, capture_output=True, text=True, timeout=300)
+def well(ran: list[subprocess.CompletedProcess[str]]) -> None:
+    """All ended well."""
+    assert not any(process.returncode for process in ran), [process.stderr[-3000:] for process in ran]
+
+
+def sentences(ran: list[subprocess.CompletedProcess[str]]) -> list[str]:
+    return [line for process in ran for line in process.stderr.splitlines() if line.startswith("trimoe: ")]
 
 
 def job(folder: Path, *arguments: Any) -> list[str | Path]:
@@ -144,18 +144,16 @@ def test_a_share_of_a_team_of_one_is_the_layer_itself(family_folder: Family) -> 
     assert LowRank(ratio=0.5).average(site) > 0
 
 
-@NEW
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "count", "names"), [("mixtral", 2, list(RECIPES)), ("qwen2_moe", 4, ["drop", "low_rank", "gptq", "prune_rows", "depth"])]
 )
 def test_the_result_is_that_of_one_process(
-    family: str, count: int, names: list[str], family_folder: Family, letters: Path, tmp_path: Path
+    family: str, count: int, names: list[str], family_folder: Family, letters: Path, with_trimoe: Forks, tmp_path: Path
 ) -> None:
     source, options, recipes = family_folder(family), {"samples": SAMPLES, "length": LENGTH}, {name: RECIPES[name] for name in names}
     before = snapshot(source)
-    ran = torchrun(count, *job(tmp_path, source, letters, tmp_path / "many", recipes, options))
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    well(with_trimoe.team(count, *job(tmp_path, source, letters, tmp_path / "many", recipes, options)))
     alone(source, letters, tmp_path / "one", recipes)
     for name in recipes:
         one, many = tmp_path / "one" / name, tmp_path / "many" / name
@@ -179,16 +177,14 @@ def test_the_result_is_that_of_one_process(
     assert snapshot(source) == before
 
 
-@NEW
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_which_any_number_of_processes_resumes(
-    family_folder: Family, letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family_folder: Family, letters: Path, with_trimoe: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out, recipes = family_folder("mixtral"), tmp_path / "many", {"gptq": RECIPES["gptq"]}
     command = job(tmp_path, source, letters, out, recipes, {"samples": SAMPLES, "length": LENGTH})
-    ran = torchrun(2, *command, DIES="1", SHARDS="1")
-    assert ran.returncode != 0
-    assert "exitcode  : 17" in ran.stderr, ran.stderr[-3000:]
+    ran = with_trimoe.team(2, *command, DIES="1", SHARDS="1")
+    assert [process.returncode for process in ran] == [1, 17], ran
     died = snapshot(out / "gptq")
     assert ".trimoe/changed-1.json" in died and ".trimoe/changed-2.json" not in died and "config.json" not in died
     assert any(name.endswith(".safetensors") for name in died), "two layers were written"
@@ -198,8 +194,7 @@ def test_a_process_that_dies_ends_the_run_which_any_number_of_processes_resumes(
     alone(source, letters, out, recipes)
     assert snapshot(out / "gptq") == snapshot(tmp_path / "one" / "gptq")
     command = job(tmp_path, source, letters, tmp_path / "again", recipes, {"samples": SAMPLES, "length": LENGTH})
-    ran = torchrun(3, *command, SHARDS="1")
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    well(with_trimoe.team(3, *command, SHARDS="1"))
     assert snapshot(tmp_path / "again" / "gptq") == snapshot(tmp_path / "one" / "gptq")
 
 
@@ -213,19 +208,18 @@ print(json.dumps(made.metrics["factor"]), file=open(out + "." + __import__("os")
 """
 
 
-@NEW
 @pytest.mark.slow
-def test_lambda_of_a_recovery_is_the_same_in_any_number_of_processes(family_folder: Family, letters: Path, tmp_path: Path) -> None:
+def test_lambda_of_a_recovery_is_the_same_in_any_number_of_processes(
+    family_folder: Family, letters: Path, with_trimoe: Forks, tmp_path: Path
+) -> None:
     trimoe.compress(
         family_folder("mixtral"), {"steps": RECIPES["low_rank"]}, tmp_path / "small", calibration=[str(letters)], samples=4, length=32
     )
     script = tmp_path / "train.py"
     script.write_text(TRAINED, encoding="utf-8")
     arguments = [script, tmp_path / "small", letters]
-    ran = torchrun(2, *arguments, tmp_path / "two", ACCELERATE_USE_CPU="true")
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    ran = subprocess.run([sys.executable, *map(str, arguments), str(tmp_path / "one")], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    well(with_trimoe.team(2, *arguments, tmp_path / "two", ACCELERATE_USE_CPU="true"))
+    well([with_trimoe.run(*arguments, tmp_path / "one")])
     first, second, alone = (float((tmp_path / name).read_text()) for name in ("two.0", "two.1", "one.alone"))
     assert first == second == pytest.approx(alone, rel=1e-6)
 
@@ -245,25 +239,14 @@ cli.main()
 """
 
 
-@NEW
 @pytest.mark.slow
-def test_who_is_left_behind_says_so() -> None:
+def test_who_is_left_behind_says_so(with_trimoe: Forks) -> None:
     """Without torchrun, which ends the others itself where it can: between machines it takes a while to hear of it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", LEFT], env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    said = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [1, 17]
-    lines = [line for line in said[0].splitlines() if line.startswith("trimoe: ")]
-    assert len(lines) == 1 and "process 0 of 2 lost the others (" in lines[0] and "The same command resumes." in lines[0], said[0]
-    assert "Traceback" not in said[0]
+    both = with_trimoe.team(2, "-c", LEFT, "compress")
+    assert [process.returncode for process in both] == [1, 17], both
+    (said,) = sentences(both)
+    assert "process 0 of 2 lost the others" in said and "resumes" in said
+    assert "Traceback" not in both[0].stderr
 
 
 MISTAKEN = """
@@ -293,34 +276,36 @@ cli.main()
 """
 
 
-@NEW
 @pytest.mark.slow
-def test_a_mistake_of_any_process_ends_all_in_one_sentence(family_folder: Family, letters: Path, tmp_path: Path) -> None:
+def test_a_mistake_of_any_process_ends_all_in_one_sentence(
+    family_folder: Family, letters: Path, with_trimoe: Forks, tmp_path: Path
+) -> None:
     """Nobody waits for the one that has ended, the main process says what it met, and the folder is cleared as in one process."""
     script, recipe, out = tmp_path / "script.py", tmp_path / "recipe.yaml", tmp_path / "deep" / "out"
     script.write_text(MISTAKEN, encoding="utf-8")
     recipe.write_text(json.dumps({"steps": RECIPES["drop"]}), encoding="utf-8")
     words = ["compress", family_folder("mixtral"), "-r", recipe, "-o", out, "-c", letters, "--length", LENGTH, "--samples", SAMPLES, "-q"]
-    ran = torchrun(3, script, *words)
-    said = [line for line in ran.stderr.splitlines() if line.startswith("trimoe: ")]
-    assert ran.returncode != 0 and said == ["trimoe: layer 1 is too much for rank 1."], ran.stderr
-    assert "exitcode  : 2" in ran.stderr and 'script.py", line' not in ran.stderr, ran.stderr
+    ran = with_trimoe.team(3, script, *words)
+    assert [process.returncode for process in ran] == [2, 2, 2], ran
+    assert sentences(ran) == ["trimoe: layer 1 is too much for rank 1."]
+    assert not any('script.py", line' in process.stderr for process in ran), ran
     assert not out.parent.exists()
 
 
-@NEW
 @pytest.mark.slow
-def test_the_command_line_says_a_mistake_once(family_folder: Family, letters: Path, tmp_path: Path) -> None:
+def test_the_command_line_says_a_mistake_once(family_folder: Family, letters: Path, with_trimoe: Forks, tmp_path: Path) -> None:
     source, out = family_folder("mixtral"), tmp_path / "out"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"steps": RECIPES["drop"]}), encoding="utf-8")
     command = ["-m", "trimoe.cli", "compress", source, "-r", recipe, "-o", out, "-c", letters, "--length", str(LENGTH)]
-    ran = torchrun(2, *command, "--samples", "4")
-    said = [line for line in ran.stderr.splitlines() if line.startswith("trimoe: ")]
-    assert ran.returncode != 0 and len(said) == 1 and "makes 1 batch, too few for 2 processes" in said[0], ran.stderr
+    ran = with_trimoe.team(2, *command, "--samples", "4")
+    assert [process.returncode for process in ran] == [2, 2], ran
+    (said,) = sentences(ran)
+    assert "1 batch" in said and "2 processes" in said
     assert not out.exists()
-    ran = torchrun(2, *command, "--samples", str(SAMPLES))
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("native checkpoint") + ran.stdout.count("stock checkpoint") == 1, ran.stdout
-    assert ran.stderr.count("Statistics: done") == 1, ran.stderr
+    ran = with_trimoe.team(2, *command, "--samples", str(SAMPLES))
+    well(ran)
+    printed = "".join(process.stdout for process in ran)
+    assert printed.count("native checkpoint") + printed.count("stock checkpoint") == 1, printed
+    assert "".join(process.stderr for process in ran).count("Statistics: done") == 1, ran
     assert (out / "config.json").is_file()

@@ -24,10 +24,8 @@ from trimoe.recipe import recipe
 from trimoe.text import samples
 
 # The folders of fixtures serve every example of a test: each example writes its own file anew.
-FAST = settings(
-    derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-FEW = settings(FAST, max_examples=35)
+FAST = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FEW = settings(FAST, max_examples=settings.default.max_examples // 3)
 
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 4096, 1 << 31, 1 << 62, 1 << 64, 10**30]) | st.integers(-4, 40)
 LEAVES = st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=8)

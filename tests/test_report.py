@@ -32,6 +32,7 @@ from trimoe.show import format
 from trimoe.show.table import Table
 
 Family = Callable[[str], Path]
+pytestmark = pytest.mark.xdist_group("pages")  # on one worker, which makes the folders once
 ALWAYS = {"summary", "quality", "traffic", "size", "decisions", "origin"}
 SHARED = ("qwen2_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe")  # have shared experts
 

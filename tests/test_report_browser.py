@@ -18,6 +18,8 @@ pytest.importorskip("vl_convert")
 
 from trimoe.report import build
 
+pytestmark = pytest.mark.xdist_group("pages")  # on one worker, which makes the folders once
+
 
 def opened(path: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The document as it is after a minute of a browser's time, and what its console said."""

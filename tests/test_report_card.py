@@ -23,6 +23,7 @@ pytest.importorskip("vl_convert")
 
 
 Family = Callable[[str], Path]
+pytestmark = pytest.mark.xdist_group("pages")  # on one worker, which makes the folders once
 
 
 def test_the_card_says_what_the_hub_reads(made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ pytest.importorskip("vl_convert")
 
 from trimoe.report import build, page
 
+pytestmark = pytest.mark.xdist_group("pages")  # on one worker, which makes the folders once
 NASTY = "</script></style>\"'><img src=x onerror=alert(1)><script>alert(2)</script>"
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from forks import Forks
 from runs import IDS, check_resumes, streamed
 
 import trimoe
@@ -23,6 +21,7 @@ from trimoe.walk.walk import LayerWalk
 
 STACKED = {"gpt_oss", "granitemoe"}  # families that keep their experts in one tensor on disk
 ALL = sorted(set(families.FAMILIES) - STACKED)
+SPREAD = ["mixtral", "qwen2_moe", "deepseek_v3", "jamba", "ernie4_5_moe"]
 SLIM = {"quantize": {"bits": 4, "method": "round"}}
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "alone": [SLIM],
@@ -83,8 +82,10 @@ def test_every_matrix_is_its_source_rounded(
                     assert torch.equal(found[place], rounded(source[expert], 4, decision.group or 0, torch.float32).dense()), (index, name)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "jamba", "ernie4_5_moe"])
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [(SPREAD[(number + more) % len(SPREAD)], recipe) for number, recipe in enumerate(RECIPES) for more in (0, 2)],  # each recipe on two
+)
 def test_plan_loading_and_streaming_agree(
     family: str, recipe: str, family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -101,7 +102,6 @@ def test_plan_loading_and_streaming_agree(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("new process")
 @pytest.mark.parametrize(("recipe", "how", "named"), [
     ("gptq", "stock", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe"]), ("uneven", "trimoe", ["mixtral", "qwen2_moe"]),
     ("uneven", "remote", ["mixtral", "qwen3_moe"]), ("layer", "stock", ["qwen2_moe", "qwen3_moe"]), ("layer", "trimoe", ["mixtral"]),
@@ -109,16 +109,22 @@ def test_plan_loading_and_streaming_agree(
     ("all, layer", "stock", ["qwen2_moe"]),
 ])  # fmt: skip
 def test_loads_in_a_new_process(
-    recipe: str, how: str, named: list[str], family_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+    recipe: str,
+    how: str,
+    named: list[str],
+    family_folder: Callable[[str], Path],
+    text_file: Path,
+    with_trimoe: Forks,
+    with_transformers: Forks,
+    tmp_path: Path,
 ) -> None:
     """With compressed-tensors installed, transformers opens the folder and computes what the packed integers say."""
     pytest.importorskip("compressed_tensors")
     folders = {family: tmp_path / family for family in named}
     for family, folder in folders.items():
         compress(family_folder(family), text_file, folder, recipe)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", IN_NEW_PROCESS, how, *map(str, folders.values())]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    forks = with_trimoe if how == "trimoe" else with_transformers
+    process = forks.run("-c", IN_NEW_PROCESS, how, *folders.values())
     assert process.returncode == 0, process.stderr[-3000:]
     for family, folder in folders.items():
         seen = torch.load(f"{folder}.seen")

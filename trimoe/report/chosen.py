@@ -152,9 +152,9 @@ def _numbers(record: Record) -> Section | None:
     if not found:
         return None
     step = record.steps[-1]  # what changes matrices comes last
-    recorded: dict[int, Any] = step.layers
+    recorded = step.layers
     zeros = {index: recorded.get(index, {}).get("zeros", _zeros(decision)) for index, decision in found.items() if not decision.bits}
-    bits = {index: decision.bits for index, decision in found.items() if decision.bits}
+    bits: dict[int, float] = {index: decision.bits for index, decision in found.items() if decision.bits}
     blocks = []
     if bits:
         blocks.append(by_layer("bits", "Bits of each expert weight, by layer", bits, "bits", ""))
@@ -173,11 +173,11 @@ def _numbers(record: Record) -> Section | None:
     return Section(name="numbers", title="Bits and zeros", text=" ".join(text), blocks=blocks)
 
 
-def _zeros(decision: LayerDecision) -> float | None:
+def _zeros(decision: LayerDecision) -> float:
     if decision.pattern:
         keep, of = decision.pattern
         return 1 - keep / of
-    return decision.sparsity
+    return decision.sparsity or 0.0
 
 
 def _decisions(record: Record) -> Section:

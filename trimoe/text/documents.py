@@ -92,6 +92,11 @@ def document(row: Any, column: str | None, where: str) -> Document:
     return found
 
 
+def _names(row: Mapping[Any, Any]) -> str:
+    """The names of a row's fields in one line, whatever they hold."""
+    return ", ".join(" ".join(str(name).split()) for name in row)
+
+
 def _known(given: Mapping[str, Any]) -> Document | None:
     if isinstance(given.get("text"), str):
         return str(given["text"])
@@ -178,8 +183,3 @@ def unmarked(ids_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
     first_BL = torch.where(starts_BL, place_L, torch.zeros_like(place_L)).cummax(1)[0]
     return ids_BL % START, place_L - first_BL
-
-
-def _names(row: Mapping[Any, Any]) -> str:
-    """The fields of a row for a sentence: what cannot be printed is escaped, as line ends are."""
-    return ", ".join(name if name.isprintable() else ascii(name) for name in map(str, row))
