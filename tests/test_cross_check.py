@@ -87,11 +87,17 @@ def test_the_lowest_gate_goes_where_it_does_better(
             gone.append({index: tuple(e for e in range(8) if e not in decision.keep) for index, decision in decided.items()})
         for index, layer in stats.layers.items():
             found = metrics["layers"][str(index)]["by_other_half"]
-            worse = found["searched"] > found["gate"]
             lowest = tuple(sorted(scores.gate(layer).argsort()[:3].tolist()))
+            worse = found["searched"] > found["gate"] and lowest != gone[0][index]
             assert gone[1][index] == (lowest if worse else gone[0][index])
             assert (index in metrics["gate_instead"]) == worse
-            swapped.append(worse and lowest != gone[0][index])
+            swapped.append(worse)
+            row = metrics["layers"][str(index)]
+            assert tuple(row["drop"]) == gone[1][index] and ("gate_loss" in row) == worse
+            if worse:
+                gone_E = torch.zeros(1, 8, dtype=torch.bool)
+                gone_E[0, list(lowest)] = True
+                assert row["gate_loss"] == pytest.approx(float(SubsetLoss(layer)(gone_E)[0])) and tuple(row["searched"]) == gone[0][index]
             if field is not None:
                 assert tried[-1][index][0] == gone[1][index] and len(set(tried[-1][index])) == 2
         made = section(Step("expert_drop", {"search": {"greedy": {}}}, json.loads(json.dumps(metrics))))

@@ -104,6 +104,7 @@ class Choice:
         """What was found in a layer and what it costs, beside greedy, random and, of few sets, the best there is, where the exact loss is at hand;
         and the set of the lowest gate, if that is better than what is found on as few tokens (`cross_check`).
 
+        `drop` is what goes, with the loss `losses[0]`; in place of `searched` the set of the lowest gate, with `gate_loss`.
         `trace` and `random_trace`: [evaluations, best loss so far] of the search and of random draws, wherever it fell.
         """
         step, site, layer, device = self.step, self.lab.sites[index], self.stats.layers[index], self.lab.device
@@ -138,8 +139,13 @@ class Choice:
             return row, None
         row["stability"] = halves.jaccard(site.num_experts)
         row["by_other_half"] = {"searched" if step.search is not None else "leave_one_out": halves.loss, "gate": halves.lowest_loss}
-        worse = step.cross_check and step.search is not None and halves.loss > halves.lowest_loss
-        return row, halves.lowest if worse else None
+        other = halves.lowest != best.drops[0] and any(drop != halves.lowest for drop in halves.drops)
+        if not (step.cross_check and step.search is not None and other and halves.loss > halves.lowest_loss):
+            return row, None
+        mask = torch.zeros(1, site.num_experts, dtype=torch.bool)
+        mask[0, list(halves.lowest)] = True
+        row |= {"drop": halves.lowest, "searched": best.drops[0], "gate_loss": loss(mask).tolist()[0]}
+        return row, halves.lowest
 
     def _warnings(self, rows: dict[str, Any], searched_on: dict[int, list[int]]) -> list[str]:
         seen = {index: self.stats.layers[index]["count_E"].tolist() for index in self.lab.sites}
