@@ -173,11 +173,11 @@ def _numbers(record: Record) -> Section | None:
     return Section(name="numbers", title="Bits and zeros", text=" ".join(text), blocks=blocks)
 
 
-def _zeros(decision: LayerDecision) -> float | None:
+def _zeros(decision: LayerDecision) -> float:
     if decision.pattern:
         keep, of = decision.pattern
         return 1 - keep / of
-    return decision.sparsity
+    return decision.sparsity or 0.0
 
 
 def _decisions(record: Record) -> Section:
