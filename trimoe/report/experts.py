@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trimoe.output.record import Record
@@ -122,7 +123,7 @@ def _minded(record: Record) -> list[Figure]:
     return figures
 
 
-def by_layer(name: str, title: str, values: dict[int, float], y_title: str, note: str) -> Figure:
+def by_layer(name: str, title: str, values: Mapping[int, float], y_title: str, note: str) -> Figure:
     """One number of each layer."""
     rows = [{"layer": index, "value": value} for index, value in sorted(values.items())]
     return Figure(
