@@ -57,12 +57,12 @@ if os.environ.get("SHARDS"):
     trimoe.output.layout.MAX_SHARD = 1
 if os.environ.get("DIES"):
     from trimoe.output import last_walk
-    whole = last_walk._change
-    def dies(run, walk, index, *rest):
+    whole = last_walk._fitted
+    def dies(run, writer, index, *rest):
         if index == 2 and run.team.rank == 1:
             os._exit(17)
-        return whole(run, walk, index, *rest)
-    last_walk._change = dies
+        return whole(run, writer, index, *rest)
+    last_walk._fitted = dies
 for name, steps in recipes.items():
     made = trimoe.compress(source, {"steps": steps}, f"{out}/{name}", calibration=[text], command="test", **options)
 if not os.environ.get("SHARDS"):

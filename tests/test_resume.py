@@ -14,6 +14,8 @@ from refusals import FACTORED, UNIFORM, Line, snapshot
 import trimoe
 from trimoe import UserError
 from trimoe.journal import Journal
+from trimoe.methods import ExpertDrop, LowRank
+from trimoe.methods.lab import Lab
 from trimoe.output.writer import Writer
 
 Family = Callable[[str], Path]
@@ -48,11 +50,11 @@ def cut_before_config(patch: pytest.MonkeyPatch) -> None:
 
 
 def cut_before_decisions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("trimoe.methods.lab._decide_ranks", stop)
+    patch.setattr("trimoe.methods.low_rank.low_rank.LowRank.decide", stop)
 
 
 def cut_inside_decisions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("trimoe.methods.lab._drop_metrics", stop)
+    patch.setattr("trimoe.methods.expert_drop.choice.Choice._recorded", stop)
 
 
 CUTS = [cut_inside_decisions, cut_before_decisions, cut_before_transform, cut_inside_a_shard, cut_between_shards, cut_before_config]
@@ -89,8 +91,9 @@ def test_resumed_run_writes_the_same_bytes(
 def test_what_was_decided_is_not_decided_again(family_folder: Family, text_file: Path, tmp_path: Path) -> None:
     interrupted(cut_before_transform, family_folder("mixtral"), text_file, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("trimoe.methods.lab.statistics", "trimoe.methods.lab._decide_drops", "trimoe.methods.lab._decide_ranks"):
-            patch.setattr(name, stop)
+        for method in (ExpertDrop, LowRank):
+            patch.setattr(method, "decide", stop)
+        patch.setattr(Lab, "statistics", stop)
         compress(family_folder("mixtral"), text_file, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").is_file()
 

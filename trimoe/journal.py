@@ -42,8 +42,8 @@ class Journal:
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         begun = self.folder / "inputs.json"
-        if not begun.is_file() and {path.name for path in self.out.iterdir()} <= {FOLDER, LOG}:
-            return  # killed before it had begun, or a mistake left nothing to go on with
+        if not begun.is_file() and FOLDER in (names := {path.name for path in self.out.iterdir()}) and names <= {FOLDER, LOG}:
+            return  # killed before it had begun, or forgotten
         if not begun.is_file():
             raise UserError(f"The output folder {self.out} is not empty; give one that is empty or does not exist.")
         before = self._read(begun)
@@ -84,8 +84,11 @@ class Journal:
             self._lock.close()
 
     def _vacate(self) -> None:
-        """Where a mistake leaves nothing to go on with, nothing stays of what this run made."""
+        """Where a mistake leaves nothing to go on with, nothing stays of what this run made; what an earlier one made is free for another."""
         if {path.name for path in self.out.iterdir()} <= {FOLDER, LOG} and {path.name for path in self.folder.iterdir()} <= EMPTY:
+            if self.folder not in self._made:
+                (self.folder / "inputs.json").unlink(missing_ok=True)
+                return
             if self.log in self._made:
                 self.log.unlink(missing_ok=True)
             shutil.rmtree(self.folder)
