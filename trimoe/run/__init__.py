@@ -1,0 +1,1 @@
+"""Finished folders at work: loading, kernels for packed experts, measuring speed."""

@@ -1,0 +1,1 @@
+"""Calibration and evaluation text: files and data sets in, batches of tokens out."""

@@ -1,0 +1,1 @@
+"""Weights and tokens through a model, one decoder layer at a time."""
