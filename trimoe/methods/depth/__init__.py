@@ -1,0 +1,1 @@
+"""Layer Drop and Block Drop."""

@@ -1,0 +1,1 @@
+"""Whole experts go: scores, exact subset losses, searches and the reception field."""

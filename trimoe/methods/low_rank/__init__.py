@@ -1,0 +1,1 @@
+"""Experts as products of low-rank factors."""
