@@ -3,7 +3,7 @@
     python benchmarks/all_to_all.py count --model builtin:mini-mixtral --text A.jsonl B.jsonl
     python benchmarks/all_to_all.py send --model builtin:mini-mixtral --text A.jsonl --processes 4
 
-`count` compresses by each recipe of the holistic study (arXiv 2406.02500), a quarter each, and prints what `trimoe eval` counts (traffic.py).
+`count` compresses by each recipe of the holistic study (arXiv 2406.02500), a quarter each, and prints what `trimoe eval` counts (walk/expert_parallel.py).
 `send` routes tokens through one layer, spreads them over processes and sends their hidden states there and back by
 torch.distributed.all_to_all_single over gloo. A token's home is any process in turn, so that over all turns the bytes sent are what is counted.
 

@@ -186,3 +186,19 @@ def test_recipes_in_the_pages_are_recipes() -> None:
     assert blocks
     for block in blocks:
         recipe.load(yaml.safe_load(block))
+
+
+# Files that are nobody's here: of users, of other projects, placeholders, and a script of before that the log tells of.
+ELSEWHERE = {"train.py", "zero_to_fp32.py", "trimoe/methods/NAME/NAME.py", "benchmarks/papers/PAPER.py", "benchmarks/cost_model.py",
+             "utils/transformers_weight_conversion.py"}  # fmt: skip
+
+
+def test_files_that_are_named_are_there() -> None:
+    """Docstrings, comments, pages and the log name source files by the end of their path."""
+    rooms = [ROOT / name for name in ("trimoe", "benchmarks", "docs", "log", "examples")]
+    sources = {f"/{path.relative_to(ROOT)}" for room in [*rooms, ROOT / "tests"] for path in room.rglob("*.py")}
+    pages = [path for room in rooms for kind in ("*.py", "*.md") for path in room.rglob(kind)] + [ROOT / "README.md", ROOT / "LOG.md"]
+    for page in pages:
+        named = set(re.findall(r"(?<![\w.*])([A-Za-z_][\w/]*\.py)\b", page.read_text(encoding="utf-8"))) - ELSEWHERE
+        gone = {name for name in named if not any(source.endswith(f"/{name}") for source in sources)}
+        assert not gone, f"{page.relative_to(ROOT)} names {sorted(gone)}"

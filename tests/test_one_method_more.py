@@ -105,3 +105,14 @@ def test_only_the_methods_name_a_method() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = {node.id} if isinstance(node, ast.Name) else {node.name} if isinstance(node, ast.alias) else set()
             assert not names & classes, f"{path.relative_to(ROOT)} names {names & classes}"
+
+
+def test_a_method_that_leaves_something_out_cannot_be_configured() -> None:
+    class Half(Method):
+        name = paper = "half"
+
+        def outline(self, paper: Paper) -> Outlined:
+            return Outlined({})
+
+    with pytest.raises(TypeError, match="decide"):
+        Half()  # type: ignore[abstract]

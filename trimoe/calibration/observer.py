@@ -1,6 +1,6 @@
 """Our experts function and hooks: they feed statistics while a decoder layer runs, and re-route tokens as if experts were gone.
 
-One function, driven by the layout flags that transformers' decorator sets, serves every dispatched architecture. Letters as in stats.py;
+One function, driven by the layout flags that transformers' decorator sets, serves every dispatched architecture. Letters as in statistics.py;
 S = T k routed (token, expert) pairs, or those of one expert.
 """
 

@@ -1,5 +1,5 @@
 """Texts: strided perplexity, and KL and top-1 agreement against the original; and what the routing would send under expert parallelism
-(traffic.py). Both models are streamed layer by layer: neither has to fit in memory.
+(walk/expert_parallel.py). Both models are streamed layer by layer: neither has to fit in memory.
 """
 
 from __future__ import annotations

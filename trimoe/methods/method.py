@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -65,7 +66,7 @@ class Measure:
     to_the_end: bool = True
 
 
-class Method:
+class Method(ABC):
     """One step of a recipe, whose fields are its configuration. Every method says what it does on paper and how it decides; what it
     does not say is as here. `sites` and `decisions` are of the model as earlier steps leave it."""
 
@@ -94,12 +95,12 @@ class Method:
         """Among how many of a token's best experts the Gram is wanted; 0 if none is."""
         return 0
 
-    def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
+    def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:  # noqa: B027 (a step may have nothing to refuse)
         """Raises UserError for every mistake that can be found without a weight."""
 
+    @abstractmethod
     def outline(self, paper: Paper) -> Outlined:
         """What the step does on paper."""
-        raise NotImplementedError
 
     def measures(self, skeleton: Skeleton, sites: Iterable[MoeBlock]) -> dict[str, Measure]:
         """What is measured on versions of the model, by name."""
@@ -149,8 +150,8 @@ class Method:
 
     def fit(self, layer: LayerFit) -> tuple[Any, dict[str, Any]]:
         """Change a layer's matrices in place. Returns what is written where that is not the matrices themselves (factors, integers),
-        and what is recorded of the layer."""
-        raise NotImplementedError
+        and what is recorded of the layer. It is asked of methods with a `label`; the others change nothing."""
+        return None, {}
 
     @property
     def divides(self) -> bool:
@@ -182,9 +183,9 @@ class Method:
 
     # ---- from measurements to decisions
 
+    @abstractmethod
     def decide(self, lab: Lab) -> tuple[Decisions, dict[str, Any]]:
         """What becomes of the layers that the step changes, and what is recorded of it."""
-        raise NotImplementedError
 
 
 def plain(value: Any) -> dict[str, Any]:
@@ -221,13 +222,13 @@ class Fitted(Method):
     def outline(self, paper: Paper) -> Outlined:
         return Outlined(self.with_linears(paper.skeleton, paper.sites, paper.decisions))
 
+    @abstractmethod
     def forms(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> Decisions:
         """The form of every layer that has experts left."""
-        raise NotImplementedError
 
+    @abstractmethod
     def takes(self, sites: Iterable[MoeBlock], module: nn.Linear) -> bool:
         """Whether a matrix outside the experts can have that form too."""
-        raise NotImplementedError
 
     def decide(self, lab: Lab) -> tuple[Decisions, dict[str, Any]]:
         return self.with_linears(lab.skeleton, lab.sites, lab.decisions), {}

@@ -1,7 +1,7 @@
 """The model on paper: decoder layers, MoE blocks, routers and experts, found by structure. No weight is read.
 
 Which tensors have an expert axis is found by building the architecture twice, with E and with 2E experts, and comparing shapes. What
-the router computes is found by running it on random numbers (routing.py). Class names and model types are never asked.
+the router computes is found by running it on random numbers (router.py). Class names and model types are never asked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from trimoe.model import router as routing
 from trimoe.model.moe_block import MoeBlock, keep_experts, tensor_at
 from trimoe.model.router import RoutingRule
 
-LOGITS = 1 << 24  # logits that are held at once, several times over, where versions of a model are compared (spill.wider: or more)
+# Logits that are held at once, several times over, where versions of a model are compared; more where there is memory for them
+# (hidden_states.wider).
+LOGITS = 1 << 24
 
 
 class Skeleton:
@@ -338,7 +340,7 @@ class Skeleton:
 
     @torch.no_grad()
     def _identify(self, where: str, block: nn.Module, site: MoeBlock) -> RoutingRule:
-        """Give the real router random weights, run it, and find the formula that does the same (routing.identify)."""
+        """Give the real router random weights, run it, and find the formula that does the same (router.identify)."""
         text = self.config.get_text_config()
         hints = {name: float(getattr(text, name, None) or 1) for name in ("n_group", "topk_group")}
         hints["jitter"] = float(getattr(text, "router_jitter_noise", 0.0) or 0.0)

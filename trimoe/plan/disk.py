@@ -54,7 +54,7 @@ def search_spilled(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
         held = spilled = 0
         for nbytes in search_bytes(step, dict(skeleton.sites), recipe, tokens):
             held += nbytes
-            spilled += nbytes if held > BUDGET else 0  # as spill.room has it
+            spilled += nbytes if held > BUDGET else 0  # as hidden_states.room has it
         most = max(most, spilled)
     return most
 

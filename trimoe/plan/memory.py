@@ -1,6 +1,6 @@
 """How much memory a recipe takes, stage by stage, at most: one decoder layer, what is made beside it, and what is carried from layer to layer.
 
-Bounds, counted from shapes; LOG.md has measurements beside them. Letters as in work.py.
+These are bounds, counted from shapes; log/memory.md has measurements beside them.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from trimoe.text.samples import most_tokens
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters, bytes and what one token costs. `active`: parameters one token uses; `flops`: see costs.py. `file_bytes` are all safetensors
+    """Parameters, bytes and what one token costs. `active`: parameters one token uses; `flops`: see token_cost.py. `file_bytes` are all safetensors
     files with headers; where decisions are still open, `file_bytes`, `parameters` and `experts` are the most and `least_bytes` the least it can
     be, and everything else is of the stand-in that the most belongs to. `cache_bytes`: of 1,000 tokens of one sequence, `state_bytes` of
     them whatever its length; None where the architecture does not run hollow."""

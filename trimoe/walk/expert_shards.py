@@ -2,7 +2,7 @@
 
 A fit then runs on a layer that seems to have these experts alone, and meets the very numbers that one process would.
 
-Letters as in seen.py; E experts.
+Letters as in expert_inputs.py; E experts.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def spread(domains: Sequence[str], count: int) -> list[int]:
 
 def probe_rows(skeleton: Skeleton, samples_NL: torch.Tensor, streams: int, domains: Sequence[str] = ()) -> list[int]:
     """The numbers of the samples on which so many versions are walked: of all domains, and so many that `streams` copies of their hidden
-    states can be had (spill.samples_for). `domains`: every sample's; none given are one."""
+    states can be had (hidden_states.samples_for). `domains`: every sample's; none given are one."""
     domains = domains or [""] * len(samples_NL)
     return spread(domains, samples_for(streams, sample_bytes(skeleton, samples_NL.shape[1]), len(set(domains))))
 

@@ -66,7 +66,7 @@ class LayerWalk:
 
     `batches` are int64 [B, L] without padding; tokens that carry a mark begin a document that does not see what stands before it
     (documents.py). `hidden[b]` holds each batch's current hidden states [B, L, H] in the skeleton's dtype; beyond a
-    budget they lie in a mapped file (spill.py). While one layer runs, the system is asked to read the next one's bytes ahead.
+    budget they lie in a mapped file (hidden_states.py). While one layer runs, the system is asked to read the next one's bytes ahead.
     """
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[torch.Tensor], *, device: str | torch.device = "cpu"):

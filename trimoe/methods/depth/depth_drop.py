@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -50,27 +51,29 @@ class DepthDrop(Method):
         return False
 
     @property
+    @abstractmethod
     def whole(self) -> bool:
         """Whether whole decoder layers are candidates."""
-        raise NotImplementedError
 
+    @abstractmethod
     def candidates(self, depth: Depth) -> list[Part]:
-        raise NotImplementedError
+        """The parts that can go, of what is left."""
 
+    @abstractmethod
     def total(self, depth: Depth) -> int | None:
         """How many go; None where the threshold says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def similarity(self, candidates: list[Part], stats: Stats) -> dict[Part, float]:
-        raise NotImplementedError
+        """Each candidate's cosine between what comes in and what goes out."""
 
+    @abstractmethod
     def bounds(self, left: Depth, least: int, most: int) -> dict[str, tuple[int, int]]:
         """How many decoder layers and MoE sub-layers go, at least and at most, if `least` to `most` of the candidates do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counted(self, skeleton: Skeleton, sites: Sequence[MoeBlock]) -> int:
         """Of how many parts `ratio` is the share, before any step."""
-        raise NotImplementedError
 
     def shape(self, sites: Mapping[int, MoeBlock], decisions: Decisions) -> None:
         candidates.check(
