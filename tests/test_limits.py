@@ -9,10 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from refusals import UNIFORM, Line, recipe_file
 
 import trimoe
-from trimoe.plan import limits, memory
+from trimoe.model.skeleton import Skeleton
+from trimoe.plan import limits, memory, recovery_memory
+from trimoe.recipe.recover import parsed
+from trimoe.text.documents import START
+from trimoe.text.spec import CalibrationSpec
+from trimoe.walk.attention_mask import _tensors
+from trimoe.walk.walk import LayerWalk
 
 Family = Callable[[str], Path]
 TRAINED = {**UNIFORM, "recover": {"method": "lora", "samples": 8, "length": 32, "steps": 1, "batch": 2}}
@@ -96,3 +103,26 @@ def test_control_groups(
     monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: SimpleNamespace(total=8000))
     monkeypatch.setattr(limits.psutil, "swap_memory", lambda: SimpleNamespace(total=1000))
     assert limits.host() == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_that_keep_documents_apart_are_planned(family: str, dtype: torch.dtype, family_folder: Family) -> None:
+    """One a batch and kind of attention, true and false or numbers, for as long as the walk lasts."""
+    skeleton = Skeleton.of(str(family_folder(family)), dtype)
+    batches = [torch.randint(3, 90, (2, 24)) for _ in range(2)]
+    for number, batch in enumerate(batches):
+        batch[:, [0, 9 + number]] += START
+    walk = LayerWalk(skeleton, batches)
+    masks = {one.data_ptr(): one.nbytes for calls in walk.calls for call in calls for one in _tensors(call) if one.dim() == 4}
+    assert sum(masks.values()) == memory.masks_of(skeleton, CalibrationSpec(length=24, packing="separate"), 96)
+    assert memory.masks_of(skeleton, CalibrationSpec(length=24), 96) == 0
+
+
+def test_a_stack_that_an_adapter_is_added_to_passes_through_the_host(family_folder: Family) -> None:
+    skeleton = Skeleton.of(str(family_folder("mixtral")))
+    stack, numbers = max(one.numel() for layer in skeleton.layers for one in layer.parameters()), recovery_memory.weights(skeleton)
+    for dtype in ("float32", "bfloat16"):
+        spec = parsed({"method": "lora", "dtype": dtype, "stream": True})
+        found = recovery_memory.peak(skeleton, spec, "cuda", parameters=numbers, original=numbers, streamed=True)
+        assert found[2] >= stack * 8

@@ -23,6 +23,7 @@ from trimoe.recipe.recipe import Recipe
 from trimoe.recipe.recover import Recover
 from trimoe.show.format import human
 from trimoe.text.samples import batch_tokens
+from trimoe.text.spec import CalibrationSpec
 from trimoe.walk.hidden_states import BUDGET, streams_budget, wider
 
 TABLES = 5  # of logits, in float32, that are held at once where versions are compared
@@ -133,6 +134,7 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
     outside = sum(math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.outer_keys) * item
     staging, cut = _staging(skeleton), _cut(skeleton, decisions)
     batch = _batch(site, min(tokens, max(wide, min(recipe.calibration.length, skeleton.context))), item)
+    masks = masks_of(skeleton, recipe.calibration, tokens)
     kept = 0  # statistics of all layers; a file of them that is given stays until the end
     for step in recipe.steps:
         if not step.gathers:
@@ -143,12 +145,14 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
         )  # of sums, which are gathered in pieces, then joined
         recorded = hidden + step.fit_bytes(site) if "spectra" in step.needs else 0
         recorded = max(recorded, _candidates(skeleton, step, recipe, tokens))  # one after the other
-        yield "statistics", max(outside + hidden - kept, layer + batch + hidden + recorded), kept, staging
+        yield "statistics", masks + max(outside + hidden - kept, layer + batch + hidden + recorded), kept, staging
         measured = measurements.of_step(skeleton, step, list(skeleton.sites.values()), recipe.calibration, tokens)
         if measured:
             logits = TABLES * 4 * min(together, wide * skeleton.config.get_text_config().vocab_size)
             streams = min(streams_budget(skeleton.largest_layer, torch.device(device)), max(one.nbytes for one in measured))
-            yield "measuring", streams + max(layer + batch, outside + logits), kept, staging
+            few = max(one.samples for one in measured) * min(recipe.calibration.length, skeleton.context)
+            masked = masks_of(skeleton, recipe.calibration, few)
+            yield "measuring", masked + streams + max(layer + batch, outside + logits), kept, staging
     last = [step for step in recipe.steps if step.label is not None]
     if not last:
         largest = 2 * max(info.nbytes for info in skeleton.checkpoint.tensors.values())  # a stack is read to be cut
@@ -158,7 +162,19 @@ def _stages(skeleton: Skeleton, recipe: Recipe, decisions: Decisions, tokens: in
     recorded = 2 * hidden + batch if fitted else 0
     made = sum(_made(skeleton, decisions, step) for step in last)
     beside = max(staging, cut, made + max(step.fit_bytes(site) for step in last))
-    yield "writing", max(outside + hidden - kept, recorded + skeleton.largest_layer + beside), kept, max(staging, cut, made)
+    masked = masks if fitted else 0
+    yield "writing", masked + max(outside + hidden - kept, recorded + skeleton.largest_layer + beside), kept, max(staging, cut, made)
+
+
+def masks_of(skeleton: Skeleton, spec: CalibrationSpec, tokens: int) -> int:
+    """Return the bytes of the masks that keep documents apart in so many tokens: L x L of every sample for each kind of attention,
+    for the whole walk. None are kept where documents are joined."""
+    if spec.packing != "separate":
+        return 0
+    kinds = len(set(getattr(skeleton.config.get_text_config(), "layer_types", None) or [None]))
+    # by eager attention numbers that are added, by others true and false
+    item = skeleton.dtype.itemsize if skeleton.model.config._attn_implementation == "eager" else 1
+    return tokens * min(spec.length, skeleton.context) * kinds * item
 
 
 def _staging(skeleton: Skeleton) -> int:

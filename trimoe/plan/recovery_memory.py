@@ -18,6 +18,7 @@ STATE = 16  # bytes of a number that trains: itself, its gradient, two moments, 
 LAYERS = 5  # a layer that learns, its gradients, two moments and its best state
 TABLES = 5  # of logits, in float32, that are held at once
 MERGED = 12  # bytes of a number that an adapter is added to: as read, in float32, and as stored
+READ = 8  # those of the host, where the adapter is on another device: as read, and in float32
 SHARE = 16  # beyond that, no more than one part in so many of the model
 
 
@@ -89,8 +90,8 @@ def _streamed(
     layer = int(share * (skeleton.largest_layer // skeleton.dtype.itemsize))
     stack = max(tensor.numel() for module in skeleton.layers for tensor in module.parameters())
     training = layer * item + 2 * kept + len(skeleton.layers) * hidden + logits
-    merging = 0 if spec.method == "router" or spec.adapter else int(share * stack) * MERGED
-    return outside + learning + max(training, merging), 0, layer * item
+    merged = 0 if spec.method == "router" or spec.adapter else int(share * stack)
+    return outside + learning + max(training, merged * MERGED), 0, max(layer * item, merged * READ)
 
 
 def _frozen(skeleton: Skeleton, numbers: int, item: int) -> int:
